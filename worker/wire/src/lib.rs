@@ -1,0 +1,12 @@
+//! What modelfleet's processes agree on: protocols, connections, trace context, telemetry.
+//!
+//! Architecture Invariant: this crate decides nothing and knows no model, no Kubernetes and no planner. It is used by
+//! all programs and uses none of our crates.
+
+/// The protocols, as generated from `proto/modelfleet/v1`.
+#[allow(missing_docs, clippy::all, unreachable_pub, reason = "generated; the .proto files carry the documentation")]
+pub mod proto {
+    tonic::include_proto!("modelfleet.v1");
+    /// All descriptors, for gRPC reflection.
+    pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/modelfleet.bin"));
+}
