@@ -1,0 +1,78 @@
+//! The seam between a forward pass and the holders of experts that are not here.
+//!
+//! **Architecture Invariant.** No sockets and no runtime: the caller of `step` owns both.
+
+use std::future::{Future, ready};
+
+/// How a row travels, and how every expert's input and output row is rounded, local ones too.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WireDtype {
+    /// Two bytes a value, for models of bf16 and f16.
+    Bf16,
+    /// Four bytes a value, for models of f32.
+    F32,
+}
+
+impl WireDtype {
+    /// Bytes of one value.
+    pub fn size(self) -> usize {
+        match self {
+            WireDtype::Bf16 => 2,
+            WireDtype::F32 => 4,
+        }
+    }
+}
+
+/// Rows for experts of one layer, and which expert is to see which row.
+#[derive(Debug, Clone, Copy)]
+pub struct ExpertBatch<'a> {
+    /// The layer, counted from the first of the model.
+    pub layer: usize,
+    /// `[unique rows, hidden]`, little endian, in the wire dtype.
+    pub rows: &'a [u8],
+    /// For each pair, its row in `rows`.
+    pub pair_rows: &'a [u32],
+    /// For each pair, its expert. Pairs are sorted by expert, then row.
+    pub pair_experts: &'a [u32],
+}
+
+/// What came back for a batch.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Replies {
+    /// `[pairs, hidden]`, little endian, in the wire dtype and the batch's pair order. A missing
+    /// pair has a row here too, of any value.
+    pub rows: Vec<u8>,
+    /// Indices of pairs without an answer.
+    pub missing: Vec<u32>,
+}
+
+/// Carries rows to the holders of experts and back.
+pub trait Exchange {
+    /// Names a batch on its way.
+    type Ticket;
+
+    /// Sends a batch without waiting. Only pairs whose expert is not held here are in it.
+    fn send(&mut self, batch: &ExpertBatch<'_>) -> Self::Ticket;
+
+    /// Waits for the answers to a batch. Dropping the future gives the batch up.
+    fn join(&mut self, ticket: Self::Ticket) -> impl Future<Output = Replies>;
+}
+
+/// The exchange of a worker that holds every expert. Whatever it is asked for is missing.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct NoPeers;
+
+impl Exchange for NoPeers {
+    type Ticket = u32;
+
+    fn send(&mut self, batch: &ExpertBatch<'_>) -> u32 {
+        u32::try_from(batch.pair_experts.len()).unwrap_or(u32::MAX)
+    }
+
+    fn join(&mut self, pairs: u32) -> impl Future<Output = Replies> {
+        ready(Replies {
+            rows: Vec::new(),
+            missing: (0..pairs).collect(),
+        })
+    }
+}
