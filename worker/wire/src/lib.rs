@@ -3,8 +3,22 @@
 //! Architecture Invariant: this crate decides nothing and knows no model, no Kubernetes and no planner. It is used by
 //! all programs and uses none of our crates.
 
+pub mod admin;
+pub mod connections;
+pub mod fleet;
+pub mod genai;
+pub mod openai;
+pub mod telemetry;
+
+pub use connections::{MAX_MESSAGE_BYTES, connect, serve, serve_until};
+
 /// The protocols, as generated from `proto/modelfleet/v1`.
-#[allow(missing_docs, clippy::all, unreachable_pub, reason = "generated; the .proto files carry the documentation")]
+#[allow(
+    missing_docs,
+    clippy::all,
+    unreachable_pub,
+    reason = "generated; the .proto files carry the documentation"
+)]
 pub mod proto {
     tonic::include_proto!("modelfleet.v1");
     /// All descriptors, for gRPC reflection.

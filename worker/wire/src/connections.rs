@@ -1,0 +1,217 @@
+//! The one place where connections between our processes are opened and accepted.
+//!
+//! Both ends ping, bound what the other may send and disable Nagle's algorithm, so a peer that vanished is noticed in
+//! under ten seconds and one that floods is cut. Mutual TLS belongs here, and nowhere else.
+
+use std::{convert::Infallible, future::Future, io, sync::Arc, time::Duration};
+
+use hyper::server::conn::http2;
+use hyper_util::{
+    rt::{TokioExecutor, TokioIo, TokioTimer},
+    server::graceful::{GracefulShutdown, Watcher},
+    service::TowerToHyperService,
+};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    task::JoinSet,
+};
+use tonic::{
+    service::Routes,
+    transport::{Channel, Endpoint, server::Connected},
+};
+use tower::ServiceExt as _;
+use tracing::{debug, warn};
+
+/// The largest message that our services send or take, in bytes: set it as the decoding and the encoding limit of
+/// each client and server.
+pub const MAX_MESSAGE_BYTES: usize = 64 << 20;
+
+/// How long calls may go on after [`serve`] was told to end.
+pub const GRACE: Duration = Duration::from_secs(5);
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
+const PING_EVERY: Duration = Duration::from_secs(3);
+const PING_TIMEOUT: Duration = Duration::from_secs(5);
+const PREFACE_TIMEOUT: Duration = Duration::from_secs(5);
+const STREAM_WINDOW: u32 = 8 << 20;
+const CONNECTION_WINDOW: u32 = 32 << 20;
+const FRAME_BYTES: u32 = 1 << 20;
+const HEADER_BYTES: u32 = 16 << 10;
+const STREAMS_PER_CONNECTION: u32 = 16_384;
+const RESETS_PENDING: usize = 64;
+const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+/// A channel to `HOST:PORT` that connects at its first call, and again whenever the connection was lost.
+///
+/// An address that cannot be one gives a channel whose calls all fail with `UNAVAILABLE`, like any other address at
+/// which nobody answers.
+pub fn connect(address: &str) -> Channel {
+    match Endpoint::from_shared(format!("http://{address}")) {
+        Ok(endpoint) => tuned(endpoint).connect_lazy(),
+        Err(error) => {
+            warn!(address, %error, "not an address");
+            let refuse = tower::service_fn(|_| async {
+                Err::<TokioIo<TcpStream>, _>(io::Error::new(
+                    io::ErrorKind::InvalidInput,
+                    "not an address",
+                ))
+            });
+            Endpoint::from_static("http://invalid").connect_with_connector_lazy(refuse)
+        }
+    }
+}
+
+fn tuned(endpoint: Endpoint) -> Endpoint {
+    endpoint
+        .connect_timeout(CONNECT_TIMEOUT)
+        .tcp_nodelay(true)
+        .tcp_keepalive(Some(PING_EVERY))
+        .http2_keep_alive_interval(PING_EVERY)
+        .keep_alive_timeout(PING_TIMEOUT)
+        .keep_alive_while_idle(true)
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_frame_size(FRAME_BYTES)
+        .http2_max_header_list_size(HEADER_BYTES)
+}
+
+/// Serves gRPC `routes` on `listener` until `shutdown`, then gives running calls [`GRACE`] to end.
+///
+/// Dropping the future closes every connection at once.
+///
+/// # Errors
+/// None after it has begun: an accept that fails, for want of file descriptors or otherwise, is tried again.
+pub async fn serve(
+    listener: TcpListener,
+    routes: Routes,
+    shutdown: impl Future<Output = ()>,
+) -> io::Result<()> {
+    serve_until(listener, routes, shutdown, GRACE).await
+}
+
+/// As [`serve`], with `grace` for running calls to end.
+///
+/// # Errors
+/// As [`serve`].
+pub async fn serve_until(
+    listener: TcpListener,
+    routes: Routes,
+    shutdown: impl Future<Output = ()>,
+    grace: Duration,
+) -> io::Result<()> {
+    let routes = routes.prepare();
+    let server = Arc::new(server());
+    accept(listener, shutdown, grace, move |stream, watcher| {
+        serve_connection(stream, routes.clone(), server.clone(), watcher)
+    })
+    .await;
+    Ok(())
+}
+
+/// Accepts until `shutdown`, runs `each` connection as a task of its own, then waits at most `grace` for those that
+/// their watcher has told to end. What is still open after that, or when the future is dropped, is closed.
+pub async fn accept<C>(
+    listener: TcpListener,
+    shutdown: impl Future<Output = ()>,
+    grace: Duration,
+    mut each: impl FnMut(TcpStream, Watcher) -> C,
+) where
+    C: Future<Output = ()> + Send + 'static,
+{
+    let graceful = GracefulShutdown::new();
+    let mut connections = JoinSet::new();
+    let mut shutdown = std::pin::pin!(shutdown);
+    loop {
+        tokio::select! {
+            () = &mut shutdown => break,
+            Some(_) = connections.join_next() => {}
+            accepted = listener.accept() => match accepted {
+                Ok((stream, _)) => {
+                    connections.spawn(each(stream, graceful.watcher()));
+                }
+                Err(error) => pause(&error).await,
+            },
+        }
+    }
+    drop(listener); // whoever connects from now on is refused, and tries another of us
+    let ended = async {
+        graceful.shutdown().await;
+        while connections.join_next().await.is_some() {}
+    };
+    if tokio::time::timeout(grace, ended).await.is_err() {
+        debug!(
+            open = connections.len(),
+            "closed connections that did not end in time"
+        );
+    }
+}
+
+/// A connection that was gone before we took it is nothing; without file descriptors, at once again would only spin.
+async fn pause(error: &io::Error) {
+    use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset};
+    if !matches!(
+        error.kind(),
+        ConnectionAborted | ConnectionRefused | ConnectionReset
+    ) {
+        warn!(%error, "could not accept a connection; trying again");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+fn server() -> http2::Builder<TokioExecutor> {
+    let mut server = http2::Builder::new(TokioExecutor::new());
+    server
+        .timer(TokioTimer::new())
+        .keep_alive_interval(PING_EVERY)
+        .keep_alive_timeout(PING_TIMEOUT)
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_frame_size(FRAME_BYTES)
+        .max_header_list_size(HEADER_BYTES)
+        .max_concurrent_streams(STREAMS_PER_CONNECTION)
+        .max_pending_accept_reset_streams(RESETS_PENDING);
+    server
+}
+
+async fn serve_connection(
+    stream: TcpStream,
+    routes: Routes,
+    server: Arc<http2::Builder<TokioExecutor>>,
+    watcher: Watcher,
+) {
+    if stream.set_nodelay(true).is_err() || !speaks_http2(&stream).await {
+        return;
+    }
+    let peer = stream.connect_info();
+    let service = routes.map_request(move |mut request: http::Request<hyper::body::Incoming>| {
+        request.extensions_mut().insert(peer.clone());
+        request.map(tonic::body::Body::new)
+    });
+    let service = service.map_err(|never: Infallible| match never {});
+    let connection =
+        server.serve_connection(TokioIo::new(stream), TowerToHyperService::new(service));
+    if let Err(error) = watcher.watch(connection).await {
+        debug!(%error, "connection ended");
+    }
+}
+
+/// Whether the peer's first bytes are HTTP/2's, and came in time: HTTP/2's own pings begin only after them.
+async fn speaks_http2(stream: &TcpStream) -> bool {
+    let seen = async {
+        let mut first = [0; PREFACE.len()];
+        loop {
+            match stream.peek(&mut first).await {
+                Ok(n) if n > 0 && first[..n] == PREFACE[..n] => {
+                    if n == PREFACE.len() {
+                        return true;
+                    }
+                    tokio::time::sleep(Duration::from_millis(10)).await;
+                }
+                _ => return false,
+            }
+        }
+    };
+    tokio::time::timeout(PREFACE_TIMEOUT, seen)
+        .await
+        .unwrap_or(false)
+}
