@@ -8,6 +8,8 @@
 //! and the streams that are open.
 
 mod facts;
+mod model;
+mod process;
 mod session;
 mod snapshot;
 mod state;
@@ -33,8 +35,8 @@ pub use self::{
     facts::{Availability, Identity, ModelFacts, ReplicaFacts, WorkerFacts},
     version::Version,
     view::{
-        DescriptionView, FailureView, FetcherView, FleetView, LoadView, ProgressPhase, ProgressView, Role, RouterView,
-        WorkerLoadView, WorkerPhase, WorkerView,
+        DescriptionView, FailureView, FetcherView, FleetView, LoadView, ProgressPhase,
+        ProgressView, Role, RouterView, WorkerLoadView, WorkerPhase, WorkerView,
     },
 };
 use state::State;
@@ -48,7 +50,7 @@ const TICK: Duration = Duration::from_millis(500);
 /// The server of the control stream went away.
 #[derive(Debug, thiserror::Error)]
 #[error("serve the control stream")]
-pub struct Error(#[from] wire::Error);
+pub struct Error(#[from] std::io::Error);
 
 /// The fleet's side of the control stream. Cheap to clone; all clones are one.
 ///
@@ -92,8 +94,13 @@ impl Fleet {
     ///
     /// # Errors
     /// If `wire` cannot serve the listener.
-    pub async fn serve(&self, listener: TcpListener, shutdown: impl Future<Output = ()> + Send) -> Result<(), Error> {
-        let routes = tonic::service::Routes::new(FleetServer::new(session::Service::new(self.clone())));
+    pub async fn serve(
+        &self,
+        listener: TcpListener,
+        shutdown: impl Future<Output = ()> + Send,
+    ) -> Result<(), Error> {
+        let routes =
+            tonic::service::Routes::new(FleetServer::new(session::Service::new(self.clone())));
         let closed = async {
             shutdown.await;
             self.0.closing.send_replace(true);
@@ -124,7 +131,7 @@ impl Fleet {
 
     /// Says what there is of a model; sent to whom it concerns if it changes what they know. Ignored while following.
     pub fn publish(&self, model: &str, facts: ModelFacts) {
-        self.update(|state, now| state.publish(model, facts, now));
+        self.update(|state, _| state.publish(model, facts));
     }
 
     /// A model is gone. Ignored while following.
@@ -157,12 +164,11 @@ impl Fleet {
     pub fn changed(&self) -> impl Stream<Item = String> + Send + use<> {
         stream::unfold(self.clone(), |fleet| async move {
             loop {
-                let woken = fleet.0.wake.notified();
                 let next = lock(&fleet.0.heard).pop_first();
                 if let Some(model) = next {
                     return Some((model, fleet));
                 }
-                woken.await;
+                fleet.0.wake.notified().await; // at once, if something was heard since
             }
         })
     }
@@ -172,8 +178,36 @@ impl Fleet {
     fn state(&self) -> MutexGuard<'_, State> {
         lock(&self.0.state)
     }
+
+    /// Acts on the state, then wakes whom it concerns.
+    fn update<R>(&self, act: impl FnOnce(&mut State, Instant) -> R) -> R {
+        let (result, effects) = {
+            let mut state = self.state();
+            let result = act(&mut state, Instant::now());
+            (result, state.take_effects())
+        };
+        if effects.speak {
+            self.0.changes.send_modify(|count| *count += 1);
+        }
+        if !effects.heard.is_empty() {
+            lock(&self.0.heard).extend(effects.heard);
+            self.0.wake.notify_one();
+        }
+        result
+    }
+
+    async fn tick(&self) {
+        let mut ticks = tokio::time::interval(TICK);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            ticks.tick().await;
+            self.update(|state, now| state.tick(now));
+        }
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    mutex
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner)
 }

@@ -207,16 +207,27 @@ pub fn serve(serve: &Serve<'_>) -> Launch {
     arguments.extend(ends_with_parent(serve.site));
     let mut environment = identity(serve.site);
     if matches!(serve.site, Site::Pod) {
-        environment.push(pod_field("MODELFLEET_ORDINAL", "metadata.labels['apps.kubernetes.io/pod-index']"));
+        environment.push(pod_field(
+            "MODELFLEET_ORDINAL",
+            "metadata.labels['apps.kubernetes.io/pod-index']",
+        ));
         environment.push(pod_field("POD_IP", "status.podIP"));
     }
-    environment.extend(serve.telemetry.iter().map(|(name, value)| text(name, value)));
+    environment.extend(
+        serve
+            .telemetry
+            .iter()
+            .map(|(name, value)| text(name, value)),
+    );
     Launch {
         program: Program::Worker,
         arguments,
         environment,
         ports: ports(serve.site, &[("grpc", WORKER_PORT), ("admin", ADMIN_PORT)]),
-        files: vec![File { path: serve.placement_path.to_owned(), content: placement_json(serve.placement) }],
+        files: vec![File {
+            path: serve.placement_path.to_owned(),
+            content: placement_json(serve.placement),
+        }],
     }
 }
 
@@ -234,7 +245,8 @@ pub fn describe(read: &Read<'_>) -> Launch {
 pub fn router(route: &Route<'_>) -> Launch {
     let site = Site::Child { id: route.id };
     let mut arguments = Vec::new();
-    let mut flag = |name: &str, value: &str| arguments.extend([format!("--{name}"), value.to_owned()]);
+    let mut flag =
+        |name: &str, value: &str| arguments.extend([format!("--{name}"), value.to_owned()]);
     flag("http", route.http);
     flag("grpc", route.grpc);
     flag("admin", &listen(site, ADMIN_PORT));
@@ -242,13 +254,20 @@ pub fn router(route: &Route<'_>) -> Launch {
         flag("operator", operator);
     }
     arguments.extend(ends_with_parent(site));
-    Launch { program: Program::Router, arguments, environment: identity(site), ports: Vec::new(), files: Vec::new() }
+    Launch {
+        program: Program::Router,
+        arguments,
+        environment: identity(site),
+        ports: Vec::new(),
+        files: Vec::new(),
+    }
 }
 
 fn reading(command: &str, read: &Read<'_>, more: &[String]) -> Launch {
     let mut arguments = vec![command.to_owned(), read.source.to_owned()];
     arguments.extend_from_slice(more);
-    let mut flag = |name: &str, value: &str| arguments.extend([format!("--{name}"), value.to_owned()]);
+    let mut flag =
+        |name: &str, value: &str| arguments.extend([format!("--{name}"), value.to_owned()]);
     if let Some(revision) = read.revision {
         flag("revision", revision);
     }
@@ -264,9 +283,18 @@ fn reading(command: &str, read: &Read<'_>, more: &[String]) -> Launch {
         ("HTTPS_PROXY", &read.hub.proxy),
         ("NO_PROXY", &read.hub.no_proxy),
     ];
-    environment.extend(hub.iter().filter_map(|(name, value)| value.as_deref().map(|value| text(name, value))));
+    environment.extend(
+        hub.iter()
+            .filter_map(|(name, value)| value.as_deref().map(|value| text(name, value))),
+    );
     environment.extend(read.telemetry.iter().map(|(name, value)| text(name, value)));
-    Launch { program: Program::Worker, arguments, environment, ports: Vec::new(), files: Vec::new() }
+    Launch {
+        program: Program::Worker,
+        arguments,
+        environment,
+        ports: Vec::new(),
+        files: Vec::new(),
+    }
 }
 
 /// Kubernetes replaces the variable in a container's arguments.
@@ -297,17 +325,26 @@ fn identity(site: Site<'_>) -> Vec<Variable> {
 
 fn ports(site: Site<'_>, ports: &[(&'static str, u16)]) -> Vec<Port> {
     match site {
-        Site::Pod => ports.iter().map(|&(name, number)| Port { name, number }).collect(),
+        Site::Pod => ports
+            .iter()
+            .map(|&(name, number)| Port { name, number })
+            .collect(),
         Site::Child { .. } => Vec::new(),
     }
 }
 
 fn text(name: &str, value: &str) -> Variable {
-    Variable { name: name.to_owned(), value: Value::Text(value.to_owned()) }
+    Variable {
+        name: name.to_owned(),
+        value: Value::Text(value.to_owned()),
+    }
 }
 
 fn pod_field(name: &str, path: &str) -> Variable {
-    Variable { name: name.to_owned(), value: Value::PodField(path.to_owned()) }
+    Variable {
+        name: name.to_owned(),
+        value: Value::PodField(path.to_owned()),
+    }
 }
 
 /// The file that a worker reads when no operator tells it its placement.
@@ -330,8 +367,19 @@ pub fn placement_json(placement: &proto::Placement) -> String {
     }
     let layers = placement.layers.iter().map(|layer| Layer {
         layer: layer.layer,
-        experts: layer.experts.iter().map(|holders| holders.ordinals.as_slice()).collect(),
+        experts: layer
+            .experts
+            .iter()
+            .map(|holders| holders.ordinals.as_slice())
+            .collect(),
     });
-    let file = File { version: Version { epoch: 0, sequence: 0 }, shards: placement.shards, layers: layers.collect() };
+    let file = File {
+        version: Version {
+            epoch: 0,
+            sequence: 0,
+        },
+        shards: placement.shards,
+        layers: layers.collect(),
+    };
     serde_json::to_string(&file).expect("numbers and lists always serialise")
 }

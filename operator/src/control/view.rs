@@ -1,12 +1,18 @@
 //! What the fleet said about one model: a value, taken at one moment.
 
-use std::time::Duration;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
+use tokio::time::Instant;
 use wire::proto;
 
-use super::Version;
+use super::{LEASE, Version, model::Model, process::Process};
 
-pub use proto::{hello::Role, progress::Phase as ProgressPhase, worker_state::Phase as WorkerPhase};
+pub use proto::{
+    hello::Role, progress::Phase as ProgressPhase, worker_state::Phase as WorkerPhase,
+};
 
 /// What routers, workers, fetchers and describers of one model have said.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -157,4 +163,182 @@ pub struct FailureView {
     pub reason: String,
     /// For the user.
     pub message: String,
+}
+
+/// What was said about the model `name`, which is `model` if it is published.
+pub(super) fn of(
+    name: &str,
+    model: Option<&Model>,
+    processes: &BTreeMap<(Role, String), Process>,
+    live_routers: &BTreeSet<String>,
+    now: Instant,
+) -> FleetView {
+    let routers: Vec<&Process> = live_routers
+        .iter()
+        .filter_map(|id| processes.get(&(Role::Router, id.clone())))
+        .collect();
+    let ours = |role: Role| {
+        let of_role = processes.iter().filter(move |((of, _), _)| *of == role);
+        of_role
+            .map(|(_, process)| process)
+            .filter(|process| process.hello.model == name)
+    };
+    FleetView {
+        version: model.and_then(Model::version),
+        workers: ours(Role::Worker)
+            .map(|worker| worker_view(worker, name, model, &routers, now))
+            .collect(),
+        fetchers: ours(Role::Fetch).map(fetcher_view).collect(),
+        routers: routers
+            .iter()
+            .map(|router| router_view(router, name, now))
+            .collect(),
+        load: load(&routers, name, now),
+        descriptions: descriptions(
+            processes
+                .values()
+                .filter(|process| process.hello.model == name),
+        ),
+        failures: processes
+            .iter()
+            .filter_map(|((role, id), process)| failure(*role, id, process, name))
+            .collect(),
+    }
+}
+
+fn worker_view(
+    worker: &Process,
+    name: &str,
+    model: Option<&Model>,
+    routers: &[&Process],
+    now: Instant,
+) -> WorkerView {
+    let id = &worker.hello.id;
+    let acknowledged = |process: &Process, since: Version| {
+        process
+            .acknowledged
+            .get(name)
+            .is_some_and(|version| *version >= since)
+    };
+    let placed_since = model.and_then(|model| model.placed_since(id));
+    let loaded = worker
+        .state
+        .as_ref()
+        .and_then(|state| state.placement)
+        .map(Version::from);
+    let serves = matches!(worker.phase(), WorkerPhase::Serving | WorkerPhase::Draining);
+    let taking_since = model.and_then(|model| model.taking_since(id));
+    WorkerView {
+        id: id.clone(),
+        revision: worker.hello.revision.clone(),
+        replica: worker.hello.replica,
+        ordinal: worker.hello.ordinal,
+        address: worker.hello.address.clone(),
+        content_hash: worker.hello.content_hash.clone(),
+        connected: worker.stream.is_some(),
+        silent_for: now.duration_since(worker.last),
+        phase: worker.phase(),
+        placement_loaded: serves
+            && placed_since
+                .zip(loaded)
+                .is_some_and(|(since, loaded)| loaded >= since),
+        acknowledged: model
+            .and_then(|model| model.mesh_version(id))
+            .is_some_and(|version| acknowledged(worker, version)),
+        routed: !routers.is_empty()
+            && taking_since
+                .is_some_and(|since| routers.iter().all(|router| acknowledged(router, since))),
+        load: worker
+            .worker_load
+            .as_ref()
+            .filter(|(at, _)| now.duration_since(*at) <= LEASE)
+            .map(|(_, load)| WorkerLoadView {
+                waiting: load.waiting,
+                running: load.running,
+                kv_tokens_used: load.kv_tokens_used,
+                kv_tokens_total: load.kv_tokens_total,
+                dense_bytes: load.dense_bytes,
+                expert_bytes: load.expert_bytes,
+            }),
+        progress: worker.progress.as_ref().map(progress),
+    }
+}
+
+fn fetcher_view(fetcher: &Process) -> FetcherView {
+    FetcherView {
+        id: fetcher.hello.id.clone(),
+        revision: fetcher.hello.revision.clone(),
+        progress: fetcher.progress.as_ref().map(progress),
+    }
+}
+
+fn progress(progress: &proto::Progress) -> ProgressView {
+    ProgressView {
+        phase: progress.phase(),
+        done_bytes: progress.done_bytes,
+        total_bytes: progress.total_bytes,
+    }
+}
+
+fn router_view(router: &Process, name: &str, now: Instant) -> RouterView {
+    RouterView {
+        id: router.hello.id.clone(),
+        http_address: router.hello.http_address.clone(),
+        grpc_address: router.hello.address.clone(),
+        acknowledged: router.acknowledged.get(name).copied(),
+        silent_for: now.duration_since(router.last),
+    }
+}
+
+/// The sum over live routers, if each has told its load within the lease. A model that one does not mention is idle
+/// there.
+fn load(routers: &[&Process], name: &str, now: Instant) -> Option<LoadView> {
+    let mut sum = LoadView::default();
+    for router in routers {
+        let (at, models) = router.router_load.as_ref()?;
+        if now.duration_since(*at) > LEASE {
+            return None;
+        }
+        if let Some(load) = models.get(name) {
+            sum.queued = sum.queued.saturating_add(load.queued);
+            sum.running = sum.running.saturating_add(load.running);
+            sum.oldest_wait = sum
+                .oldest_wait
+                .max(Duration::from_millis(load.oldest_wait_ms));
+            sum.accepted = sum.accepted.saturating_add(load.accepted);
+        }
+    }
+    (!routers.is_empty()).then_some(sum)
+}
+
+fn descriptions<'a>(processes: impl Iterator<Item = &'a Process>) -> Vec<DescriptionView> {
+    let mut newest: BTreeMap<&str, &(Instant, Vec<u8>)> = BTreeMap::new();
+    for process in processes {
+        let Some(description) = &process.description else {
+            continue;
+        };
+        let known = newest.entry(&process.hello.revision).or_insert(description);
+        if known.0 < description.0 {
+            *known = description;
+        }
+    }
+    let view = |(revision, (_, json)): (&str, &(Instant, Vec<u8>))| DescriptionView {
+        revision: revision.to_owned(),
+        json: json.clone(),
+    };
+    newest.into_iter().map(view).collect()
+}
+
+fn failure(role: Role, id: &str, process: &Process, name: &str) -> Option<FailureView> {
+    let failure = process
+        .failure
+        .as_ref()
+        .filter(|_| process.hello.model == name)?;
+    Some(FailureView {
+        role,
+        id: id.to_owned(),
+        revision: process.hello.revision.clone(),
+        reason: failure.reason.clone(),
+        message: failure.message.clone(),
+    })
 }

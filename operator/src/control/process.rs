@@ -1,0 +1,201 @@
+//! What one process said, newest first kept only.
+
+use std::collections::BTreeMap;
+
+use tokio::time::Instant;
+use wire::proto::{self, report};
+
+use super::{Role, Version, WorkerPhase, state::StreamId};
+
+/// Models that a process may speak of, at most.
+const MAX_MODELS: usize = 16_384;
+/// Characters of a failure that are kept, at most.
+const MAX_FAILURE: usize = 4096;
+
+pub(super) struct Process {
+    pub(super) hello: proto::Hello,
+    /// Its newest stream, while that is open.
+    pub(super) stream: Option<StreamId>,
+    /// When it last said anything.
+    pub(super) last: Instant,
+    pub(super) state: Option<proto::WorkerState>,
+    pub(super) worker_load: Option<(Instant, proto::WorkerLoad)>,
+    pub(super) router_load: Option<(Instant, BTreeMap<String, proto::ModelLoad>)>,
+    pub(super) progress: Option<proto::Progress>,
+    pub(super) description: Option<(Instant, Vec<u8>)>,
+    pub(super) failure: Option<proto::Failure>,
+    pub(super) acknowledged: BTreeMap<String, Version>,
+}
+
+/// What a report means for others.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Heard {
+    Nothing,
+    /// The reconciler must look.
+    Matters,
+    /// The reconciler must look, and snapshots may change.
+    Snapshot,
+    /// A snapshot is acted on.
+    Acknowledged {
+        model: String,
+        epoch: u64,
+    },
+    /// Requests began to wait for these models.
+    Waiting(Vec<String>),
+}
+
+impl Process {
+    pub(super) fn new(hello: proto::Hello, stream: StreamId, now: Instant) -> Self {
+        Self {
+            hello,
+            stream: Some(stream),
+            last: now,
+            state: None,
+            worker_load: None,
+            router_load: None,
+            progress: None,
+            description: None,
+            failure: None,
+            acknowledged: BTreeMap::new(),
+        }
+    }
+
+    /// Continues what the same process said on an earlier stream, where it has not said anything newer.
+    pub(super) fn take_over(&mut self, before: Self) {
+        self.state = self.state.take().or(before.state);
+        self.worker_load = self.worker_load.take().or(before.worker_load);
+        self.router_load = self.router_load.take().or(before.router_load);
+        self.progress = self.progress.take().or(before.progress);
+        self.description = self.description.take().or(before.description);
+        self.failure = self.failure.take().or(before.failure);
+        for (model, version) in before.acknowledged {
+            self.acknowledged.entry(model).or_insert(version);
+        }
+    }
+
+    pub(super) fn phase(&self) -> WorkerPhase {
+        self.state
+            .as_ref()
+            .map_or(WorkerPhase::Unspecified, proto::WorkerState::phase)
+    }
+
+    /// Said that it has no request of its own.
+    pub(super) fn is_idle(&self) -> bool {
+        self.worker_load
+            .as_ref()
+            .is_some_and(|(_, load)| load.waiting + load.running == 0)
+    }
+
+    pub(super) fn highest_acknowledged(&self) -> u64 {
+        self.acknowledged
+            .values()
+            .map(|version| version.epoch)
+            .max()
+            .unwrap_or(0)
+    }
+
+    pub(super) fn forget_model(&mut self, model: &str) {
+        self.acknowledged.remove(model);
+        if let Some((_, load)) = &mut self.router_load {
+            load.remove(model);
+        }
+    }
+
+    /// Keeps a report; a hello is none.
+    pub(super) fn hear(&mut self, report: report::Report, now: Instant) -> Heard {
+        self.last = now;
+        match report {
+            report::Report::Hello(_) => Heard::Nothing,
+            report::Report::Acknowledgement(acknowledgement) => {
+                self.hear_acknowledgement(acknowledgement)
+            }
+            report::Report::RouterLoad(load) if self.hello.role() == Role::Router => {
+                self.hear_router_load(load, now)
+            }
+            report::Report::RouterLoad(_) => Heard::Nothing,
+            report::Report::WorkerLoad(load) => {
+                let was_idle = self.is_idle();
+                self.worker_load = Some((now, load));
+                let matters = self.phase() == WorkerPhase::Draining && was_idle != self.is_idle();
+                if matters {
+                    Heard::Snapshot
+                } else {
+                    Heard::Nothing
+                }
+            }
+            report::Report::WorkerState(state) => {
+                if self.state.as_ref() == Some(&state) {
+                    return Heard::Nothing;
+                }
+                self.state = Some(state);
+                self.failure = None;
+                Heard::Snapshot
+            }
+            report::Report::Description(description) => {
+                self.description = Some((now, description.json.into()));
+                Heard::Matters
+            }
+            report::Report::Progress(progress) => {
+                let shown = |progress: &proto::Progress| (progress.phase, tenths(progress));
+                let matters = self.progress.as_ref().map(shown) != Some(shown(&progress));
+                self.progress = Some(progress);
+                if matters {
+                    Heard::Matters
+                } else {
+                    Heard::Nothing
+                }
+            }
+            report::Report::Failure(mut failure) => {
+                failure.reason = failure.reason.chars().take(64).collect();
+                failure.message = failure.message.chars().take(MAX_FAILURE).collect();
+                self.failure = Some(failure);
+                Heard::Matters
+            }
+        }
+    }
+
+    fn hear_acknowledgement(&mut self, acknowledgement: proto::Acknowledgement) -> Heard {
+        let version = Version::from(acknowledgement.version.unwrap_or_default());
+        let model = acknowledgement.model;
+        let known = self.acknowledged.get(&model).copied();
+        if known.is_some_and(|known| known >= version)
+            || (known.is_none() && self.acknowledged.len() >= MAX_MODELS)
+        {
+            return Heard::Nothing;
+        }
+        self.acknowledged.insert(model.clone(), version);
+        Heard::Acknowledged {
+            model,
+            epoch: version.epoch,
+        }
+    }
+
+    fn hear_router_load(&mut self, load: proto::RouterLoad, now: Instant) -> Heard {
+        let fresh: BTreeMap<String, proto::ModelLoad> = load
+            .models
+            .into_iter()
+            .take(MAX_MODELS)
+            .map(|load| (load.model.clone(), load))
+            .collect();
+        let queued_before = |model: &str| {
+            self.router_load
+                .as_ref()
+                .and_then(|(_, known)| known.get(model))
+                .is_some_and(|load| load.queued > 0)
+        };
+        let begun = fresh
+            .values()
+            .filter(|load| load.queued > 0 && !queued_before(&load.model));
+        let begun: Vec<String> = begun.map(|load| load.model.clone()).collect();
+        self.router_load = Some((now, fresh));
+        if begun.is_empty() {
+            Heard::Nothing
+        } else {
+            Heard::Waiting(begun)
+        }
+    }
+}
+
+fn tenths(progress: &proto::Progress) -> u128 {
+    u128::from(progress.done_bytes) * 10 / u128::from(progress.total_bytes.max(1))
+}
