@@ -55,3 +55,6 @@ async fn metrics<F>(State(admin): State<Arc<Admin<F>>>) -> Response {
         Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")).into_response(),
     }
 }
+
+#[cfg(test)]
+mod tests;

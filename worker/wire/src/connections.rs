@@ -215,3 +215,6 @@ async fn speaks_http2(stream: &TcpStream) -> bool {
         .await
         .unwrap_or(false)
 }
+
+#[cfg(test)]
+mod tests;

@@ -146,3 +146,77 @@ impl Instruments {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use opentelemetry::metrics::MeterProvider as _;
+    use opentelemetry_sdk::metrics::SdkMeterProvider;
+    use prometheus::{Registry, TextEncoder};
+
+    use super::*;
+
+    #[test]
+    fn a_request_is_counted_under_the_names_of_the_conventions() {
+        let registry = Registry::new();
+        let reader = opentelemetry_prometheus::exporter()
+            .with_registry(registry.clone())
+            .build()
+            .unwrap();
+        let provider = SdkMeterProvider::builder().with_reader(reader).build();
+        let instruments = Instruments::new(&provider.meter("test"));
+        let outcome = Outcome {
+            operation: CHAT,
+            model: "ns/m",
+            duration: 1.5,
+            first_token: Some(0.5),
+            usage: Some((7, 11)),
+            error: None,
+        };
+        instruments.record(&outcome);
+        instruments.record(&Outcome {
+            first_token: None,
+            usage: None,
+            error: Some("queue_full"),
+            ..outcome
+        });
+
+        let text = TextEncoder::new()
+            .encode_to_string(&registry.gather())
+            .unwrap();
+        let value = |name: &str, label: &str| {
+            let line = text
+                .lines()
+                .find(|line| line.starts_with(name) && line.contains(label));
+            line.unwrap_or_else(|| panic!("no {name} {label} in\n{text}"))
+                .rsplit(' ')
+                .next()
+                .unwrap()
+                .to_owned()
+        };
+        assert_eq!(
+            value(
+                "gen_ai_server_request_duration_seconds_sum",
+                "error_type=\"queue_full\""
+            ),
+            "1.5"
+        );
+        assert_eq!(
+            value(
+                "gen_ai_server_time_to_first_token_seconds_sum",
+                "gen_ai_request_model=\"ns/m\""
+            ),
+            "0.5"
+        );
+        assert_eq!(
+            value("gen_ai_server_time_per_output_token_seconds_sum", "chat"),
+            "0.1"
+        );
+        assert_eq!(
+            value(
+                "gen_ai_client_token_usage_sum",
+                "gen_ai_token_type=\"output\""
+            ),
+            "11"
+        );
+    }
+}
