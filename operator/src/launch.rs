@@ -6,8 +6,8 @@
 
 use std::time::Duration;
 
+use planner::Placement;
 use serde::Serialize;
-use wire::proto;
 
 /// Port of a router's HTTP in a cluster.
 pub const ROUTER_HTTP_PORT: u16 = 8080;
@@ -139,7 +139,7 @@ pub struct Serve<'a> {
     /// Where the placement lies, absolute.
     pub placement_path: &'a str,
     /// Which ordinals hold which experts.
-    pub placement: &'a proto::Placement,
+    pub placement: &'a Placement,
     /// Room in the key-value cache, in tokens.
     pub kv_cache_tokens: u64,
     /// Longest context in tokens; 0: the model's own.
@@ -348,38 +348,22 @@ fn pod_field(name: &str, path: &str) -> Variable {
 }
 
 /// The file that a worker reads when no operator tells it its placement.
-pub fn placement_json(placement: &proto::Placement) -> String {
+pub fn placement_json(placement: &Placement) -> String {
     #[derive(Serialize)]
     struct File<'a> {
         version: Version,
-        shards: u32,
-        layers: Vec<Layer<'a>>,
+        #[serde(flatten)]
+        placement: &'a Placement,
     }
+    /// Below that of every snapshot.
     #[derive(Serialize)]
     struct Version {
         epoch: u64,
         sequence: u64,
     }
-    #[derive(Serialize)]
-    struct Layer<'a> {
-        layer: u32,
-        experts: Vec<&'a [u32]>,
-    }
-    let layers = placement.layers.iter().map(|layer| Layer {
-        layer: layer.layer,
-        experts: layer
-            .experts
-            .iter()
-            .map(|holders| holders.ordinals.as_slice())
-            .collect(),
-    });
-    let file = File {
-        version: Version {
-            epoch: 0,
-            sequence: 0,
-        },
-        shards: placement.shards,
-        layers: layers.collect(),
+    let version = Version {
+        epoch: 0,
+        sequence: 0,
     };
-    serde_json::to_string(&file).expect("numbers and lists always serialise")
+    serde_json::to_string(&File { version, placement }).expect("numbers and lists always serialise")
 }

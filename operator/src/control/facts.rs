@@ -44,7 +44,7 @@ pub struct ReplicaFacts {
     /// The model files that its workers must have.
     pub content_hash: String,
     /// Which ordinals hold which experts.
-    pub placement: proto::Placement,
+    pub placement: planner::Placement,
     /// Takes no new requests, because it goes away; may be taken back.
     pub draining: bool,
     /// Its workers, until their pods are gone: a terminating worker still serves its experts.

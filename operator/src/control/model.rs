@@ -2,7 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use wire::proto::{MeshSnapshot, ModelSnapshot, Placement};
+use planner::Placement;
+use wire::proto::{MeshSnapshot, ModelSnapshot};
 
 use super::{
     ModelFacts, Version,

@@ -68,7 +68,7 @@ pub(super) fn for_worker(
     MeshSnapshot {
         model: model.to_owned(),
         version: None,
-        placement: Some(replica.placement.clone()),
+        placement: Some(placement(&replica.placement)),
         peers: peers.map(|peer| self::peer(replica, peer, words)).collect(),
         drain: replica.draining,
     }
@@ -111,12 +111,7 @@ fn covered(replica: &ReplicaFacts, words: &Words) -> bool {
         .filter(|worker| loaded(replica, worker, words))
         .map(|worker| worker.ordinal)
         .collect();
-    let held = |holders: &proto::Holders| {
-        holders
-            .ordinals
-            .iter()
-            .any(|ordinal| loaded.contains(ordinal))
-    };
+    let held = |holders: &Vec<u32>| holders.iter().any(|ordinal| loaded.contains(ordinal));
     replica
         .placement
         .layers
@@ -146,5 +141,19 @@ fn address(worker: &WorkerFacts, words: &Words) -> String {
     match words.get(&worker.id) {
         Some(word) if worker.address.is_empty() => word.address.clone(),
         _ => worker.address.clone(),
+    }
+}
+
+fn placement(placement: &planner::Placement) -> proto::Placement {
+    let holders = |ordinals: &Vec<u32>| proto::Holders {
+        ordinals: ordinals.clone(),
+    };
+    let layer = |layer: &planner::placement::LayerPlacement| proto::LayerPlacement {
+        layer: layer.layer,
+        experts: layer.experts.iter().map(holders).collect(),
+    };
+    proto::Placement {
+        shards: placement.shards,
+        layers: placement.layers.iter().map(layer).collect(),
     }
 }
