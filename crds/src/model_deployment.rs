@@ -84,7 +84,7 @@ pub struct ModelDeploymentSpec {
     pub suspend: bool,
     /// A partial PodTemplateSpec that is merged into the pods of the workers: lists with keys by key; `tolerations`
     /// and `nodeSelector` replace those of `scheduling`. The containers are named `fetch` and `worker`.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(schema_with = "any_object")]
     pub pod_template: Option<serde_json::Value>,
 }
@@ -152,11 +152,11 @@ pub struct ExpertParallelism {
 #[serde(rename_all = "camelCase")]
 pub struct Resources {
     /// The least a worker is given, by resource name. If memory is unset, what the plan needs.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(schema_with = "quantities")]
     pub requests: Option<BTreeMap<String, Quantity>>,
     /// The most a worker may use, by resource name.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(schema_with = "quantities")]
     pub limits: Option<BTreeMap<String, Quantity>>,
 }
@@ -175,7 +175,7 @@ pub struct Memory {
 #[serde(rename_all = "camelCase")]
 pub struct Scheduling {
     /// Labels that a node must have.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(schema_with = "labels")]
     pub node_selector: Option<BTreeMap<String, String>>,
     /// Taints of nodes that are tolerated.
@@ -396,7 +396,6 @@ fn quantities(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
         "maxProperties": 8,
         "additionalProperties": {
             "x-kubernetes-int-or-string": true,
-            "anyOf": [{"type": "integer"}, {"type": "string"}],
             "maxLength": 32,
         },
     })

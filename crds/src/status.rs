@@ -125,7 +125,7 @@ pub struct ModelStatus {
 
 /// Where requests are answered.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", default)]
+#[serde(rename_all = "camelCase")]
 pub struct Endpoint {
     /// `OpenAI` or `gRPC`.
     pub protocol: String,
