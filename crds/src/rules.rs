@@ -249,8 +249,8 @@ pub const QUANTITIES: [Check; 2] = [
 ];
 const QUANTITY: Check = Check {
     path: "",
-    cel: "self.all(name, isQuantity(string(self[name])) && quantity(string(self[name])).isGreaterThan(quantity('0')) && (!name.contains('/') || quantity(string(self[name])).isInteger()))",
-    words: "spec.resources holds a bad quantity; use a number above 0 such as 500m, 2 or 4Gi, and a whole one for devices",
+    cel: "self.all(name, isQuantity(string(self[name])) && quantity(string(self[name])).isGreaterThan(quantity('0')) && quantity(string(self[name])).isLessThan(quantity('1Ei')) && (!name.contains('/') || quantity(string(self[name])).isInteger()))",
+    words: "spec.resources holds a bad quantity; use a number above 0 and below 1Ei such as 500m, 2 or 4Gi, and a whole one for devices",
     with_values: "",
 };
 /// Requests up to the limit.
