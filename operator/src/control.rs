@@ -19,6 +19,7 @@ mod view;
 use std::{
     collections::BTreeSet,
     future::Future,
+    io,
     sync::{Arc, Mutex, MutexGuard},
     time::Duration,
 };
@@ -46,11 +47,6 @@ pub const LEASE: Duration = Duration::from_secs(3);
 
 /// How often leases are looked at.
 const TICK: Duration = Duration::from_millis(500);
-
-/// The server of the control stream went away.
-#[derive(Debug, thiserror::Error)]
-#[error("serve the control stream")]
-pub struct Error(#[from] std::io::Error);
 
 /// The fleet's side of the control stream. Cheap to clone; all clones are one.
 ///
@@ -98,15 +94,14 @@ impl Fleet {
         &self,
         listener: TcpListener,
         shutdown: impl Future<Output = ()> + Send,
-    ) -> Result<(), Error> {
-        let routes =
-            tonic::service::Routes::new(FleetServer::new(session::Service::new(self.clone())));
+    ) -> io::Result<()> {
+        let service = FleetServer::new(session::Service::new(self.clone()));
         let closed = async {
             shutdown.await;
             self.0.closing.send_replace(true);
         };
         tokio::select! {
-            served = wire::serve(listener, routes, closed) => Ok(served?),
+            served = wire::serve(listener, tonic::service::Routes::new(service), closed) => served,
             () = self.tick() => Ok(()),
         }
     }
@@ -211,3 +206,6 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
         .lock()
         .unwrap_or_else(std::sync::PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests;

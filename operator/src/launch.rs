@@ -275,6 +275,7 @@ fn reading(command: &str, read: &Read<'_>, more: &[String]) -> Launch {
     for operator in read.operators {
         flag("operator", operator);
     }
+    arguments.extend(ends_with_parent(read.site));
     let mut environment = identity(read.site);
     let hub = [
         ("HF_ENDPOINT", &read.hub.endpoint),

@@ -6,6 +6,18 @@
 pub mod apply;
 pub mod backoff;
 pub mod control;
+pub mod controller;
+pub mod decide;
 pub mod error;
+pub mod facts;
 pub mod launch;
 pub mod lease;
+pub mod local;
+pub mod observe;
+pub mod preview;
+pub mod render;
+pub mod replica;
+pub mod report;
+pub mod served;
+mod table;
+pub mod validate;
