@@ -1,0 +1,603 @@
+//! The control plane's loop: what wakes a ModelDeployment, what is done with it, and what follows an error.
+
+use std::{
+    collections::HashMap,
+    future::Future,
+    panic::AssertUnwindSafe,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use crds::{ModelDeployment, ModelDeploymentSpec, Reason};
+use futures::{FutureExt, StreamExt};
+use k8s_openapi::{api::core::v1::PodCondition, apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
+use kube::{
+    Api, Client, Resource, ResourceExt,
+    core::DeserializeGuard,
+    runtime::{
+        Controller,
+        controller::{self, Action},
+        events::{Event, EventType, Recorder, Reporter},
+        reflector::{ObjectRef, Store},
+    },
+};
+use planner::{autoscale::History, rollout::Why};
+use tokio::{
+    sync::{Notify, mpsc},
+    task::JoinSet,
+};
+use tokio_stream::wrappers::ReceiverStream;
+use tracing::{debug, error, info, warn};
+
+use crate::{
+    apply::{Applied, CALL, StatusWrite, Writer},
+    backoff::{self, Backoff},
+    control::{Availability, Fleet, ModelFacts},
+    decide::{Decision, decide},
+    error::{Class, Error},
+    facts::facts,
+    lease::{self, Candidate, Leadership},
+    observe::{self, Guarded, Observed, Stores, Wake, observe, watching},
+    render::{self, Install, Names, ROUTED, read_accepted},
+    replica::{Replica, Worker},
+    report::{Case, Note, notes, refused, report},
+    served,
+    validate::{Place, Refusal, ValidModel, validate},
+};
+
+/// Objects that are reconciled at once, over each scope.
+const CONCURRENCY: u16 = 20;
+/// Wake-ups of one object that come together are one.
+const DEBOUNCE: Duration = Duration::from_millis(20);
+/// The next look while something moves, for what only time decides: drains, windows, deadlines.
+const TICK: Duration = Duration::from_secs(2);
+/// The next look after a write that the watch has not confirmed.
+const CONFIRM: Duration = Duration::from_secs(1);
+/// The next look at an object at rest: finds what a missed event hid.
+const REST: Duration = Duration::from_secs(300);
+/// The next look after a bug of ours.
+const AFTER_BUG: Duration = backoff::CAP;
+
+/// What the operator is told at its start.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// The namespaces to watch; empty for all.
+    pub namespaces: Vec<String>,
+    /// The operator's own namespace, where routers and the Lease are.
+    pub namespace: String,
+    /// Selects the pods of the routers.
+    pub router_selector: String,
+    /// Name of the Lease.
+    pub lease: String,
+    /// Unique among the operators that live: the pod's name.
+    pub identity: String,
+    /// The spans of the election.
+    pub timing: lease::Timing,
+    /// What the install adds to workers.
+    pub install: Install,
+}
+
+/// What a reconcile works with.
+struct Context {
+    fleet: Fleet,
+    writer: Writer,
+    leadership: Leadership,
+    install: Install,
+    recorder: Recorder,
+    stores: Stores,
+    deployments: Arc<Mutex<Vec<Store<Guarded>>>>,
+    backoff: Backoff<ObjectRef<Guarded>>,
+    histories: Arc<Mutex<HashMap<String, History>>>,
+    roster: Arc<Notify>,
+}
+
+/// Runs the control plane until `shutdown`; gives the Lease back at its end.
+///
+/// 1. Watches each scope (a namespace, or all of them): ModelDeployments, and what is ours.
+/// 2. Takes part in the election. Leading or not, the stores are kept, so a new leader acts at once.
+/// 3. While leading: reconciles each object that a watch, the control stream or time wakes.
+///
+/// # Guarantees
+/// One object that cannot be read, panics or fails holds up no other. Nothing is written while another leads.
+pub async fn run(client: Client, settings: Settings, fleet: Fleet, shutdown: impl Future<Output = ()>) {
+    let (claim, leadership) = lease::leadership();
+    let candidate = Candidate {
+        leases: Api::namespaced(client.clone(), &settings.namespace),
+        name: settings.lease.clone(),
+        identity: settings.identity.clone(),
+        timing: settings.timing,
+    };
+    let mut tasks = JoinSet::new();
+    let scopes = Scopes::start(&client, &settings, &fleet, &leadership, &mut tasks);
+    tasks.spawn(follow_leadership(leadership, fleet.clone(), scopes.clone()));
+    tasks.spawn(wake_by_fleet(fleet, scopes));
+    lease::elect(&candidate, &claim, shutdown).await;
+    // dropped tasks end at their next await; what they wrote is whole
+    tasks.shutdown().await;
+}
+
+/// What the tasks beside the controllers need of all scopes.
+#[derive(Clone)]
+struct Scopes {
+    /// Namespace (`None`: all) and the way to wake an object in it.
+    wakes: Vec<(Option<String>, Wake)>,
+    deployments: Arc<Mutex<Vec<Store<Guarded>>>>,
+    histories: Arc<Mutex<HashMap<String, History>>>,
+    roster: Arc<Notify>,
+}
+
+impl Scopes {
+    fn start(
+        client: &Client,
+        settings: &Settings,
+        fleet: &Fleet,
+        leadership: &Leadership,
+        tasks: &mut JoinSet<()>,
+    ) -> Self {
+        let mut scopes = Self {
+            wakes: Vec::new(),
+            deployments: Arc::default(),
+            histories: Arc::default(),
+            roster: Arc::new(Notify::new()),
+        };
+        let reporter = Reporter { controller: "modelfleet".to_owned(), instance: Some(settings.identity.clone()) };
+        let recorder = Recorder::new(client.clone(), reporter);
+        let writer = Writer::new(client.clone(), leadership.clone());
+        let namespaces: Vec<Option<String>> = match settings.namespaces.as_slice() {
+            [] => vec![None],
+            some => some.iter().cloned().map(Some).collect(),
+        };
+        let mut all = Vec::new();
+        for namespace in namespaces {
+            let (wake, woken) = mpsc::channel(1024);
+            let stores = Stores::watch(client, namespace.as_deref(), &wake, tasks);
+            scopes.wakes.push((namespace.clone(), wake));
+            all.push(stores.clone());
+            let context = Context {
+                fleet: fleet.clone(),
+                writer: writer.clone(),
+                leadership: leadership.clone(),
+                install: settings.install.clone(),
+                recorder: recorder.clone(),
+                stores,
+                deployments: scopes.deployments.clone(),
+                backoff: Backoff::default(),
+                histories: scopes.histories.clone(),
+                roster: scopes.roster.clone(),
+            };
+            tasks.spawn(control(client.clone(), namespace, woken, Arc::new(context), scopes.clone()));
+        }
+        let roster = Roster::watch(client, settings, fleet, all, &scopes, tasks);
+        tasks.spawn(roster.keep());
+        scopes
+    }
+
+    async fn wake(&self, namespace: &str, name: &str) {
+        let here = |scope: &&(Option<String>, Wake)| scope.0.as_deref().is_none_or(|scope| scope == namespace);
+        if let Some((_, wake)) = self.wakes.iter().find(here) {
+            // Fails only when the controller is gone.
+            let _ = wake.send(ObjectRef::new(name).within(namespace)).await;
+        }
+    }
+
+    async fn wake_all(&self) {
+        for object in self.all() {
+            self.wake(&object.namespace().unwrap_or_default(), &object.name_any()).await;
+        }
+    }
+
+    fn all(&self) -> Vec<Arc<Guarded>> {
+        lock(&self.deployments).iter().flat_map(Store::state).collect()
+    }
+}
+
+/// Reconciles what is woken in one scope.
+async fn control(
+    client: Client,
+    namespace: Option<String>,
+    woken: mpsc::Receiver<ObjectRef<Guarded>>,
+    context: Arc<Context>,
+    scopes: Scopes,
+) {
+    context.stores.ready().await;
+    let api: Api<Guarded> = match &namespace {
+        Some(namespace) => Api::namespaced(client, namespace),
+        None => Api::all(client),
+    };
+    let controller = Controller::new(api, watching())
+        .with_config(controller::Config::default().debounce(DEBOUNCE).concurrency(CONCURRENCY))
+        .reconcile_on(ReceiverStream::new(woken));
+    lock(&context.deployments).push(controller.store());
+    let mut results = std::pin::pin!(controller.run(reconcile, error_policy, context.clone()));
+    while let Some(result) = results.next().await {
+        match result {
+            Ok(_) => {}
+            Err(controller::Error::ObjectNotFound(gone)) => {
+                let (namespace, name) = (gone.namespace.clone().unwrap_or_default(), gone.name.clone());
+                if context.forget(&namespace, &name) {
+                    // a name that it held may be another's now
+                    scopes.wake_all().await;
+                }
+            }
+            Err(controller::Error::ReconcilerFailed(error, object)) => debug!(%object, error = error.chain(), "failed"),
+            Err(error) => warn!(%error, "the watch of ModelDeployments broke and begins anew"),
+        }
+    }
+}
+
+/// Reconciles one ModelDeployment, if this process leads. A panic is an error like others.
+async fn reconcile(object: Arc<Guarded>, context: Arc<Context>) -> Result<Action, Error> {
+    context.roster.notify_one();
+    if context.leadership.term().is_none() {
+        return Ok(Action::await_change());
+    }
+    let pass = AssertUnwindSafe(pass(&object, &context)).catch_unwind().await;
+    let action = pass.unwrap_or_else(|panic| Err(Error::Panic(text(panic.as_ref()))))?;
+    context.backoff.succeeded(&ObjectRef::from_obj(object.as_ref()));
+    Ok(action)
+}
+
+/// One pass: from what there is to what should be.
+///
+/// 1. Observe, and take the spec, or the one that was accepted last if this one is refused.
+/// 2. Decide, and tell routers and workers at once: they need no API server.
+/// 3. Apply the objects, then the readiness gates.
+/// 4. Report, whatever came of the writes.
+async fn pass(object: &Guarded, context: &Context) -> Result<Action, Error> {
+    let (md, unreadable) = readable(object, context);
+    let names = Names::of(&md);
+    if md.metadata.deletion_timestamp.is_some() {
+        context.fleet.remove(names.path());
+        return Ok(Action::await_change());
+    }
+    let seen = observe(&md, &context.stores, &context.fleet);
+    let (md, accepted) = accept(md, unreadable, &names, &seen, context)?;
+    let accepted = match accepted {
+        Ok(accepted) => accepted,
+        Err(refusals) => return refuse(&md, &names, &refusals, context).await,
+    };
+    let now = now();
+    let before = md.status.as_ref().and_then(|status| status.desired_replicas).map(|count| count.max(0).unsigned_abs());
+    let decision = context.with_history(names.path(), |history| {
+        decide(&names, &accepted.model, &context.install, &seen, before, history, now)
+    })?;
+    log(&names, &decision);
+
+    let created = md.metadata.creation_timestamp.as_ref().map(|time| time.0);
+    let told = facts(&names, &accepted.model, accepted.served_names.clone(), created, &decision);
+    context.fleet.publish(names.path(), told);
+
+    let desired = render::objects(&names, &accepted.model, &context.install, &decision);
+    let applied = context.writer.apply(&md, &desired, &seen.owned).await;
+    let gated = open_gates(&decision, context, now).await;
+    let outcome = applied.and_then(|applied| gated.map(|()| applied));
+
+    let status = report(&Case {
+        md: &md,
+        names: &names,
+        model: &accepted.model,
+        refusals: &accepted.refusals,
+        remark: accepted.remark.as_deref(),
+        install: &context.install,
+        seen: &seen,
+        decision: &decision,
+        outcome: outcome.as_ref(),
+        now,
+    });
+    let written = write_status(&md, &status, context).await;
+    next(&decision, outcome?, written?)
+}
+
+/// When to look again, if nothing wakes us before.
+fn next(decision: &Decision, applied: Applied, written: StatusWrite) -> Result<Action, Error> {
+    let moving = decision.step.why != Why::Complete || decision.running.is_none() || decision.scaling.is_some();
+    let pause = if applied.unconfirmed || written == StatusWrite::Postponed {
+        CONFIRM
+    } else if moving {
+        TICK
+    } else {
+        REST + backoff::pause(9, backoff::draw()) / 4
+    };
+    Ok(Action::requeue(pause))
+}
+
+/// What follows an error.
+fn error_policy(object: Arc<Guarded>, error: &Error, context: Arc<Context>) -> Action {
+    let key = ObjectRef::from_obj(object.as_ref());
+    match error.class() {
+        Class::Invalid => Action::await_change(),
+        Class::Transient => {
+            let pause = context.backoff.failed(key.clone());
+            warn!(object = %key, error = error.chain(), ?pause, "tries again");
+            Action::requeue(pause)
+        }
+        Class::Bug => {
+            error!(object = %key, error = error.chain(), "bug");
+            Action::requeue(AFTER_BUG)
+        }
+    }
+}
+
+/// The model that runs.
+struct Accepted {
+    model: ValidModel,
+    served_names: Vec<String>,
+    /// Why the present spec is not the one that runs.
+    refusals: Vec<Refusal>,
+    remark: Option<String>,
+}
+
+/// The object with the status that was written last, and why its spec cannot be read if so.
+fn readable(object: &Guarded, context: &Context) -> (ModelDeployment, Option<Refusal>) {
+    let (mut md, unreadable) = match &object.0 {
+        Ok(md) => (md.clone(), None),
+        Err(invalid) => {
+            let md = ModelDeployment {
+                metadata: invalid.metadata.clone(),
+                spec: ModelDeploymentSpec::default(),
+                status: None,
+            };
+            let refusal = Refusal { reason: Reason::Unparsable, field: "spec".to_owned(), message: invalid.error.clone() };
+            (md, Some(refusal))
+        }
+    };
+    md.status = context.writer.status_of(&md);
+    (md, unreadable)
+}
+
+type Verdict = Result<Accepted, Vec<Refusal>>;
+
+/// Takes the spec; if it is refused the one that was accepted last, so that what runs goes on.
+fn accept(
+    mut md: ModelDeployment,
+    unreadable: Option<Refusal>,
+    names: &Names,
+    seen: &Observed,
+    context: &Context,
+) -> Result<(ModelDeployment, Verdict), Error> {
+    let others = context.readable_deployments();
+    let taken = served::taken(&md, others.iter().map(AsRef::as_ref));
+    let free = |md: &ModelDeployment| {
+        let taken = served::taken(md, others.iter().map(AsRef::as_ref));
+        served::asked(md).into_iter().filter(|name| !taken.iter().any(|one| one.name == *name)).collect()
+    };
+    let refusals = match unreadable {
+        Some(refusal) => vec![refusal],
+        None => match validate(&md, Place::Cluster) {
+            Ok(model) if served::refusals(&md, &taken).is_empty() => {
+                let remark = served::remark(&md, &taken);
+                let accepted = Accepted { model, served_names: free(&md), refusals: Vec::new(), remark };
+                return Ok((md, Ok(accepted)));
+            }
+            Ok(_) => served::refusals(&md, &taken),
+            Err(refusals) => refusals,
+        },
+    };
+    let Some(spec) = read_accepted(names, &seen.owned.config_maps)? else { return Ok((md, Err(refusals))) };
+    md.spec = spec;
+    let served_names = free(&md);
+    let verdict = match validate(&md, Place::Cluster) {
+        Ok(model) => Ok(Accepted { model, served_names, refusals, remark: None }),
+        Err(_) => Err(refusals),
+    };
+    Ok((md, verdict))
+}
+
+/// Shows why a spec of which no version was ever accepted is refused, and waits for a change. What exists stays.
+async fn refuse(
+    md: &ModelDeployment,
+    names: &Names,
+    refusals: &[Refusal],
+    context: &Context,
+) -> Result<Action, Error> {
+    context.fleet.publish(names.path(), nothing(md));
+    let messages: Vec<&str> = refusals.iter().map(|refusal| refusal.message.as_str()).collect();
+    let reason = refusals.first().map_or(Reason::Unparsable, |refusal| refusal.reason);
+    let status = refused(md, reason, &messages.join("; "), now());
+    match write_status(md, &status, context).await? {
+        StatusWrite::Postponed => Ok(Action::requeue(CONFIRM)),
+        StatusWrite::Same | StatusWrite::Written => Ok(Action::await_change()),
+    }
+}
+
+/// A model that exists and answers nothing.
+fn nothing(md: &ModelDeployment) -> ModelFacts {
+    ModelFacts {
+        served_names: Vec::new(),
+        created: md.metadata.creation_timestamp.as_ref().map_or(0, |time| time.0.as_second()),
+        availability: Availability::Off,
+        max_pending: 0,
+        max_wait: Duration::ZERO,
+        max_context_tokens: 0,
+        replicas: Vec::new(),
+    }
+}
+
+/// Opens the gate of each worker that every router knows, and shuts those of replicas that drain.
+async fn open_gates(decision: &Decision, context: &Context, now: Timestamp) -> Result<(), Error> {
+    for replica in decision.replicas.iter().filter(|replica| replica.stands()) {
+        for worker in replica.workers.iter().filter(|worker| !worker.terminating()) {
+            if let Some(gate) = gate(replica, worker, decision, now) {
+                context.writer.write_gate(&worker.pod, &gate).await?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// What the gate of a worker should be; `None`: as it is. Once open it stays so until the replica drains.
+fn gate(replica: &Replica, worker: &Worker, decision: &Decision, now: Timestamp) -> Option<PodCondition> {
+    let target = decision.targets.iter().find(|one| one.revision == replica.revision && one.index == replica.index);
+    let drains = target.is_none_or(|target| target.draining_since.is_some());
+    let routed = worker.view.as_ref().is_some_and(|view| view.routed);
+    let (status, reason) = match (drains, routed) {
+        (true, _) if worker.gated() => ("False", "Draining"),
+        (false, true) => ("True", "Routed"),
+        _ => return None,
+    };
+    Some(PodCondition {
+        type_: ROUTED.to_owned(),
+        status: status.to_owned(),
+        reason: Some(reason.to_owned()),
+        last_transition_time: Some(Time(now)),
+        ..PodCondition::default()
+    })
+}
+
+async fn write_status(
+    md: &ModelDeployment,
+    status: &crds::ModelDeploymentStatus,
+    context: &Context,
+) -> Result<StatusWrite, Error> {
+    let written = context.writer.write_status(md, status).await?;
+    if written == StatusWrite::Written {
+        for note in notes(md.status.as_ref(), status) {
+            publish(md, note, context).await;
+        }
+    }
+    Ok(written)
+}
+
+/// Tells an Event. One that is lost is lost: the condition says the same.
+async fn publish(md: &ModelDeployment, note: Note, context: &Context) {
+    let event = Event {
+        type_: if note.warning { EventType::Warning } else { EventType::Normal },
+        reason: note.reason,
+        note: Some(note.message.chars().take(1000).collect()),
+        action: note.action,
+        secondary: None,
+    };
+    let reference = md.object_ref(&());
+    match tokio::time::timeout(CALL, context.recorder.publish(&event, &reference)).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => warn!(%error, reason = event.reason, "could not publish an Event"),
+        Err(_) => warn!(reason = event.reason, "no answer when publishing an Event"),
+    }
+}
+
+impl Context {
+    fn readable_deployments(&self) -> Vec<Arc<ModelDeployment>> {
+        let all: Vec<Arc<Guarded>> = lock(&self.deployments).iter().flat_map(Store::state).collect();
+        let read = |object: &Arc<Guarded>| object.0.as_ref().ok().map(|md| Arc::new(md.clone()));
+        all.iter().filter_map(read).collect()
+    }
+
+    fn with_history<T>(&self, model: &str, act: impl FnOnce(&mut Option<History>) -> T) -> T {
+        let mut history = lock(&self.histories).remove(model);
+        let result = act(&mut history);
+        if let Some(history) = history {
+            lock(&self.histories).insert(model.to_owned(), history);
+        }
+        result
+    }
+
+    /// Forgets a model that is gone; says whether it was known.
+    fn forget(&self, namespace: &str, name: &str) -> bool {
+        let path = format!("{namespace}/{name}");
+        self.fleet.remove(&path);
+        lock(&self.histories).remove(&path);
+        self.backoff.succeeded(&ObjectRef::new(name).within(namespace));
+        self.roster.notify_one();
+        self.writer.forget(namespace, name)
+    }
+}
+
+/// Speaks to the fleet while this process leads, and looks at every object when it begins to.
+async fn follow_leadership(mut leadership: Leadership, fleet: Fleet, scopes: Scopes) {
+    let mut epoch = None;
+    loop {
+        epoch = leadership.changed_from(epoch).await;
+        match epoch {
+            Some(epoch) => {
+                // what was wanted when another led is not what is wanted now
+                lock(&scopes.histories).clear();
+                fleet.lead(epoch);
+                scopes.roster.notify_one();
+                scopes.wake_all().await;
+            }
+            None => fleet.follow(),
+        }
+    }
+}
+
+/// Wakes the models of which the control stream heard something.
+async fn wake_by_fleet(fleet: Fleet, scopes: Scopes) {
+    let mut changed = std::pin::pin!(fleet.changed());
+    while let Some(model) = changed.next().await {
+        if let Some((namespace, name)) = model.split_once('/') {
+            scopes.wake(namespace, name).await;
+        }
+    }
+}
+
+/// Whose hello counts, and which models there are.
+struct Roster {
+    fleet: Fleet,
+    workers: Vec<Stores>,
+    routers: Store<k8s_openapi::api::core::v1::Pod>,
+    router_events: mpsc::Receiver<ObjectRef<Guarded>>,
+    scopes: Scopes,
+}
+
+impl Roster {
+    fn watch(
+        client: &Client,
+        settings: &Settings,
+        fleet: &Fleet,
+        workers: Vec<Stores>,
+        scopes: &Scopes,
+        tasks: &mut JoinSet<()>,
+    ) -> Self {
+        let (wake, router_events) = mpsc::channel(64);
+        let namespace = Some(settings.namespace.as_str());
+        let routers = observe::watch_pods(client, namespace, &settings.router_selector, &wake, tasks);
+        Self { fleet: fleet.clone(), workers, routers, router_events, scopes: scopes.clone() }
+    }
+
+    /// Tells the fleet at each change, and now and then.
+    async fn keep(mut self) {
+        loop {
+            tokio::select! {
+                () = self.scopes.roster.notified() => {}
+                _ = self.router_events.recv() => {}
+                () = tokio::time::sleep(CONFIRM) => {}
+            }
+            let workers = self.workers.iter().flat_map(Stores::identities);
+            let routers = self.routers.state().into_iter().filter_map(|pod| observe::identity(&pod)).collect::<Vec<_>>();
+            self.fleet.expect(workers.chain(routers));
+            let ready = lock(&self.scopes.deployments).len() == self.scopes.wakes.len();
+            if ready {
+                self.fleet.synced(self.scopes.all().iter().map(|object| path(object)));
+            }
+        }
+    }
+}
+
+fn path(object: &DeserializeGuard<ModelDeployment>) -> String {
+    format!("{}/{}", object.namespace().unwrap_or_default(), object.name_any())
+}
+
+fn log(names: &Names, decision: &Decision) {
+    let step = &decision.step;
+    if let Some(scaling) = decision.scaling.filter(|scaling| scaling.from != scaling.to) {
+        info!(model = names.path(), from = scaling.from, to = scaling.to, why = ?scaling.why, "scaled");
+    }
+    if ![&step.create, &step.drain, &step.take_back, &step.delete].iter().all(|ids| ids.is_empty()) {
+        info!(model = names.path(), %step, wanted = decision.wanted, "changes replicas");
+    }
+}
+
+/// The present in whole seconds, as the API server keeps times.
+fn now() -> Timestamp {
+    let now = Timestamp::now();
+    Timestamp::from_second(now.as_second()).unwrap_or(now)
+}
+
+fn text(panic: &(dyn std::any::Any + Send)) -> String {
+    let message = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+    message.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "without a message".to_owned())
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,295 @@
+//! What should be, from what was asked and what is there: which revision, how many replicas, which of them go.
+//!
+//! Pure but for the scaling history that it is handed. The decisions themselves are the planner's; this file asks it
+//! in order and puts the answers together.
+
+use k8s_openapi::jiff::Timestamp;
+use kube::ResourceExt;
+use planner::{
+    Millis, ModelDescription, NoRoom, Outcome, Plan, autoscale,
+    rollout::{self, ReplicaId, State, Step, Wanted},
+};
+
+use crate::{
+    control::LoadView,
+    error::Error,
+    observe::Observed,
+    render::{Install, Names, Record, Revision, Workload, template},
+    replica::{Replica, replicas},
+    validate::ValidModel,
+};
+
+/// What is known of the wanted revision.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Planning {
+    /// What the model weighs is being read.
+    Describing,
+    /// The describer answered with something else than a description.
+    Unreadable(String),
+    /// It fits.
+    Planned(Plan),
+    /// It does not.
+    NoRoom(NoRoom),
+}
+
+/// A replica that should exist.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Target {
+    /// What it runs.
+    pub revision: Revision,
+    /// Its number within the revision.
+    pub index: u32,
+    /// What it is made of.
+    pub plan: Plan,
+    /// Since when it drains.
+    pub draining_since: Option<Timestamp>,
+}
+
+/// What should be.
+#[derive(Debug, Clone)]
+pub struct Decision {
+    /// The revision that was asked for.
+    pub revision: Revision,
+    /// What is known of it.
+    pub planning: Planning,
+    /// A describer should run.
+    pub describe: bool,
+    /// The records that stay.
+    pub records: Vec<Record>,
+    /// What runs now, on which the decision rests.
+    pub replicas: Vec<Replica>,
+    /// The revision that replicas are made of: the asked one, or the one that runs while that cannot.
+    pub running: Option<Revision>,
+    /// How many replicas are wanted.
+    pub wanted: u32,
+    /// How that number came about, where the operator chooses it.
+    pub scaling: Option<autoscale::Decision>,
+    /// What is done about it now.
+    pub step: Step,
+    /// The replicas that should exist.
+    pub targets: Vec<Target>,
+    /// StatefulSets that stay as they are, because the record they were made from is lost.
+    pub left_alone: Vec<String>,
+}
+
+/// The plan under which a revision makes replicas, and whether an existing replica follows it.
+struct Basis {
+    revision: Revision,
+    plan: Plan,
+}
+
+/// Decides what should be.
+///
+/// 1. The asked revision is the recorded one, or a new record if the describer has answered; until then it is
+///    described.
+/// 2. It is planned. While it cannot be, replicas are made of the revision that runs.
+/// 3. The number is the user's or the autoscaler's; nothing if suspended.
+/// 4. The rollout says which replicas are made, drained, taken back and deleted.
+///
+/// # Errors
+/// If a record in the cluster cannot be read.
+pub fn decide(
+    names: &Names,
+    model: &ValidModel,
+    install: &Install,
+    seen: &Observed,
+    desired_before: Option<u32>,
+    history: &mut Option<autoscale::History>,
+    now: Timestamp,
+) -> Result<Decision, Error> {
+    let revision = Revision::of(model.revision_input.as_bytes());
+    let replicas = replicas(names, seen);
+    let mut records = recorded(names, &replicas, seen)?;
+    let asked = Record::find(names, &revision, &seen.owned.config_maps)?;
+    let (planning, asked) = plan_asked(names, model, install, &revision, asked, seen);
+    if let Some(record) = asked.filter(|record| !records.iter().any(|known| known.revision == record.revision)) {
+        records.push(record);
+    }
+    let basis = basis(&revision, &planning, &replicas);
+    let (wanted, scaling) = wanted(model, seen.fleet.load.as_ref(), desired_before, history, now);
+    let step = basis.as_ref().map(|basis| next_step(model, basis, &replicas, seen, wanted, now)).unwrap_or_default();
+    let targets = targets(&replicas, basis.as_ref(), &step, now);
+    let has_record = |replica: &&Replica| records.iter().any(|record| record.revision == replica.revision);
+    let left_alone = replicas.iter().filter(|replica| replica.set.is_some() && !has_record(replica));
+    Ok(Decision {
+        describe: planning == Planning::Describing && !described_in_vain(names, &revision, seen),
+        left_alone: left_alone.map(|replica| names.replica(&replica.revision, replica.index)).collect(),
+        running: basis.map(|basis| basis.revision),
+        revision,
+        planning,
+        records,
+        replicas,
+        wanted,
+        scaling,
+        step,
+        targets,
+    })
+}
+
+/// The describer ended, and its answer did not reach us: another one asks again.
+fn described_in_vain(names: &Names, revision: &Revision, seen: &Observed) -> bool {
+    let name = names.describe(revision);
+    let job = seen.owned.jobs.iter().find(|job| job.name_any() == name);
+    job.and_then(|job| job.status.as_ref()).is_some_and(|status| status.succeeded.unwrap_or(0) > 0)
+}
+
+/// The records of all revisions that have replicas.
+fn recorded(names: &Names, replicas: &[Replica], seen: &Observed) -> Result<Vec<Record>, Error> {
+    let mut revisions: Vec<&Revision> = replicas.iter().map(|replica| &replica.revision).collect();
+    revisions.dedup();
+    let found = revisions.into_iter().map(|revision| Record::find(names, revision, &seen.owned.config_maps));
+    found.filter_map(Result::transpose).collect()
+}
+
+fn plan_asked(
+    names: &Names,
+    model: &ValidModel,
+    install: &Install,
+    revision: &Revision,
+    recorded: Option<Record>,
+    seen: &Observed,
+) -> (Planning, Option<Record>) {
+    if let Some(record) = recorded {
+        return (planned(planner::plan(&record.description, &model.request(None))), Some(record));
+    }
+    let mut told = seen.fleet.descriptions.iter();
+    let Some(told) = told.find(|description| description.revision == revision.as_str()) else {
+        return (Planning::Describing, None);
+    };
+    let description: ModelDescription = match serde_json::from_slice(&told.json) {
+        Ok(description) => description,
+        Err(error) => return (Planning::Unreadable(error.to_string()), None),
+    };
+    let planning = planned(planner::plan(&description, &model.request(None)));
+    let record = match &planning {
+        Planning::Planned(plan) => {
+            let workload = Workload { names, model, install, revision };
+            let template = template(&workload, &description, plan);
+            Some(Record::new(revision.clone(), description, template))
+        }
+        // Not recorded: a later spec of the same revision (other shards) is planned anew.
+        _ => None,
+    };
+    (planning, record)
+}
+
+fn planned(outcome: Outcome) -> Planning {
+    match outcome {
+        Outcome::Planned(plan) => Planning::Planned(plan),
+        Outcome::NoRoom(why) => Planning::NoRoom(why),
+    }
+}
+
+/// What replicas are made of now: the asked revision if it is planned, else the one with the most ready replicas.
+fn basis(asked: &Revision, planning: &Planning, replicas: &[Replica]) -> Option<Basis> {
+    if let Planning::Planned(plan) = planning {
+        return Some(Basis { revision: asked.clone(), plan: plan.clone() });
+    }
+    let standing = replicas.iter().filter(|replica| replica.stands() && replica.plan.is_some());
+    let best = standing.max_by_key(|replica| {
+        let ready = |one: &&Replica| one.revision == replica.revision && one.ready();
+        (replica.draining_since.is_none(), replicas.iter().filter(ready).count())
+    })?;
+    Some(Basis { revision: best.revision.clone(), plan: best.plan.clone()? })
+}
+
+fn wanted(
+    model: &ValidModel,
+    load: Option<&LoadView>,
+    before: Option<u32>,
+    history: &mut Option<autoscale::History>,
+    now: Timestamp,
+) -> (u32, Option<autoscale::Decision>) {
+    let Some(policy) = &model.autoscaling else {
+        *history = None;
+        return (if model.spec.suspend { 0 } else { model.replicas }, None);
+    };
+    if model.spec.suspend {
+        *history = None;
+        return (0, None);
+    }
+    let (now, current) = (millis(now), before.unwrap_or(model.replicas).clamp(policy.min, policy.max));
+    // The control stream hands out no load that is stale.
+    let load = load.map(|load| autoscale::Load { queued: load.queued, running: load.running, at: now });
+    let history = history.get_or_insert_with(|| autoscale::History::new(current, now));
+    let decision = autoscale::decide(policy, current, load.as_ref(), history, now);
+    (decision.to, Some(decision))
+}
+
+fn next_step(
+    model: &ValidModel,
+    basis: &Basis,
+    replicas: &[Replica],
+    seen: &Observed,
+    replicas_wanted: u32,
+    now: Timestamp,
+) -> Step {
+    let wanted = Wanted {
+        revision: kind(&basis.revision, basis.plan.shards),
+        replicas: replicas_wanted,
+        max_surge: model.max_surge,
+        max_unavailable: model.max_unavailable,
+        drain_timeout: Millis(u64::try_from(model.drain_timeout.as_millis()).unwrap_or(u64::MAX)),
+    };
+    let known: Vec<_> = replicas.iter().filter(|replica| replica.stands()).map(|one| of(one, seen)).collect();
+    rollout::next_step(&wanted, &known, millis(now))
+}
+
+fn of(replica: &Replica, seen: &Observed) -> rollout::Replica {
+    let state = match replica.draining_since {
+        Some(since) => State::Draining { since: millis(since), empty: routers_know(seen) && replica.empty() },
+        None if replica.ready() => State::Ready,
+        None => State::Starting,
+    };
+    rollout::Replica { id: id(replica), state, running: replica.running() }
+}
+
+/// Every live router acts on the newest snapshot, so none sends anything to a replica that drains in it.
+fn routers_know(seen: &Observed) -> bool {
+    seen.fleet.version.is_some() && seen.fleet.routers.iter().all(|router| router.acknowledged == seen.fleet.version)
+}
+
+fn id(replica: &Replica) -> ReplicaId {
+    ReplicaId { revision: kind(&replica.revision, replica.shards()), index: replica.index }
+}
+
+/// What makes two replicas alike for a rollout: what their workers run, and how many there are.
+fn kind(revision: &Revision, shards: u32) -> String {
+    format!("{revision}x{shards}")
+}
+
+/// The replicas that should exist after `step`.
+fn targets(replicas: &[Replica], basis: Option<&Basis>, step: &Step, now: Timestamp) -> Vec<Target> {
+    let mut targets: Vec<Target> = replicas.iter().filter_map(|replica| kept(replica, step, now)).collect();
+    let Some(basis) = basis else { return targets };
+    // An index is free once nothing of the replica that had it is left, its last pod included.
+    let taken = |index: &u32| replicas.iter().any(|one| one.revision == basis.revision && one.index == *index);
+    let free = (0..).filter(|index| !taken(index)).take(step.create.len());
+    targets.extend(free.map(|index| Target {
+        revision: basis.revision.clone(),
+        index,
+        plan: basis.plan.clone(),
+        draining_since: None,
+    }));
+    targets
+}
+
+fn kept(replica: &Replica, step: &Step, now: Timestamp) -> Option<Target> {
+    let id = id(replica);
+    if !replica.stands() || step.delete.contains(&id) {
+        return None;
+    }
+    let draining_since = if step.drain.contains(&id) {
+        Some(now)
+    } else if step.take_back.contains(&id) {
+        None
+    } else {
+        replica.draining_since
+    };
+    let (revision, index) = (replica.revision.clone(), replica.index);
+    Some(Target { revision, index, plan: replica.plan.clone()?, draining_since })
+}
+
+fn millis(time: Timestamp) -> Millis {
+    Millis(u64::try_from(time.as_millisecond()).unwrap_or(0))
+}

@@ -1,0 +1,74 @@
+//! What routers and workers are told of a model: pure, from the decision and what is there.
+
+use std::net::{IpAddr, SocketAddr};
+
+use k8s_openapi::jiff::Timestamp;
+use kube::ResourceExt;
+
+use crate::{
+    control::{Availability, ModelFacts, ReplicaFacts, WorkerFacts},
+    decide::{Decision, Planning},
+    launch::WORKER_PORT,
+    render::Names,
+    replica::{Replica, Worker},
+    validate::ValidModel,
+};
+
+/// The facts of a model whose replicas are to become those of `decision`.
+pub fn facts(
+    names: &Names,
+    model: &ValidModel,
+    served_names: Vec<String>,
+    created: Option<Timestamp>,
+    decision: &Decision,
+) -> ModelFacts {
+    let context = match &decision.planning {
+        Planning::Planned(plan) => plan.max_context_tokens.0,
+        _ => 0,
+    };
+    ModelFacts {
+        served_names,
+        created: created.map_or(0, |time| time.as_second()),
+        availability: availability(model, decision),
+        max_pending: model.max_pending,
+        max_wait: model.max_wait,
+        max_context_tokens: u32::try_from(context).unwrap_or(u32::MAX),
+        replicas: decision.replicas.iter().filter_map(|one| replica(names, one, decision)).collect(),
+    }
+}
+
+fn availability(model: &ValidModel, decision: &Decision) -> Availability {
+    let possible = matches!(decision.planning, Planning::Planned(_) | Planning::Describing);
+    match decision.wanted {
+        0 if model.autoscaling.is_some() && !model.spec.suspend => Availability::Asleep,
+        0 => Availability::Off,
+        // Requests wait for what is about to be there, not for what cannot be.
+        _ if possible || decision.running.is_some() => Availability::Serving,
+        _ => Availability::Off,
+    }
+}
+
+fn replica(names: &Names, replica: &Replica, decision: &Decision) -> Option<ReplicaFacts> {
+    let record = decision.records.iter().find(|record| record.revision == replica.revision)?;
+    let target = decision.targets.iter().find(|one| one.revision == replica.revision && one.index == replica.index);
+    Some(ReplicaFacts {
+        replica: replica.index,
+        revision: replica.revision.to_string(),
+        content_hash: record.description.content_hash.clone(),
+        placement: replica.plan.as_ref()?.placement.clone(),
+        draining: target.is_none_or(|target| target.draining_since.is_some()),
+        workers: replica.workers.iter().filter_map(|one| worker(names, one)).collect(),
+    })
+}
+
+/// A worker, once it has an address.
+fn worker(names: &Names, worker: &Worker) -> Option<WorkerFacts> {
+    let ip: IpAddr = worker.pod.status.as_ref()?.pod_ip.as_ref()?.parse().ok()?;
+    Some(WorkerFacts {
+        id: worker.pod.uid()?,
+        address: SocketAddr::new(ip, WORKER_PORT).to_string(),
+        dns_name: format!("{}:{WORKER_PORT}", names.worker_host(&worker.pod.name_any())),
+        ordinal: worker.ordinal,
+        ready: worker.probed(),
+    })
+}

@@ -1,0 +1,153 @@
+//! What is wrong with the workers, and how far those are that still come up.
+
+use crds::Reason;
+
+use super::Case;
+use crate::{
+    control::{FailureView, ProgressPhase, ProgressView, Role, WorkerPhase},
+    replica::{Replica, Worker},
+};
+
+/// What is wrong, each as a text for people. Replicas that drain have no trouble.
+#[derive(Debug, Default)]
+pub(super) struct Trouble {
+    /// Why the model cannot be described, fetched or loaded.
+    pub(super) model: Option<(Reason, String)>,
+    /// Why a pod has no node.
+    pub(super) unschedulable: Option<String>,
+    /// An image that cannot be pulled, with Kubernetes' reason.
+    pub(super) image: Option<String>,
+    /// A container that ends again and again.
+    pub(super) crash: Option<String>,
+    /// Ordinals of workers that worked before.
+    pub(super) lost: Vec<u32>,
+    /// Pods that are not there yet, or have no node.
+    pub(super) pending: usize,
+    /// Workers whose files are on the way.
+    pub(super) fetching: Share,
+    /// Workers that read their weights.
+    pub(super) loading: Share,
+    /// Workers that wait for the routers only.
+    pub(super) unrouted: usize,
+}
+
+/// How far some workers are, together.
+#[derive(Debug, Default)]
+pub(super) struct Share {
+    /// How many.
+    pub(super) workers: usize,
+    done: u64,
+    total: u64,
+}
+
+impl Share {
+    /// Percent in whole tens: a status that changes each second wakes everybody who watches.
+    pub(super) fn tens(&self) -> u64 {
+        let percent = u128::from(self.done) * 100 / u128::from(self.total.max(1));
+        u64::try_from(percent.min(100)).unwrap_or(100) / 10 * 10
+    }
+
+    fn add(&mut self, progress: Option<ProgressView>) {
+        self.workers += 1;
+        if let Some(progress) = progress {
+            self.done = self.done.saturating_add(progress.done_bytes);
+            self.total = self.total.saturating_add(progress.total_bytes);
+        }
+    }
+}
+
+impl Trouble {
+    pub(super) fn find(case: &Case<'_>) -> Self {
+        let mut trouble = Self { model: describer(case), ..Self::default() };
+        let stays = |one: &&Replica| one.stands() && one.draining_since.is_none();
+        for replica in case.decision.replicas.iter().filter(stays) {
+            trouble.lost.extend(replica.lost());
+            for ordinal in 0..replica.shards() {
+                match replica.worker(ordinal) {
+                    Some(worker) => trouble.add(worker),
+                    None => trouble.pending += 1,
+                }
+            }
+        }
+        for pod in &case.seen.pods {
+            trouble.image = trouble.image.take().or_else(|| image(&Worker::bare(pod)));
+        }
+        trouble.lost.sort_unstable();
+        trouble.lost.dedup();
+        trouble
+    }
+
+    fn add(&mut self, worker: &Worker) {
+        if worker.ready() || worker.terminating() {
+            return;
+        }
+        if let Some(failure) = &worker.failure {
+            self.model.get_or_insert_with(|| of(failure));
+        }
+        if let Some(scheduled) = worker.condition("PodScheduled").filter(|one| one.status == "False") {
+            let message = scheduled.message.clone().unwrap_or_else(|| "no node fits".to_owned());
+            self.unschedulable.get_or_insert(message);
+            return;
+        }
+        if let Some(crash) = crash(worker) {
+            self.crash.get_or_insert(crash);
+        }
+        let progress = worker.view.as_ref().and_then(|view| view.progress);
+        if worker.condition("PodScheduled").is_none() {
+            self.pending += 1;
+        } else if !worker.fetched() {
+            self.fetching.add(worker.fetcher.as_ref().and_then(|fetcher| fetcher.progress));
+        } else if worker.probed() {
+            self.unrouted += 1;
+        } else {
+            let reads = worker.view.as_ref().is_some_and(|view| view.phase == WorkerPhase::Loading);
+            let loading = |progress: &ProgressView| progress.phase == ProgressPhase::Loading;
+            self.loading.add(progress.filter(|progress| reads && loading(progress)));
+        }
+    }
+}
+
+/// What the describer of the asked revision says.
+fn describer(case: &Case<'_>) -> Option<(Reason, String)> {
+    if !matches!(case.decision.planning, crate::decide::Planning::Describing) {
+        return None;
+    }
+    let revision = case.decision.revision.as_str();
+    let mut failures = case.seen.fleet.failures.iter();
+    failures.find(|failure| failure.role == Role::Describe && failure.revision == revision).map(of)
+}
+
+/// A failure that a process reported. Only reasons that we know become reasons of ours.
+fn of(failure: &FailureView) -> (Reason, String) {
+    let known = [
+        Reason::SourceNotFound,
+        Reason::GatedModel,
+        Reason::CredentialsMissing,
+        Reason::ChecksumMismatch,
+        Reason::UnsupportedModel,
+        Reason::InvalidModelFile,
+    ];
+    let other = if failure.role == Role::Describe { Reason::DescribeFailed } else { Reason::FetchFailed };
+    let reason = known.into_iter().find(|reason| reason.to_string() == failure.reason).unwrap_or(other);
+    (reason, failure.message.clone())
+}
+
+fn image(worker: &Worker) -> Option<String> {
+    let reasons = ["ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull"];
+    worker.containers().find_map(|status| {
+        let waiting = status.state.as_ref()?.waiting.as_ref()?;
+        let reason = waiting.reason.as_deref().filter(|reason| reasons.contains(reason))?;
+        Some(format!("{reason} {}", status.image))
+    })
+}
+
+fn crash(worker: &Worker) -> Option<String> {
+    let reasons = ["CrashLoopBackOff", "CreateContainerConfigError", "CreateContainerError", "RunContainerError"];
+    worker.containers().find_map(|status| {
+        let waiting = status.state.as_ref()?.waiting.as_ref()?;
+        let reason = waiting.reason.as_deref().filter(|reason| reasons.contains(reason))?;
+        let last = status.last_state.as_ref().and_then(|state| state.terminated.as_ref());
+        let ended = last.map(|last| format!(", exit code {}", last.exit_code)).unwrap_or_default();
+        Some(format!("{reason}: container {} of worker {}{ended}", status.name, worker.ordinal))
+    })
+}
