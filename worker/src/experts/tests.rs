@@ -1,0 +1,378 @@
+//! Workers with a share of the small model each, over loopback: their tokens are those of one worker alone.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use engine::{
+    Engine as _, Exchange as _, ExpertBatch, Experts, Held, ModelEngine, Request, Sampling,
+};
+use opentelemetry::metrics::MeterProvider as _;
+use tokio::{
+    net::TcpListener,
+    sync::{mpsc, watch},
+    task::JoinHandle,
+};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::service::Routes;
+use tracing::Span;
+use wire::proto::{
+    self, RunCall, RunReply, experts_client::ExpertsClient, experts_server::ExpertsServer,
+    refusal::Reason,
+};
+
+use super::{
+    exchange::{MeshExchange, Own},
+    pool::Pool,
+    service::ExpertsService,
+};
+use crate::{
+    drive::{Driver, Progress, Sequence},
+    mesh::{Mesh, Placement},
+    metrics::Metrics,
+};
+
+const HASH: &str = "the content";
+
+fn metrics() -> Arc<Metrics> {
+    Metrics::new(&opentelemetry::metrics::noop::NoopMeterProvider::new().meter("test"))
+}
+
+fn folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../manifests/models/tiny-r1")
+}
+
+fn load(held: &Held) -> (ModelEngine, Arc<Experts>) {
+    let options = engine::Options {
+        kv_cache_tokens: 4096,
+        max_context_tokens: None,
+        max_sequences: 16,
+        prefill_chunk: 16,
+    };
+    engine::load(&folder(), held, &options, &mut |_, _| {}).unwrap()
+}
+
+/// Experts dealt out to `shards` workers like cards: layers 1 to 3 of 16 experts.
+fn placement(shards: u32) -> Placement {
+    let experts = || {
+        (0..16)
+            .map(|expert| proto::Holders {
+                ordinals: vec![expert % shards],
+            })
+            .collect()
+    };
+    let layers = (1..4)
+        .map(|layer| proto::LayerPlacement {
+            layer,
+            experts: experts(),
+        })
+        .collect();
+    Placement::from(&proto::Placement { shards, layers })
+}
+
+/// A worker that serves its experts, and can run sequences.
+struct Worker {
+    address: String,
+    experts: Arc<Experts>,
+    engine: Option<ModelEngine>,
+    server: JoinHandle<()>,
+}
+
+impl Worker {
+    async fn start(placement: &Placement, ordinal: u32, hash: &str) -> Self {
+        let (engine, experts) = load(&placement.held(ordinal));
+        let (server, address) = serve(&experts, hash, "127.0.0.1:0").await;
+        Self {
+            address,
+            experts,
+            engine: Some(engine),
+            server,
+        }
+    }
+
+    fn driver(
+        &mut self,
+        placement: &Placement,
+        ordinal: u32,
+        mesh: watch::Receiver<Arc<Mesh>>,
+    ) -> Driver {
+        let own = Own {
+            replica: 0,
+            ordinal,
+            content_hash: HASH.into(),
+            hidden: self.experts.hidden(),
+            dtype: self.experts.dtype(),
+        };
+        let _ = placement;
+        Driver::start(
+            self.engine.take().unwrap(),
+            MeshExchange::new(own, mesh, metrics()),
+            metrics(),
+        )
+        .unwrap()
+    }
+}
+
+async fn serve(experts: &Arc<Experts>, hash: &str, at: &str) -> (JoinHandle<()>, String) {
+    let listener = TcpListener::bind(at).await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let pool = Pool::start(experts, 1, metrics()).unwrap();
+    let service = ExpertsServer::new(ExpertsService::new(experts.clone(), pool, hash));
+    let routes = Routes::new(service.max_decoding_message_size(wire::MAX_MESSAGE_BYTES));
+    let server = tokio::spawn(async move {
+        wire::serve(listener, routes, std::future::pending())
+            .await
+            .unwrap()
+    });
+    (server, address)
+}
+
+fn mesh(placement: &Placement, addresses: &[String], sequence: u64) -> Arc<Mesh> {
+    let peer = |(ordinal, address): (u32, &String)| proto::Peer {
+        id: format!("id-{ordinal}"),
+        address: address.clone(),
+        ordinal,
+        loaded: true,
+        running: true,
+        ..proto::Peer::default()
+    };
+    Arc::new(Mesh {
+        version: proto::Version { epoch: 1, sequence },
+        placement: placement.clone(),
+        peers: (0..).zip(addresses).map(peer).collect(),
+        drain: false,
+    })
+}
+
+fn request(prompt: &str, seed: u64, tokens: usize) -> Request {
+    let text = crate::text::Text::load(&folder(), 512).unwrap();
+    Request {
+        prompt: text.encode(prompt, false).unwrap(),
+        max_tokens: tokens,
+        stop_tokens: Vec::new(),
+        sampling: Sampling {
+            temperature: 0.8,
+            seed,
+            ..Sampling::default()
+        },
+        logprobs: Some(2),
+        prompt_logprobs: false,
+    }
+}
+
+fn requests(count: u64, tokens: usize) -> Vec<Request> {
+    (0..count)
+        .map(|seed| {
+            request(
+                &format!("<｜User｜>What is {seed}7 + 85?<｜Assistant｜><think>\n"),
+                seed,
+                tokens,
+            )
+        })
+        .collect()
+}
+
+async fn all(mut sequences: Vec<Sequence>) -> Vec<Vec<Progress>> {
+    let mut answers = Vec::new();
+    for sequence in &mut sequences {
+        let mut answer = Vec::new();
+        while let Some(progress) = sequence.recv().await {
+            answer.push(progress);
+        }
+        answers.push(answer);
+    }
+    answers
+}
+
+/// Tokens and log probabilities of one worker that holds everything.
+async fn alone(requests: Vec<Request>) -> Vec<Vec<Progress>> {
+    let driver = Driver::start(load(&Held::all()).0, engine::NoPeers, metrics()).unwrap();
+    all(driver.submit(requests, Span::none()).await.unwrap()).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn shards_give_the_bits_of_one_worker_alone_and_in_company() {
+    let wanted = alone(requests(4, 12)).await;
+    assert!(wanted.iter().all(|answer| answer.len() == 13), "{wanted:?}");
+    for shards in [2, 4] {
+        let placement = placement(shards);
+        let mut workers = Vec::new();
+        for ordinal in 0..shards {
+            workers.push(Worker::start(&placement, ordinal, HASH).await);
+        }
+        let addresses: Vec<_> = workers
+            .iter()
+            .map(|worker| worker.address.clone())
+            .collect();
+        let (_keep, mesh) = watch::channel(mesh(&placement, &addresses, 1));
+        let driver = workers[0].driver(&placement, 0, mesh.clone());
+        let one = driver.submit(requests(1, 12), Span::none()).await.unwrap();
+        assert_eq!(all(one).await[0], wanted[0], "{shards} shards, alone");
+        let company = driver.submit(requests(4, 12), Span::none()).await.unwrap();
+        assert_eq!(all(company).await, wanted, "{shards} shards, in company");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_holder_that_is_killed_and_comes_back_elsewhere_changes_no_token() {
+    let wanted = alone(requests(2, 40)).await;
+    let placement = placement(2);
+    let mut workers = [
+        Worker::start(&placement, 0, HASH).await,
+        Worker::start(&placement, 1, HASH).await,
+    ];
+    let addresses = workers.each_ref().map(|worker| worker.address.clone());
+    let (meshes, receiver) = watch::channel(mesh(&placement, &addresses, 1));
+    let driver = workers[0].driver(&placement, 0, receiver);
+    let mut sequences = driver.submit(requests(2, 40), Span::none()).await.unwrap();
+    let mut first = Vec::new();
+    for _ in 0..5 {
+        first.push(sequences[0].recv().await.unwrap());
+    }
+    workers[1].server.abort();
+    // it waits: nothing but what was on its way arrives while the holder is away
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert!(sequences[0].len() < 35, "the killing bit");
+
+    let (_server, address) = serve(&workers[1].experts, HASH, "127.0.0.1:0").await;
+    meshes.send_replace(mesh(&placement, &[addresses[0].clone(), address], 2));
+    let mut answers = all(sequences).await;
+    first.append(&mut answers[0]);
+    answers[0] = first;
+    assert_eq!(answers, wanted);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_for_a_holder_of_other_files_stay_missing() {
+    let placement = placement(2);
+    let worker = Worker::start(&placement, 1, "other content").await;
+    let (_keep, receiver) = watch::channel(mesh(
+        &placement,
+        &[String::from("127.0.0.1:1"), worker.address],
+        1,
+    ));
+    let own = Own {
+        replica: 0,
+        ordinal: 0,
+        content_hash: HASH.into(),
+        hidden: 256,
+        dtype: engine::WireDtype::Bf16,
+    };
+    let mut exchange = MeshExchange::new(own, receiver, metrics());
+    exchange.begin_step(Span::none());
+    let rows = [0; 512];
+    let batch = ExpertBatch {
+        layer: 1,
+        rows: &rows,
+        pair_rows: &[0, 0],
+        pair_experts: &[1, 3],
+    };
+    for _ in 0..3 {
+        exchange.changed().await;
+        let ticket = exchange.send(&batch);
+        let replies = exchange.join(ticket).await;
+        assert_eq!((replies.missing, replies.rows.len()), (vec![0, 1], 1024));
+        if exchange.end_step().is_some() {
+            return;
+        }
+    }
+    panic!("missing rows were not noticed");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn calls_that_cannot_be_computed_are_refused_each_with_its_reason() {
+    let placement = placement(2);
+    let worker = Worker::start(&placement, 1, HASH).await;
+    let mut client = ExpertsClient::new(wire::connect(&worker.address));
+    let (calls, receiver) = mpsc::channel(16);
+    let mut replies = client
+        .run(ReceiverStream::new(receiver))
+        .await
+        .unwrap()
+        .into_inner();
+    let good = RunCall {
+        sequence: 1,
+        layer: 1,
+        content_hash: HASH.into(),
+        dtype: proto::Dtype::Bf16.into(),
+        rows: vec![0; 512].into(),
+        pair_rows: vec![0],
+        pair_experts: vec![1],
+        ..RunCall::default()
+    };
+    let table = [
+        (good.clone(), None),
+        (
+            RunCall {
+                content_hash: "x".into(),
+                ..good.clone()
+            },
+            Some(Reason::OtherContent),
+        ),
+        (
+            RunCall {
+                dtype: proto::Dtype::F32.into(),
+                ..good.clone()
+            },
+            Some(Reason::Malformed),
+        ),
+        (
+            RunCall {
+                rows: vec![0; 511].into(),
+                ..good.clone()
+            },
+            Some(Reason::Malformed),
+        ),
+        (
+            RunCall {
+                pair_rows: vec![1],
+                ..good.clone()
+            },
+            Some(Reason::Malformed),
+        ),
+        (
+            RunCall {
+                pair_rows: vec![0, 0],
+                ..good.clone()
+            },
+            Some(Reason::Malformed),
+        ),
+        (
+            RunCall {
+                pair_rows: vec![0; 200_000],
+                pair_experts: vec![1; 200_000],
+                ..good.clone()
+            },
+            Some(Reason::Malformed),
+        ),
+        (
+            RunCall {
+                pair_experts: vec![2],
+                ..good.clone()
+            },
+            Some(Reason::NotHeld),
+        ),
+        (
+            RunCall {
+                layer: 99,
+                ..good.clone()
+            },
+            Some(Reason::NotHeld),
+        ),
+        (
+            RunCall {
+                pair_experts: vec![u32::MAX],
+                ..good.clone()
+            },
+            Some(Reason::NotHeld),
+        ),
+    ];
+    for (call, wanted) in table {
+        calls.send(call).await.unwrap();
+        let reply: RunReply = replies.message().await.unwrap().unwrap();
+        assert_eq!(reply.refusal.map(|refusal| refusal.reason()), wanted);
+        assert_eq!(reply.rows.len(), if wanted.is_none() { 512 } else { 0 });
+    }
+}

@@ -1,0 +1,377 @@
+//! A worker that serves: loads its share of a model, answers routers and peers, and drains when told to.
+//!
+//! [`generate`] is the service for routers, [`crate::experts::service`] the one for peers; [`control`] speaks with the
+//! operator, [`state`] is what they all share.
+
+use std::{
+    io,
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use engine::{Engine as _, ModelEngine};
+use prometheus::Registry;
+use tokio::{
+    net::TcpListener,
+    sync::{mpsc, watch},
+};
+use tonic::service::Routes;
+use tracing::{info, warn};
+use wire::proto::{
+    Failure, Progress, Report, experts_server::ExpertsServer, progress, report,
+    worker_server::WorkerServer,
+};
+
+use crate::{
+    drive::Driver,
+    experts::{
+        exchange::{MeshExchange, Own},
+        pool::Pool,
+        service::ExpertsService,
+    },
+    fetch::record,
+    mesh::{Mesh, PlacementError},
+    metrics::{Metrics, Weights},
+    prepare::{self, Model},
+};
+
+pub mod control;
+pub mod generate;
+pub mod state;
+
+use generate::GenerateService;
+use state::State;
+
+/// Prompt tokens in one step: other sequences get a token at least this often while a long prompt is read.
+const PREFILL_CHUNK: usize = 256;
+/// Requests that wait in a worker for each that may run; routers hold the long queue.
+const WAITING_PER_RUNNING: usize = 4;
+/// How long a failing worker stays, so that the operator hears why.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+
+/// What a worker is told to serve.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// NAMESPACE/NAME.
+    pub model: String,
+    /// The model's files.
+    pub model_dir: PathBuf,
+    /// Name of what runs, for the operator.
+    pub revision: String,
+    /// Of the model files.
+    pub content_hash: String,
+    /// Index of the replica.
+    pub replica: u32,
+    /// Index in the replica.
+    pub ordinal: u32,
+    /// The placement file.
+    pub placement: PathBuf,
+    /// Tokens of KV cache.
+    pub kv_cache_tokens: usize,
+    /// `None`: the model's.
+    pub max_context_tokens: Option<usize>,
+    /// Sequences that run at once.
+    pub max_sequences: usize,
+    /// Where routers and peers reach this worker.
+    pub advertise: String,
+    /// Control streams are held to all of them.
+    pub operators: Vec<String>,
+    /// The pod's UID, or the local token.
+    pub id: String,
+    /// How long requests may go on after the shutdown.
+    pub drain_timeout: Duration,
+}
+
+/// Why a worker does not serve.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The placement file.
+    #[error("cannot use the placement")]
+    Placement(#[from] PlacementError),
+    /// What `fetch` wrote beside the model's files.
+    #[error("cannot use the model's files")]
+    Files(#[from] record::Error),
+    /// The weights.
+    #[error("cannot load the weights")]
+    Weights(#[from] engine::Error),
+    /// Tokenizer, template, defaults.
+    #[error("cannot load tokenizer and template")]
+    Model(#[from] prepare::LoadError),
+    /// The system has no more threads, or a socket failed.
+    #[error("the system refused a thread or a socket")]
+    System(#[from] io::Error),
+    /// The engine's thread ended by a fault; the log says which.
+    #[error("the engine has ended")]
+    Engine,
+}
+
+impl Error {
+    /// The stable reason for the operator.
+    fn reason(&self) -> &'static str {
+        match self {
+            Self::Placement(_) | Self::System(_) | Self::Engine => "WorkerFailed",
+            Self::Files(record::Error::OtherContent { .. }) => "ChecksumMismatch",
+            Self::Files(_) => "SourceNotFound",
+            Self::Weights(engine::Error::File { .. } | engine::Error::Tensor { .. })
+            | Self::Model(_) => "InvalidModelFile",
+            Self::Weights(_) => "UnsupportedModel",
+        }
+    }
+}
+
+/// The sockets of a worker, bound by its caller.
+pub struct Listeners {
+    /// For routers and peers.
+    pub grpc: TcpListener,
+    /// For probes and metrics.
+    pub admin: TcpListener,
+}
+
+/// How a worker is told to end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Shutdown {
+    /// Requests may finish, and peers get their experts, up to the drain timeout.
+    Drain,
+    /// The parent is gone: all of that within this time.
+    Within(Duration),
+}
+
+/// Serves until `shutdown`, then drains.
+///
+/// 1. Health and metrics are there at once; ready means that this worker's experts are in memory.
+/// 2. Reports to the operators from the beginning; works without any.
+/// 3. On shutdown: refuses new requests, lets running ones finish, serves experts until no peer runs any.
+///
+/// # Errors
+/// What kept it from serving, told to the operators before; or that the engine ended by a fault.
+pub async fn serve(
+    options: Options,
+    listeners: Listeners,
+    registry: Registry,
+    metrics: Arc<Metrics>,
+    shutdown: impl Future<Output = Shutdown>,
+) -> Result<(), Error> {
+    let mesh = Mesh::from_file(&options.placement)?;
+    let state = State::new(mesh, &options);
+    let (reports, receiver) = mpsc::channel(256);
+    tokio::spawn(control::follow(
+        control::stream(&options, receiver),
+        state.clone(),
+        reports.clone(),
+    ));
+    let ready = state.clone();
+    let admin = wire::admin::Admin {
+        ready: move || ready.ready(),
+        registry,
+    };
+    tokio::spawn(wire::admin::serve(
+        listeners.admin,
+        admin,
+        std::future::pending(),
+    ));
+
+    let served = run(
+        &options,
+        listeners.grpc,
+        &state,
+        metrics,
+        &reports,
+        shutdown,
+    )
+    .await;
+    if let Err(error) = &served {
+        let failure = Failure {
+            reason: error.reason().to_owned(),
+            message: chain(error),
+        };
+        let _ = reports
+            .send(Report {
+                report: Some(report::Report::Failure(failure)),
+            })
+            .await; // best effort
+        tokio::time::sleep(LAST_WORDS).await;
+    }
+    served
+}
+
+async fn run(
+    options: &Options,
+    listener: TcpListener,
+    state: &Arc<State>,
+    metrics: Arc<Metrics>,
+    reports: &mpsc::Sender<Report>,
+    shutdown: impl Future<Output = Shutdown>,
+) -> Result<(), Error> {
+    let mut shutdown = std::pin::pin!(shutdown);
+    let loaded = tokio::select! {
+        loaded = load(options, state, reports) => loaded?,
+        _ = &mut shutdown => return Ok(()), // nothing to drain
+    };
+    metrics.weights(&loaded.weights);
+    let own = Own {
+        replica: options.replica,
+        ordinal: options.ordinal,
+        content_hash: options.content_hash.clone(),
+        hidden: loaded.experts.hidden(),
+        dtype: loaded.experts.dtype(),
+    };
+    let exchange = MeshExchange::new(own, state.mesh(), metrics.clone());
+    let driver = Driver::start(loaded.engine, exchange, metrics.clone())?;
+    let threads = std::thread::available_parallelism()
+        .map_or(1, usize::from)
+        .min(4);
+    let pool = Pool::start(&loaded.experts, threads, metrics.clone())?;
+    let experts = ExpertsService::new(loaded.experts, pool, &options.content_hash);
+    let service = GenerateService::new(loaded.model, driver.clone(), state.clone(), metrics);
+    let routes = routes(service, experts).await;
+    state.serving(driver.clone(), loaded.weights);
+    info!(
+        model = options.model,
+        replica = options.replica,
+        ordinal = options.ordinal,
+        "serving"
+    );
+
+    let (stop, mut stopped) = watch::channel(None);
+    let closing = async move {
+        let _ = stopped.wait_for(Option::is_some).await;
+    };
+    let server = tokio::spawn(wire::serve(listener, routes, closing));
+    let ended = tokio::select! {
+        how = shutdown => { drain(state, options.drain_timeout, how).await; Ok(()) }
+        () = driver.ended() => Err(Error::Engine),
+    };
+    stop.send_replace(Some(()));
+    let grace = if ended.is_ok() {
+        wire::connections::GRACE
+    } else {
+        Duration::ZERO
+    };
+    let _ = tokio::time::timeout(grace, server).await; // what is open then is closed with the process
+    ended
+}
+
+/// The services of a worker: requests, experts, health.
+pub async fn routes(generate: GenerateService, experts: ExpertsService) -> Routes {
+    let limit = wire::MAX_MESSAGE_BYTES;
+    let (health, health_service) = tonic_health::server::health_reporter();
+    let worker = WorkerServer::new(generate)
+        .max_decoding_message_size(limit)
+        .max_encoding_message_size(limit);
+    let experts = ExpertsServer::new(experts)
+        .max_decoding_message_size(limit)
+        .max_encoding_message_size(limit);
+    health.set_serving::<WorkerServer<GenerateService>>().await;
+    health.set_serving::<ExpertsServer<ExpertsService>>().await;
+    Routes::new(health_service)
+        .add_service(worker)
+        .add_service(experts)
+}
+
+struct Loaded {
+    engine: ModelEngine,
+    experts: Arc<engine::Experts>,
+    model: Model,
+    weights: Weights,
+}
+
+/// Loads on a thread that may block, and tells the operators how far it is.
+async fn load(
+    options: &Options,
+    state: &Arc<State>,
+    reports: &mpsc::Sender<Report>,
+) -> Result<Loaded, Error> {
+    let (options, reports) = (options.clone(), reports.clone());
+    let placement = state.mesh().borrow().placement.clone();
+    let loading = tokio::task::spawn_blocking(move || {
+        record::check(&options.model_dir, &options.content_hash)?;
+        let held = placement.held(options.ordinal);
+        let engine_options = engine::Options {
+            kv_cache_tokens: options.kv_cache_tokens,
+            max_context_tokens: options.max_context_tokens,
+            max_sequences: options.max_sequences,
+            prefill_chunk: PREFILL_CHUNK,
+        };
+        let mut told = Instant::now();
+        let mut total_bytes = 0;
+        let mut progress = |done, total| {
+            total_bytes = total;
+            if told.elapsed() >= Duration::from_millis(500) {
+                told = Instant::now();
+                let _ = reports.try_send(loading_report(done, total)); // the next one says more
+            }
+        };
+        let (engine, experts) =
+            engine::load(&options.model_dir, &held, &engine_options, &mut progress)?;
+        let limits = engine.limits();
+        let model = Model::load(&options.model_dir, limits)?;
+        let weights = Weights {
+            dense_bytes: total_bytes.saturating_sub(experts.bytes()),
+            expert_bytes: experts.bytes(),
+            experts: placement.count(options.ordinal) as u64,
+        };
+        Ok(Loaded {
+            engine,
+            experts,
+            model,
+            weights,
+        })
+    });
+    loading.await.unwrap_or_else(|panic| {
+        warn!(%panic, "loading the model panicked");
+        Err(Error::Engine)
+    })
+}
+
+fn loading_report(done_bytes: u64, total_bytes: u64) -> Report {
+    let progress = Progress {
+        phase: progress::Phase::Loading.into(),
+        done_bytes,
+        total_bytes,
+    };
+    Report {
+        report: Some(report::Report::Progress(progress)),
+    }
+}
+
+/// 1. No new requests from here on. 2. Running ones finish, or are cut when the time is over. 3. Experts are served
+/// until no peer of the mesh runs, or the time is over.
+async fn drain(state: &State, timeout: Duration, how: Shutdown) {
+    let timeout = match how {
+        Shutdown::Drain => timeout,
+        Shutdown::Within(within) => within.mul_f64(0.7), // the rest is for closing connections
+    };
+    let deadline = tokio::time::Instant::now() + timeout;
+    state.drain();
+    info!(seconds = timeout.as_secs(), "draining");
+    if tokio::time::timeout_at(deadline, state.finished())
+        .await
+        .is_err()
+    {
+        warn!("cut requests that did not finish in time");
+        state.cut();
+        return;
+    }
+    if how == Shutdown::Drain
+        && tokio::time::timeout_at(deadline, state.alone())
+            .await
+            .is_err()
+    {
+        info!("peers may still need experts of this worker; the time is over");
+    }
+}
+
+/// An error with its sources, for a person.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,113 @@
+//! The worker's end of the control stream: snapshots in, state and load out.
+
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use futures::{Stream, StreamExt as _};
+use sha2::{Digest as _, Sha256};
+use tokio::sync::mpsc;
+use tracing::info;
+use wire::proto::{Acknowledgement, Hello, Instruction, Report, hello::Role, instruction, report};
+
+use super::{Options, state::State};
+
+const LOAD_EVERY: Duration = Duration::from_secs(1);
+/// How soon a change of state is told that no snapshot brought.
+const STATE_EVERY: Duration = Duration::from_millis(100);
+
+/// Opens control streams to all operators of `options`.
+pub fn stream(
+    options: &Options,
+    reports: mpsc::Receiver<Report>,
+) -> impl Stream<Item = Instruction> + Send + Unpin + use<> {
+    let hello = Hello {
+        role: Role::Worker.into(),
+        id: options.id.clone(),
+        process: process(),
+        model: options.model.clone(),
+        revision: options.revision.clone(),
+        replica: options.replica,
+        ordinal: options.ordinal,
+        address: options.advertise.clone(),
+        content_hash: options.content_hash.clone(),
+        ..Hello::default()
+    };
+    wire::fleet::watch(options.operators.clone(), move || hello.clone(), reports)
+}
+
+/// Acts on instructions and reports, until the streams end.
+pub async fn follow(
+    mut instructions: impl Stream<Item = Instruction> + Send + Unpin,
+    state: Arc<State>,
+    reports: mpsc::Sender<Report>,
+) {
+    let mut loads = tokio::time::interval(LOAD_EVERY);
+    let mut states = tokio::time::interval(STATE_EVERY);
+    let mut told = None;
+    loop {
+        let report = tokio::select! {
+            instruction = instructions.next() => match instruction {
+                Some(instruction) => act(instruction, &state),
+                None => return,
+            },
+            _ = loads.tick() => state.load().map(report::Report::WorkerLoad),
+            _ = states.tick() => None,
+        };
+        let now = state.report();
+        let changed = (told.as_ref() != Some(&now)).then(|| {
+            told = Some(now.clone());
+            report::Report::WorkerState(now)
+        });
+        for report in report.into_iter().chain(changed) {
+            if reports
+                .send(Report {
+                    report: Some(report),
+                })
+                .await
+                .is_err()
+            {
+                return;
+            }
+        }
+    }
+}
+
+fn act(instruction: Instruction, state: &State) -> Option<report::Report> {
+    // the others are for routers
+    let Some(instruction::Instruction::Mesh(snapshot)) = instruction.instruction else {
+        return None;
+    };
+    if snapshot.model != state.model {
+        return None;
+    }
+    let model = snapshot.model.clone();
+    let version = state.snapshot(snapshot)?;
+    info!(
+        epoch = version.epoch,
+        sequence = version.sequence,
+        "new mesh"
+    );
+    Some(report::Report::Acknowledgement(Acknowledgement {
+        model,
+        version: Some(version),
+    }))
+}
+
+/// A name for this start of this process, which no other one has.
+pub fn process() -> String {
+    let nanos = SystemTime::UNIX_EPOCH
+        .elapsed()
+        .unwrap_or_default()
+        .as_nanos();
+    let mut hash = Sha256::new();
+    hash.update(nanos.to_le_bytes());
+    hash.update(std::process::id().to_le_bytes());
+    hash.update(std::env::var("HOSTNAME").unwrap_or_default());
+    hash.finalize()
+        .iter()
+        .take(8)
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
+}

@@ -1,0 +1,195 @@
+//! What a worker is doing: shared by its services, the control stream and the drain.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use wire::proto::{Version, WorkerLoad, WorkerState, worker_state::Phase};
+
+use super::Options;
+use crate::{drive::Driver, mesh::Mesh, metrics::Weights};
+
+/// The state of one worker.
+pub struct State {
+    /// The pod's UID, or the local token.
+    pub id: String,
+    /// NAMESPACE/NAME.
+    pub model: String,
+    /// Of the model files.
+    pub content_hash: String,
+    ordinal: u32,
+    mesh: watch::Sender<Arc<Mesh>>,
+    /// The placement whose experts are loaded, and its version.
+    loaded: Mesh,
+    stage: watch::Sender<Stage>,
+    serving: Mutex<Option<(Driver, Weights)>>,
+    requests: Arc<Semaphore>,
+    most_requests: u32,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Stage {
+    Loading,
+    Serving,
+    Draining,
+    /// Requests that still run are ended.
+    Cut,
+}
+
+/// Why a request is not taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refused {
+    /// The worker goes away.
+    Draining,
+    /// Too many wait here.
+    Full,
+}
+
+impl State {
+    /// The state of a worker that has yet to load the experts of `mesh`.
+    pub fn new(mesh: Mesh, options: &Options) -> Arc<Self> {
+        let most = options
+            .max_sequences
+            .saturating_mul(1 + super::WAITING_PER_RUNNING)
+            .clamp(1, 1 << 16);
+        Arc::new(Self {
+            id: options.id.clone(),
+            model: options.model.clone(),
+            content_hash: options.content_hash.clone(),
+            ordinal: options.ordinal,
+            loaded: mesh.clone(),
+            mesh: watch::Sender::new(Arc::new(mesh)),
+            stage: watch::Sender::new(Stage::Loading),
+            serving: Mutex::default(),
+            requests: Arc::new(Semaphore::new(most)),
+            most_requests: u32::try_from(most).unwrap_or(u32::MAX),
+        })
+    }
+
+    /// The newest mesh, and every newer one.
+    pub fn mesh(&self) -> watch::Receiver<Arc<Mesh>> {
+        self.mesh.subscribe()
+    }
+
+    /// Takes a snapshot, unless a newer one is known. Returns its version if it counts.
+    pub fn snapshot(&self, snapshot: wire::proto::MeshSnapshot) -> Option<Version> {
+        let known = self.mesh.borrow().clone();
+        let mesh = Mesh::from_snapshot(snapshot, &known);
+        let first = known.peers.is_empty();
+        if !first && !mesh.is_newer_than(&known) {
+            return None;
+        }
+        let version = mesh.version;
+        self.mesh.send_replace(Arc::new(mesh));
+        Some(version)
+    }
+
+    /// The experts are in memory: requests are taken from here on.
+    pub fn serving(&self, driver: Driver, weights: Weights) {
+        *self.serving.lock().unwrap_or_else(PoisonError::into_inner) = Some((driver, weights));
+        self.stage.send_if_modified(|stage| {
+            let loading = *stage == Stage::Loading;
+            if loading {
+                *stage = Stage::Serving;
+            }
+            loading
+        });
+    }
+
+    /// No new requests from here on.
+    pub fn drain(&self) {
+        self.stage.send_replace(Stage::Draining);
+    }
+
+    /// Ends requests that still run.
+    pub fn cut(&self) {
+        self.stage.send_replace(Stage::Cut);
+    }
+
+    /// Waits until running requests are to be ended.
+    pub async fn is_cut(&self) {
+        let mut stage = self.stage.subscribe();
+        let _ = stage.wait_for(|&stage| stage == Stage::Cut).await; // the sender lives as long as we do
+    }
+
+    /// A place for one request, free again when it is dropped.
+    ///
+    /// # Errors
+    /// If the worker drains, its replica goes away, or too many requests are here.
+    pub fn admit(&self) -> Result<OwnedSemaphorePermit, Refused> {
+        if *self.stage.borrow() != Stage::Serving || self.mesh.borrow().drain {
+            return Err(Refused::Draining);
+        }
+        self.requests
+            .clone()
+            .try_acquire_owned()
+            .map_err(|_| Refused::Full)
+    }
+
+    /// Requests that are here.
+    pub fn running(&self) -> usize {
+        self.most_requests as usize - self.requests.available_permits()
+    }
+
+    /// Waits until no request is here.
+    pub async fn finished(&self) {
+        let all = self.requests.acquire_many(self.most_requests).await;
+        drop(all); // the semaphore is never closed
+    }
+
+    /// Waits until no other worker of the mesh may need experts from here.
+    pub async fn alone(&self) {
+        let mut mesh = self.mesh.subscribe();
+        let _ = mesh.wait_for(|mesh| !mesh.others_run(&self.id)).await; // the sender lives as long as we do
+    }
+
+    /// Whether the experts are in memory and requests are taken.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn ready(&self) -> Result<(), String> {
+        match *self.stage.borrow() {
+            Stage::Loading => Err("reading weights".into()),
+            Stage::Serving => Ok(()),
+            Stage::Draining | Stage::Cut => Err("draining".into()),
+        }
+    }
+
+    /// What the operator is told about this worker.
+    pub fn report(&self) -> WorkerState {
+        let mesh = self.mesh.borrow().clone();
+        let idle = self.running() == 0 && !mesh.others_run(&self.id);
+        let phase = match *self.stage.borrow() {
+            Stage::Loading => Phase::Loading,
+            Stage::Serving if !mesh.drain => Phase::Serving,
+            _ if idle => Phase::Drained,
+            _ => Phase::Draining,
+        };
+        let same = mesh
+            .placement
+            .same_for(&self.loaded.placement, self.ordinal);
+        let placement = if same {
+            mesh.version
+        } else {
+            self.loaded.version
+        };
+        WorkerState {
+            phase: phase.into(),
+            placement: Some(placement),
+        }
+    }
+
+    /// What the operator is told every second, once the experts are in memory.
+    pub fn load(&self) -> Option<WorkerLoad> {
+        let serving = self.serving.lock().unwrap_or_else(PoisonError::into_inner);
+        let (driver, weights) = serving.as_ref()?;
+        let load = driver.load();
+        Some(WorkerLoad {
+            waiting: load.waiting as u64,
+            running: load.running as u64,
+            kv_tokens_used: load.kv_tokens_used as u64,
+            kv_tokens_total: load.kv_tokens_total as u64,
+            dense_bytes: weights.dense_bytes,
+            expert_bytes: weights.expert_bytes,
+        })
+    }
+}
