@@ -37,7 +37,7 @@ pub struct Load {
 /// What is remembered from call to call: the numbers that were wanted within the window, and when work was last seen.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct History {
-    /// Falling numbers at rising times: a later, larger one makes the earlier ones useless.
+    /// Falling numbers, each with the last moment at which it was wanted: a larger one makes earlier ones useless.
     wanted: VecDeque<(Millis, u32)>,
     busy: Millis,
 }
@@ -101,11 +101,11 @@ impl History {
             self.wanted.pop_back();
         }
         self.wanted.push_back((now, wanted));
-        // One entry from before the window stays as long as the next one is younger than the window.
-        while self
-            .wanted
-            .get(1)
-            .is_some_and(|(at, _)| now.since(*at) >= window)
+        while self.wanted.len() > 1
+            && self
+                .wanted
+                .front()
+                .is_some_and(|(at, _)| now.since(*at) >= window)
         {
             self.wanted.pop_front();
         }
