@@ -152,3 +152,78 @@ impl Repeated {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::pin::pin;
+    use std::task::{Context, Poll, Waker};
+
+    use super::*;
+    use crate::engine::Sampling;
+    use crate::exchange::NoPeers;
+
+    fn step(echo: &mut Echo) -> Vec<Event> {
+        let mut peers = NoPeers;
+        let step = pin!(echo.step(&mut peers));
+        match step.poll(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(events) => events.unwrap(),
+            Poll::Pending => panic!("echo waits for nobody"),
+        }
+    }
+
+    fn request(prompt: &[u32], max_tokens: usize) -> Request {
+        Request {
+            prompt: prompt.to_vec(),
+            max_tokens,
+            stop_tokens: vec![9],
+            sampling: Sampling::default(),
+            logprobs: None,
+            prompt_logprobs: false,
+        }
+    }
+
+    /// All tokens drawn and why the last sequence ended.
+    fn drain(echo: &mut Echo) -> (Vec<u32>, Option<Finish>) {
+        let (mut tokens, mut finish) = (Vec::new(), None);
+        while !echo.is_idle() {
+            for event in step(echo) {
+                match event {
+                    Event::Token { token, .. } => tokens.push(token),
+                    Event::Finished { reason, .. } => finish = Some(reason),
+                    Event::Prompt { .. } | Event::Failed { .. } => {}
+                }
+            }
+        }
+        (tokens, finish)
+    }
+
+    #[test]
+    fn the_prompt_comes_back_round_and_round() {
+        let mut echo = Echo::default();
+        echo.submit(request(&[3, 4], 5)).unwrap();
+        assert_eq!(
+            drain(&mut echo),
+            (vec![3, 4, 3, 4, 3], Some(Finish::Length))
+        );
+        echo.submit(request(&[3, 9], 5)).unwrap();
+        assert_eq!(drain(&mut echo), (vec![3, 9], Some(Finish::Stop)));
+    }
+
+    #[test]
+    fn slots_bound_what_runs_and_cancelling_frees_one() {
+        let mut echo = Echo::new(
+            Limits {
+                max_context_tokens: 10,
+                vocab_size: 10,
+            },
+            1,
+        );
+        let first = echo.submit(request(&[1], 5)).unwrap();
+        echo.submit(request(&[2], 5)).unwrap();
+        assert_eq!((echo.load().running, echo.load().waiting), (1, 1));
+        assert_eq!(step(&mut echo).len(), 1);
+        echo.cancel(first);
+        assert_eq!(drain(&mut echo).0, [2; 5]);
+        assert!(echo.submit(request(&[1], 10)).is_err());
+    }
+}

@@ -2,8 +2,6 @@
 
 use std::io;
 
-use candle_core::DType;
-
 /// An error of loading or running a model.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -55,12 +53,12 @@ pub enum Error {
         /// What would be accepted.
         accepted: String,
     },
-    /// The tensor library failed.
-    #[error("tensor of type {dtype:?}")]
-    Candle {
-        /// The type that was to be stored or read.
-        dtype: DType,
-        /// What it said.
+    /// The tensor library could not keep a tensor.
+    #[error("keeping tensor {tensor}")]
+    Keep {
+        /// Its name.
+        tensor: String,
+        /// What the library said.
         source: Box<candle_core::Error>,
     },
     /// The model answered something that is not a number, so no token can be drawn.
@@ -71,6 +69,9 @@ pub enum Error {
         /// How many of the logits are NaN.
         count: usize,
     },
+    /// This worker's own experts refused a batch that was made for them.
+    #[error("computing experts held here")]
+    Experts(#[source] ExpertsError),
     /// An exchange answered with bytes that do not fit the batch it was given.
     #[error("expert replies of layer {layer} have {got} bytes; {want} were asked for")]
     Replies {

@@ -4,6 +4,8 @@
 
 use std::future::{Future, ready};
 
+use half::bf16;
+
 /// How a row travels, and how every expert's input and output row is rounded, local ones too.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum WireDtype {
@@ -19,6 +21,36 @@ impl WireDtype {
         match self {
             WireDtype::Bf16 => 2,
             WireDtype::F32 => 4,
+        }
+    }
+
+    /// Rounds values to the wire: to the nearest, ties to even.
+    pub(crate) fn encode(self, values: &[f32]) -> Vec<u8> {
+        match self {
+            WireDtype::Bf16 => values
+                .iter()
+                .flat_map(|&value| bf16::from_f32(value).to_le_bytes())
+                .collect(),
+            WireDtype::F32 => values
+                .iter()
+                .flat_map(|value| value.to_le_bytes())
+                .collect(),
+        }
+    }
+
+    /// Reads a row into `values`, which has as many.
+    pub(crate) fn decode(self, row: &[u8], values: &mut [f32]) {
+        match self {
+            WireDtype::Bf16 => {
+                for (value, bytes) in values.iter_mut().zip(row.as_chunks::<2>().0) {
+                    *value = bf16::from_le_bytes(*bytes).to_f32();
+                }
+            }
+            WireDtype::F32 => {
+                for (value, bytes) in values.iter_mut().zip(row.as_chunks::<4>().0) {
+                    *value = f32::from_le_bytes(*bytes);
+                }
+            }
         }
     }
 }

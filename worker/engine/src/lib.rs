@@ -10,6 +10,13 @@ mod error;
 mod exchange;
 mod experts;
 mod files;
+mod kv;
+mod layers;
+mod load;
+mod models;
+mod sample;
+mod schedule;
+mod step;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -23,32 +30,77 @@ pub use error::{Error, ExpertsError, Refusal};
 pub use exchange::{Exchange, ExpertBatch, NoPeers, Replies, WireDtype};
 pub use experts::{Experts, Held};
 pub use files::{LocalFiles, ModelFiles};
+pub use step::{ModelEngine, Options};
 
-/// How much an engine may keep and do at once.
-#[derive(Debug, Clone)]
-pub struct Options {
-    /// Tokens of cache, for all sequences together.
-    pub kv_cache_tokens: usize,
-    /// Most tokens of a sequence; `None` takes the model's own limit.
-    pub max_context_tokens: Option<usize>,
-    /// Most sequences that run at once; more wait.
-    pub max_sequences: usize,
-    /// Most prompt tokens in one step, so that a long prompt does not hold up the others.
-    pub prefill_chunk: usize,
+use load::{Fields, Loader, Mode, Shelf, Tally};
+use models::Family;
+
+/// A model's files, found to fit each other.
+struct Checked<'a> {
+    architecture: &'static str,
+    family: Family,
+    shelf: Shelf<'a>,
+    /// What all of it weighs.
+    tally: Tally,
 }
 
-/// Continues sequences with a model's weights.
-#[derive(Debug)]
-pub struct ModelEngine {}
+/// Checks configuration and headers against each other; nothing is allocated for the model.
+fn check(files: &dyn ModelFiles) -> Result<Checked<'_>, Error> {
+    let (architecture, family) = Family::read(&Fields::read(files)?)?;
+    let shelf = Shelf::open(files)?;
+    family.check(&shelf)?;
+    let tally = weigh(&family, &shelf, &Held::all())?;
+    Ok(Checked {
+        architecture,
+        family,
+        shelf,
+        tally,
+    })
+}
+
+/// What a worker weighs that holds these experts.
+fn weigh(family: &Family, shelf: &Shelf<'_>, held: &Held) -> Result<Tally, Error> {
+    let mut unheard = |_, _| {};
+    let loader = Loader::new(shelf, Mode::Check, 0, &mut unheard);
+    family.load(&loader.weights(), held)?;
+    Ok(loader.tally())
+}
 
 /// Reads what a model is and needs, from its configuration and headers alone.
 ///
 /// # Errors
 /// [`Error`] if a file is missing, damaged, or of an architecture that is not known.
 pub fn describe(files: &dyn ModelFiles) -> Result<Description, Error> {
-    let _ = files.list();
-    Err(Error::Config {
-        reason: "no architecture is known yet".into(),
+    let Checked {
+        architecture,
+        family,
+        tally,
+        ..
+    } = check(files)?;
+    let shape = family.shape();
+    let moe_layers = tally
+        .experts
+        .iter()
+        .map(|(&layer, &(bytes, experts))| MoeLayer {
+            layer: layer as u64,
+            expert_bytes: bytes.div_ceil(experts),
+        });
+    Ok(Description {
+        architecture: architecture.into(),
+        dtype: tally.dtype().into(),
+        parameters: tally.parameters,
+        dense_bytes: tally.dense_bytes,
+        kv_bytes_per_token: (shape.layers * shape.cache_width * size_of::<f32>()) as u64,
+        max_context_tokens: shape.max_context as u64,
+        vocab_size: shape.vocab_size as u64,
+        hidden_size: shape.hidden as u64,
+        layers: shape.layers as u64,
+        experts: shape.experts as u64,
+        experts_per_token: shape.experts_per_token as u64,
+        moe_layers: moe_layers.collect(),
+        resolved_revision: String::new(),
+        content_hash: String::new(),
+        files: Vec::new(),
     })
 }
 
@@ -64,35 +116,23 @@ pub fn load(
     options: &Options,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<(ModelEngine, Arc<Experts>), Error> {
-    let _ = (dir, held, options, progress);
-    Err(Error::Config {
-        reason: "no architecture is known yet".into(),
-    })
-}
-
-impl Engine for ModelEngine {
-    fn submit(&mut self, _request: Request) -> Result<SequenceId, Refusal> {
-        Err(Refusal::EmptyPrompt)
-    }
-
-    fn cancel(&mut self, _sequence: SequenceId) {}
-
-    async fn step<E: Exchange>(&mut self, _exchange: &mut E) -> Result<Vec<Event>, Error> {
-        Ok(Vec::new())
-    }
-
-    fn is_idle(&self) -> bool {
-        true
-    }
-
-    fn load(&self) -> Load {
-        Load::default()
-    }
-
-    fn limits(&self) -> Limits {
-        Limits {
-            max_context_tokens: 0,
-            vocab_size: 0,
-        }
-    }
+    let files = LocalFiles(dir.into());
+    let Checked {
+        family,
+        shelf,
+        tally,
+        ..
+    } = check(&files)?;
+    let (shape, dtype) = (family.shape(), tally.wire());
+    held.check(&shape.moe_layers, shape.experts)?;
+    options.check(shape)?;
+    let own = weigh(&family, &shelf, held)?;
+    let bytes = own.expert_bytes();
+    let loader = Loader::new(&shelf, Mode::Read, own.dense_bytes + bytes, progress);
+    let (model, experts) = family.load(&loader.weights(), held)?;
+    let experts = Arc::new(Experts::new(shape.hidden, dtype, bytes, experts));
+    Ok((
+        ModelEngine::new(model, experts.clone(), shape, options),
+        experts,
+    ))
 }

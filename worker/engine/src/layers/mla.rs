@@ -1,0 +1,296 @@
+//! Multi-head latent attention over a paged cache of latents.
+
+use super::kernels::{self, Weight};
+use super::matrix::Matrix;
+use super::norm::RmsNorm;
+use super::rope::{Angles, Rope};
+use crate::error::Error;
+use crate::kv::{Cache, PAGE_TOKENS, Slice};
+use crate::load::Weights;
+
+/// Sizes of the attention part, in values.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct MlaShape {
+    pub(crate) hidden: usize,
+    pub(crate) heads: usize,
+    /// Rank of the queries' bottleneck, if they have one.
+    pub(crate) query_rank: Option<usize>,
+    /// Rank of the latents.
+    pub(crate) rank: usize,
+    /// Of a head's query: without position.
+    pub(crate) nope: usize,
+    /// Of a head's query: rotated by position.
+    pub(crate) rope: usize,
+    /// Of a head's value.
+    pub(crate) value: usize,
+    /// Whether the projections from and to the hidden state have biases.
+    pub(crate) bias: bool,
+}
+
+impl MlaShape {
+    /// Values cached for a token: the latent and the rotary key, shared by all heads.
+    pub(crate) fn width(&self) -> usize {
+        self.rank + self.rope
+    }
+}
+
+#[derive(Debug)]
+enum Query {
+    Whole(Matrix),
+    Narrow {
+        down: Linear,
+        norm: RmsNorm,
+        up: Matrix,
+    },
+}
+
+/// A product with a bias, where there is one.
+#[derive(Debug)]
+struct Linear {
+    weight: Matrix,
+    bias: Option<Vec<f32>>,
+}
+
+impl Linear {
+    fn load(
+        weights: &Weights<'_, '_>,
+        outputs: usize,
+        inputs: usize,
+        bias: bool,
+    ) -> Result<Self, Error> {
+        let weight = weights.matrix("weight", outputs, inputs)?;
+        let bias = bias.then(|| weights.vector("bias", outputs)).transpose()?;
+        Ok(Linear { weight, bias })
+    }
+
+    fn apply(&self, x: &[f32]) -> Vec<f32> {
+        let mut y = self.weight.apply(x);
+        if let Some(bias) = &self.bias {
+            y.chunks_exact_mut(bias.len())
+                .for_each(|row| kernels::add(row, bias));
+        }
+        y
+    }
+}
+
+/// The attention of one layer, in the absorbed form: queries are brought into the latents' space
+/// and the weighted latents out of it, so that keys and values are never expanded.
+///
+/// # Source
+/// DeepSeek-V2 technical report, section 2.1; transformers `DeepseekV3Attention`, of which this is
+/// the same sum in another order.
+#[derive(Debug)]
+pub(crate) struct Mla {
+    shape: MlaShape,
+    query: Query,
+    latent: Linear,
+    latent_norm: RmsNorm,
+    /// For each head `[rank, nope]`: the keys' half of `kv_b_proj`, transposed.
+    absorb: Vec<Matrix>,
+    /// For each head `[value, rank]`: the values' half.
+    expand: Vec<Matrix>,
+    output: Linear,
+    scale: f32,
+}
+
+/// The norms inside attention have this epsilon whatever the model's is.
+const EPSILON: f32 = 1e-6;
+
+impl Mla {
+    /// `scale`: the softmax scale. `weights`: at `self_attn`.
+    pub(crate) fn load(
+        weights: &Weights<'_, '_>,
+        shape: &MlaShape,
+        scale: f32,
+    ) -> Result<Self, Error> {
+        let MlaShape {
+            hidden,
+            heads,
+            rank,
+            nope,
+            rope,
+            value,
+            bias,
+            ..
+        } = *shape;
+        let queries = heads * (nope + rope);
+        let query = match shape.query_rank {
+            None => Query::Whole(weights.matrix("q_proj.weight", queries, hidden)?),
+            Some(narrow) => Query::Narrow {
+                down: Linear::load(&weights.at("q_a_proj"), narrow, hidden, bias)?,
+                norm: RmsNorm::new(weights.vector("q_a_layernorm.weight", narrow)?, EPSILON),
+                up: weights.matrix("q_b_proj.weight", queries, narrow)?,
+            },
+        };
+        let (absorb, expand) =
+            weights.key_value_heads("kv_b_proj.weight", heads, nope, value, rank)?;
+        Ok(Mla {
+            query,
+            latent: Linear::load(&weights.at("kv_a_proj_with_mqa"), rank + rope, hidden, bias)?,
+            latent_norm: RmsNorm::new(weights.vector("kv_a_layernorm.weight", rank)?, EPSILON),
+            absorb,
+            expand,
+            output: Linear::load(&weights.at("o_proj"), hidden, heads * value, bias)?,
+            scale,
+            shape: shape.clone(),
+        })
+    }
+
+    /// Attends from each row to its sequence up to itself, and writes the rows' latents to the cache.
+    ///
+    /// # Shapes
+    /// `x`: `[rows, hidden]`, the rows of `slices` one after the other, with their `angles`.
+    /// Returns the same shape.
+    pub(crate) fn forward(
+        &self,
+        x: &[f32],
+        rope: &Rope,
+        angles: &[Angles],
+        slices: &[Slice<'_>],
+        cache: &mut LayerCache<'_>,
+    ) -> Vec<f32> {
+        let latents = self.latents(x, rope, angles);
+        let width = self.shape.width();
+        let mut written = latents.chunks_exact(width);
+        for (slice, position) in rows(slices) {
+            if let Some(latent) = written.next() {
+                cache
+                    .cache
+                    .write(cache.layer, slice.pages, position, latent);
+            }
+        }
+        let queries = self.queries(x, rope, angles);
+        let mut mixed = vec![0.0; angles.len() * self.shape.heads * self.shape.rank];
+        let per_row = mixed.chunks_exact_mut(self.shape.heads * self.shape.rank);
+        let queries = queries.chunks_exact(self.shape.heads * width);
+        let mut scores = Vec::new();
+        for (((slice, position), query), mixed) in rows(slices).zip(queries).zip(per_row) {
+            self.attend(query, cache, slice.pages, position + 1, &mut scores, mixed);
+        }
+        self.output.apply(&self.values(&mixed))
+    }
+
+    /// Returns `[rows, width]`: the normalised latent and the rotated key.
+    fn latents(&self, x: &[f32], rope: &Rope, angles: &[Angles]) -> Vec<f32> {
+        let mut latents = self.latent.apply(x);
+        let mut key = vec![0.0; self.shape.rope];
+        for (row, angles) in latents.chunks_exact_mut(self.shape.width()).zip(angles) {
+            let (latent, rotary) = row.split_at_mut(self.shape.rank);
+            self.latent_norm.normalise(latent);
+            key.copy_from_slice(rotary);
+            rope.rotate(angles, &key, rotary);
+        }
+        latents
+    }
+
+    /// Returns `[rows, heads, width]`: each head's query in the space of the latents, and rotated.
+    fn queries(&self, x: &[f32], rope: &Rope, angles: &[Angles]) -> Vec<f32> {
+        let MlaShape {
+            heads,
+            rank,
+            nope,
+            rope: rotary,
+            ..
+        } = self.shape;
+        let (width, head) = (rank + rotary, nope + rotary);
+        let plain = match &self.query {
+            Query::Whole(matrix) => matrix.apply(x),
+            Query::Narrow { down, norm, up } => up.apply(&norm.forward(&down.apply(x))),
+        };
+        let mut queries = vec![0.0; angles.len() * heads * width];
+        for (index, absorb) in self.absorb.iter().enumerate() {
+            let own = |row: &[f32]| row[index * head..index * head + nope].to_vec();
+            let gathered: Vec<f32> = plain.chunks_exact(heads * head).flat_map(own).collect();
+            let absorbed = absorb.apply(&gathered);
+            let rows = queries
+                .chunks_exact_mut(heads * width)
+                .zip(plain.chunks_exact(heads * head));
+            for (((to, from), latent), angles) in rows.zip(absorbed.chunks_exact(rank)).zip(angles)
+            {
+                let to = &mut to[index * width..(index + 1) * width];
+                to[..rank].copy_from_slice(latent);
+                rope.rotate(
+                    angles,
+                    &from[index * head + nope..(index + 1) * head],
+                    &mut to[rank..],
+                );
+            }
+        }
+        queries
+    }
+
+    /// Mixes the first `length` latents of a sequence for one row.
+    ///
+    /// # Shapes
+    /// `query`: `[heads, width]`. `mixed`: `[heads, rank]`, zero.
+    fn attend(
+        &self,
+        query: &[f32],
+        cache: &LayerCache<'_>,
+        pages: &[u32],
+        length: usize,
+        scores: &mut Vec<f32>,
+        mixed: &mut [f32],
+    ) {
+        let MlaShape { heads, rank, .. } = self.shape;
+        let width = self.shape.width();
+        scores.clear();
+        scores.resize(heads * length, 0.0);
+        let mut found = [0.0; PAGE_TOKENS];
+        let latents = || cache.cache.read(cache.layer, pages, length);
+        for (query, scores) in query
+            .chunks_exact(width)
+            .zip(scores.chunks_exact_mut(length))
+        {
+            for (scores, page) in scores.chunks_mut(PAGE_TOKENS).zip(latents()) {
+                let found = &mut found[..scores.len()];
+                kernels::product(query, Weight::F32(page), width, found);
+                scores.copy_from_slice(found);
+            }
+            kernels::softmax(scores, self.scale);
+        }
+        for (mixed, scores) in mixed
+            .chunks_exact_mut(rank)
+            .zip(scores.chunks_exact(length))
+        {
+            for (scores, page) in scores.chunks(PAGE_TOKENS).zip(latents()) {
+                kernels::add_scaled(scores, page, width, mixed);
+            }
+        }
+    }
+
+    /// `mixed`: `[rows, heads, rank]`. Returns `[rows, heads, value]`.
+    fn values(&self, mixed: &[f32]) -> Vec<f32> {
+        let MlaShape {
+            heads, rank, value, ..
+        } = self.shape;
+        let rows = mixed.len() / (heads * rank);
+        let mut values = vec![0.0; rows * heads * value];
+        for (index, expand) in self.expand.iter().enumerate() {
+            let own = |row: &[f32]| row[index * rank..(index + 1) * rank].to_vec();
+            let gathered: Vec<f32> = mixed.chunks_exact(heads * rank).flat_map(own).collect();
+            let expanded = expand.apply(&gathered);
+            let rows = values
+                .chunks_exact_mut(heads * value)
+                .zip(expanded.chunks_exact(value));
+            rows.for_each(|(to, from)| {
+                to[index * value..(index + 1) * value].copy_from_slice(from)
+            });
+        }
+        values
+    }
+}
+
+/// The part of the cache that one layer reads and writes.
+#[derive(Debug)]
+pub(crate) struct LayerCache<'a> {
+    pub(crate) cache: &'a mut Cache,
+    pub(crate) layer: usize,
+}
+
+/// Each row's slice and its position in the sequence.
+fn rows<'a>(slices: &'a [Slice<'a>]) -> impl Iterator<Item = (&'a Slice<'a>, usize)> {
+    slices
+        .iter()
+        .flat_map(|slice| slice.positions().map(move |position| (slice, position)))
+}

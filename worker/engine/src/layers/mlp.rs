@@ -1,0 +1,38 @@
+//! The gated feed-forward part: a dense layer's, a shared expert's, or a routed expert's.
+
+use super::kernels;
+use super::matrix::Matrix;
+use crate::error::Error;
+use crate::load::Weights;
+
+/// `down(silu(gate(x)) * up(x))`.
+///
+/// # Source
+/// transformers `DeepseekV3MLP`.
+#[derive(Debug)]
+pub(crate) struct Mlp {
+    gate: Matrix,
+    up: Matrix,
+    down: Matrix,
+}
+
+impl Mlp {
+    pub(crate) fn load(
+        weights: &Weights<'_, '_>,
+        hidden: usize,
+        inner: usize,
+    ) -> Result<Self, Error> {
+        Ok(Mlp {
+            gate: weights.matrix("gate_proj.weight", inner, hidden)?,
+            up: weights.matrix("up_proj.weight", inner, hidden)?,
+            down: weights.matrix("down_proj.weight", hidden, inner)?,
+        })
+    }
+
+    /// `x`: `[rows, hidden]`. Returns the same shape.
+    pub(crate) fn forward(&self, x: &[f32]) -> Vec<f32> {
+        let (mut inner, up) = (self.gate.apply(x), self.up.apply(x));
+        kernels::silu_times(&mut inner, &up);
+        self.down.apply(&inner)
+    }
+}

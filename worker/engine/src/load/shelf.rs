@@ -1,0 +1,228 @@
+//! Where each tensor of a model lies: one safetensors file, several, or those that an index lists.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use candle_core::DType;
+use serde::Deserialize;
+
+use super::header::{self, Stored};
+use crate::error::Error;
+use crate::files::ModelFiles;
+
+const SINGLE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+
+/// Most bytes of an index.
+const INDEX_MOST: u64 = 64 << 20;
+
+/// Where one tensor lies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Entry {
+    file: usize,
+    pub(crate) dtype: DType,
+    span: (u64, u64),
+}
+
+impl Entry {
+    pub(crate) fn bytes(&self) -> u64 {
+        self.span.1 - self.span.0
+    }
+}
+
+/// All tensors of a model, by name.
+pub(crate) struct Shelf<'a> {
+    files: &'a dyn ModelFiles,
+    names: Vec<String>,
+    tensors: HashMap<String, (usize, Stored)>,
+}
+
+#[derive(Deserialize)]
+struct Index {
+    weight_map: BTreeMap<String, String>,
+}
+
+impl<'a> Shelf<'a> {
+    /// Reads the headers of the weight files.
+    ///
+    /// # Errors
+    /// [`Error`] if there are none, one is damaged, or they and the index disagree.
+    pub(crate) fn open(files: &'a dyn ModelFiles) -> Result<Self, Error> {
+        let list: BTreeMap<String, u64> = files.list().into_iter().collect();
+        let index = list
+            .get(INDEX)
+            .map(|&size| index(files, size))
+            .transpose()?;
+        let names = weight_files(&list, index.as_ref())?;
+        let mut shelf = Shelf {
+            files,
+            names,
+            tensors: HashMap::new(),
+        };
+        for at in 0..shelf.names.len() {
+            shelf.add(at, list[&shelf.names[at]])?;
+        }
+        for (tensor, file) in index.iter().flat_map(|index| &index.weight_map) {
+            shelf.listed(tensor, file)?;
+        }
+        Ok(shelf)
+    }
+
+    fn add(&mut self, file: usize, size: u64) -> Result<(), Error> {
+        for stored in header::read(self.files, &self.names[file], size)? {
+            let tensor = stored.name.clone();
+            if let Some((other, _)) = self.tensors.insert(tensor.clone(), (file, stored)) {
+                let reason = format!("also in {}", self.names[other]);
+                return Err(Error::Tensor {
+                    file: self.names[file].clone(),
+                    tensor,
+                    reason,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    fn listed(&self, tensor: &str, file: &str) -> Result<(), Error> {
+        let reason = match self.tensors.get(tensor) {
+            Some((at, _)) if self.names[*at] == file => return Ok(()),
+            Some((at, _)) => format!("listed in {file}; it is in {}", self.names[*at]),
+            None => format!("listed in {file}, which does not hold it"),
+        };
+        Err(Error::Tensor {
+            file: INDEX.into(),
+            tensor: tensor.into(),
+            reason,
+        })
+    }
+
+    /// Finds a tensor of this shape.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] if there is none, or its shape or type is another.
+    pub(crate) fn find(&self, tensor: &str, shape: &[usize]) -> Result<Entry, Error> {
+        let refuse = |file: &str, reason| {
+            Err(Error::Tensor {
+                file: file.into(),
+                tensor: tensor.into(),
+                reason,
+            })
+        };
+        let Some((file, stored)) = self.tensors.get(tensor) else {
+            let searched = if self.names.len() == 1 {
+                &self.names[0]
+            } else {
+                "*.safetensors"
+            };
+            return refuse(searched, "missing".into());
+        };
+        let name = &self.names[*file];
+        if stored.shape != shape {
+            let found = &stored.shape;
+            return refuse(
+                name,
+                format!("has shape {found:?}; config.json asks for {shape:?}"),
+            );
+        }
+        let Some(dtype) = stored.dtype else {
+            let dtype = &stored.dtype_name;
+            return refuse(
+                name,
+                format!("is of type {dtype}; BF16, F16 and F32 are accepted"),
+            );
+        };
+        Ok(Entry {
+            file: *file,
+            dtype,
+            span: stored.span,
+        })
+    }
+
+    /// Reads a tensor's bytes.
+    ///
+    /// # Errors
+    /// [`Error`] if they cannot be read, or the file became shorter.
+    pub(crate) fn read(&self, tensor: &str, entry: Entry) -> Result<Vec<u8>, Error> {
+        let file = &self.names[entry.file];
+        let bytes = self
+            .files
+            .read(file, entry.span.0..entry.span.1)
+            .map_err(|source| Error::Read {
+                file: file.clone(),
+                source,
+            })?;
+        if bytes.len() as u64 != entry.bytes() {
+            let reason = format!("{} of {} bytes could be read", bytes.len(), entry.bytes());
+            return Err(Error::Tensor {
+                file: file.clone(),
+                tensor: tensor.into(),
+                reason,
+            });
+        }
+        Ok(bytes)
+    }
+
+    /// The names of all tensors.
+    pub(crate) fn tensors(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+}
+
+fn index(files: &dyn ModelFiles, size: u64) -> Result<Index, Error> {
+    let refuse = |reason| Error::File {
+        file: INDEX.into(),
+        reason,
+    };
+    if size > INDEX_MOST {
+        return Err(refuse(format!("has {size} bytes; at most {INDEX_MOST}")));
+    }
+    let text = files.read(INDEX, 0..size).map_err(|source| Error::Read {
+        file: INDEX.into(),
+        source,
+    })?;
+    serde_json::from_slice(&text).map_err(|error| refuse(format!("not an index: {error}")))
+}
+
+/// The files to open: those of the index, else the usual single one, else all there are.
+fn weight_files(list: &BTreeMap<String, u64>, index: Option<&Index>) -> Result<Vec<String>, Error> {
+    if let Some(index) = index {
+        let named: BTreeSet<&String> = index.weight_map.values().collect();
+        for file in &named {
+            let reason = if file.contains(['/', '\\']) {
+                format!("names {file:?}; files beside it are accepted")
+            } else if !list.contains_key(*file) {
+                format!("names {file}, which is missing")
+            } else {
+                continue;
+            };
+            return Err(Error::File {
+                file: INDEX.into(),
+                reason,
+            });
+        }
+        return Ok(named.into_iter().cloned().collect());
+    }
+    if list.contains_key(SINGLE) {
+        return Ok(vec![SINGLE.into()]);
+    }
+    let all: Vec<String> = list
+        .keys()
+        .filter(|name| name.ends_with(".safetensors"))
+        .cloned()
+        .collect();
+    if all.is_empty() {
+        let pickled = |name: &&String| {
+            [".bin", ".pt", ".pth", ".ckpt"]
+                .iter()
+                .any(|end| name.ends_with(end))
+        };
+        let reason = match list.keys().find(pickled) {
+            Some(name) => format!("missing; {name} is not opened, as it can hold code"),
+            None => "missing; weights are read from *.safetensors".into(),
+        };
+        return Err(Error::File {
+            file: SINGLE.into(),
+            reason,
+        });
+    }
+    Ok(all)
+}

@@ -1,0 +1,239 @@
+//! DeepSeek-V3 and R1: latent attention, sigmoid gates balanced by a bias, shared experts.
+//!
+//! Mirrors transformers `modeling_deepseek_v3.py`, names of weights included. Layers for
+//! multi-token prediction, which follow the last layer in the file, are not loaded.
+
+mod config;
+
+pub(crate) use config::Config;
+
+use crate::error::Error;
+use crate::exchange::Exchange;
+use crate::experts::{Experts, Held};
+use crate::kv::{Cache, Slice};
+use crate::layers::kernels;
+use crate::layers::matrix::Matrix;
+use crate::layers::mla::{LayerCache, Mla};
+use crate::layers::mlp::Mlp;
+use crate::layers::moe::Moe;
+use crate::layers::norm::RmsNorm;
+use crate::layers::rope::{Angles, Rope};
+use crate::load::Weights;
+use crate::models::ByLayer;
+
+/// The model without its routed experts.
+#[derive(Debug)]
+pub(crate) struct DeepseekV3 {
+    hidden: usize,
+    embed: Matrix,
+    rope: Rope,
+    layers: Vec<Layer>,
+    norm: RmsNorm,
+    head: Matrix,
+}
+
+#[derive(Debug)]
+struct Layer {
+    input_norm: RmsNorm,
+    attention: Mla,
+    post_norm: RmsNorm,
+    feed: Feed,
+}
+
+#[derive(Debug)]
+enum Feed {
+    Dense(Mlp),
+    Moe(Moe),
+}
+
+impl DeepseekV3 {
+    /// Walks over the tensors; of the routed experts over those held.
+    pub(crate) fn load(
+        config: &Config,
+        weights: &Weights<'_, '_>,
+        held: &Held,
+    ) -> Result<(Self, ByLayer), Error> {
+        let (hidden, vocab) = (config.shape.hidden, config.shape.vocab_size);
+        let model = weights.at("model");
+        let embed = model.matrix("embed_tokens.weight", vocab, hidden)?;
+        let head = match config.tied {
+            true => embed.clone(),
+            false => weights.matrix("lm_head.weight", vocab, hidden)?,
+        };
+        let norm = RmsNorm::new(model.vector("norm.weight", hidden)?, config.epsilon);
+        let (mut layers, mut experts) = (Vec::new(), Vec::new());
+        for index in 0..config.shape.layers {
+            let weights = model.at("layers").at(index);
+            layers.push(Layer::load(config, &weights, index)?);
+            experts.push(routed(config, &weights, index, held)?);
+        }
+        let rope = Rope::new(
+            config.attention.rope,
+            config.theta,
+            config.yarn.as_ref(),
+            config.interleave,
+        );
+        Ok((
+            DeepseekV3 {
+                hidden,
+                embed,
+                rope,
+                layers,
+                norm,
+                head,
+            },
+            experts,
+        ))
+    }
+
+    /// See [`crate::models::Model::forward`].
+    pub(crate) async fn forward<E: Exchange>(
+        &self,
+        slices: &mut Vec<Slice<'_>>,
+        cache: &mut Cache,
+        experts: &Experts,
+        exchange: &mut E,
+    ) -> Result<Vec<f32>, Error> {
+        let mut rows = Rows {
+            hidden: self.embed(slices),
+            angles: positions(slices)
+                .map(|position| self.rope.angles(position))
+                .collect(),
+            width: self.hidden,
+        };
+        for (index, layer) in self.layers.iter().enumerate() {
+            let normed = layer.input_norm.forward(&rows.hidden);
+            let mut cache = LayerCache {
+                cache,
+                layer: index,
+            };
+            let attended =
+                layer
+                    .attention
+                    .forward(&normed, &self.rope, &rows.angles, slices, &mut cache);
+            kernels::add(&mut rows.hidden, &attended);
+            let normed = layer.post_norm.forward(&rows.hidden);
+            match &layer.feed {
+                Feed::Dense(mlp) => kernels::add(&mut rows.hidden, &mlp.forward(&normed)),
+                Feed::Moe(moe) => {
+                    let mixed = moe.forward(&normed, experts, exchange).await?;
+                    kernels::add(&mut rows.hidden, &mixed.rows);
+                    rows.leave(slices, &mixed.lost);
+                }
+            }
+            if slices.is_empty() {
+                break;
+            }
+        }
+        Ok(rows.hidden)
+    }
+
+    /// `hidden`: `[rows, hidden]`. Returns `[rows, vocabulary]`.
+    pub(crate) fn logits(&self, hidden: &[f32]) -> Vec<f32> {
+        self.head.apply(&self.norm.forward(hidden))
+    }
+
+    fn embed(&self, slices: &[Slice<'_>]) -> Vec<f32> {
+        let tokens = slices.iter().flat_map(|slice| slice.tokens);
+        let mut hidden = vec![0.0; tokens.clone().count() * self.hidden];
+        for (row, &token) in hidden.chunks_exact_mut(self.hidden).zip(tokens) {
+            self.embed.row(token as usize, row);
+        }
+        hidden
+    }
+}
+
+impl Layer {
+    fn load(config: &Config, weights: &Weights<'_, '_>, index: usize) -> Result<Self, Error> {
+        let hidden = config.shape.hidden;
+        let norm =
+            |name| Ok::<_, Error>(RmsNorm::new(weights.vector(name, hidden)?, config.epsilon));
+        let mlp = weights.at("mlp");
+        let feed = if config.shape.moe_layers.contains(&index) {
+            Feed::Moe(Moe::load(
+                &mlp,
+                index,
+                &config.gate,
+                hidden,
+                config.shared_inner,
+            )?)
+        } else {
+            Feed::Dense(Mlp::load(&mlp, hidden, config.dense_inner)?)
+        };
+        Ok(Layer {
+            input_norm: norm("input_layernorm.weight")?,
+            attention: Mla::load(
+                &weights.at("self_attn"),
+                &config.attention,
+                config.softmax_scale(),
+            )?,
+            post_norm: norm("post_attention_layernorm.weight")?,
+            feed,
+        })
+    }
+}
+
+/// The routed experts of a layer that are held; none for a dense layer.
+fn routed(
+    config: &Config,
+    weights: &Weights<'_, '_>,
+    layer: usize,
+    held: &Held,
+) -> Result<Vec<Option<Mlp>>, Error> {
+    if !config.shape.moe_layers.contains(&layer) {
+        return Ok(Vec::new());
+    }
+    let weights = weights.at("mlp.experts");
+    let mut experts = Vec::new();
+    for expert in 0..config.gate.experts {
+        experts.push(match held.holds(layer, expert) {
+            true => {
+                let weights = weights.expert(layer, expert);
+                Some(Mlp::load(
+                    &weights,
+                    config.shape.hidden,
+                    config.expert_inner,
+                )?)
+            }
+            false => None,
+        });
+    }
+    Ok(experts)
+}
+
+fn positions(slices: &[Slice<'_>]) -> impl Iterator<Item = usize> {
+    slices.iter().flat_map(Slice::positions)
+}
+
+/// What the layers pass on: the rows of all slices, one after the other.
+struct Rows {
+    /// `[rows, width]`.
+    hidden: Vec<f32>,
+    angles: Vec<Angles>,
+    width: usize,
+}
+
+impl Rows {
+    /// Takes out every slice with a lost row, and its other rows with it.
+    fn leave(&mut self, slices: &mut Vec<Slice<'_>>, lost: &[usize]) {
+        if lost.is_empty() {
+            return;
+        }
+        let mut end = 0;
+        let (mut hidden, mut angles) = (Vec::new(), Vec::new());
+        slices.retain(|slice| {
+            let rows = end..end + slice.tokens.len();
+            end = rows.end;
+            let stays = !lost.iter().any(|row| rows.contains(row));
+            if stays {
+                hidden.extend_from_slice(
+                    &self.hidden[rows.start * self.width..rows.end * self.width],
+                );
+                angles.extend_from_slice(&self.angles[rows]);
+            }
+            stays
+        });
+        self.hidden = hidden;
+        self.angles = angles;
+    }
+}
