@@ -129,7 +129,7 @@ mod tests {
     use super::*;
     use crate::text::tests::tiny;
 
-    fn choice<'a>(text: &Text, conversation: Option<&'a str>, stop: &[&str]) -> Choice {
+    fn choice(text: &Text, conversation: Option<&str>, stop: &[&str]) -> Choice {
         let stop = stop.iter().map(|&s| s.to_owned()).collect();
         let beginning = Beginning {
             index: 0,

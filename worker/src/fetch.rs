@@ -13,6 +13,7 @@ use std::{
 
 use engine::{DescribedFile, Description};
 
+mod address;
 pub mod describe;
 pub mod download;
 pub mod folder;
@@ -239,6 +240,7 @@ pub async fn fetch(
     let files = match source {
         Source::Hub(repository) => {
             let listing = hub.list(repository, revision).await?;
+            prune(to, &listing.files)?;
             download::all(hub, repository, &listing, to, progress).await?;
             listing.files
         }
@@ -246,6 +248,22 @@ pub async fn fetch(
     };
     record::write(to, &files)?;
     Ok(files)
+}
+
+/// Removes what an earlier fetch left of other files, or the loader would find them.
+fn prune(dir: &Path, files: &[DescribedFile]) -> Result<(), Error> {
+    let listed = |name: &str| files.iter().any(|file| file.path == name);
+    let entries =
+        std::fs::read_dir(dir).map_err(|error| Error::file(dir.display().to_string(), error))?;
+    for name in entries
+        .flatten()
+        .filter_map(|entry| entry.file_name().into_string().ok())
+    {
+        if is_needed(&name) && !listed(&name) {
+            std::fs::remove_file(dir.join(&name)).map_err(|error| Error::file(&name, error))?;
+        }
+    }
+    Ok(())
 }
 
 /// What a model weighs, from configuration and headers alone.

@@ -207,12 +207,8 @@ async fn serve(arguments: ServeArguments, telemetry: &Telemetry) -> anyhow::Resu
 
 /// Fetches to a folder, or describes on standard output if there is none.
 async fn read(arguments: &SourceArguments, role: Role, to: Option<&Path>) -> anyhow::Result<()> {
-    let reporter = Reporter::open(
-        arguments.operators.clone(),
-        role,
-        id(),
-        arguments.model.clone(),
-    );
+    let operators = arguments.operators.clone();
+    let reporter = Reporter::open(operators, role, id(), arguments.model.clone(), revision());
     let shutdown = shutdown(arguments.exit_with_stdin)?;
     let result = tokio::select! {
         result = fetch_or_describe(arguments, to, &reporter) => result,
@@ -282,6 +278,11 @@ async fn hub_options(
 /// Who this is to the operator: the pod's UID, or the token that local mode gave.
 fn id() -> String {
     env::var("MODELFLEET_ID").unwrap_or_default()
+}
+
+/// Which revision this reads files for, by the operator's name. The hub's is an argument.
+fn revision() -> String {
+    env::var("MODELFLEET_REVISION").unwrap_or_default()
 }
 
 /// What is bound, or the pod's address where all addresses are.

@@ -17,6 +17,7 @@ use tokio::{
     sync::{mpsc, watch},
 };
 use tonic::service::Routes;
+use tonic_health::server::HealthReporter;
 use tracing::{info, warn};
 use wire::proto::{
     Failure, Progress, Report, experts_server::ExpertsServer, progress, report,
@@ -224,7 +225,7 @@ async fn run(
     let pool = Pool::start(&loaded.experts, threads, metrics.clone())?;
     let experts = ExpertsService::new(loaded.experts, pool, &options.content_hash);
     let service = GenerateService::new(loaded.model, driver.clone(), state.clone(), metrics);
-    let routes = routes(service, experts).await;
+    let (routes, health) = routes(service, experts).await;
     state.serving(driver.clone(), loaded.weights);
     info!(
         model = options.model,
@@ -239,7 +240,11 @@ async fn run(
     };
     let server = tokio::spawn(wire::serve(listener, routes, closing));
     let ended = tokio::select! {
-        how = shutdown => { drain(state, options.drain_timeout, how).await; Ok(()) }
+        how = shutdown => {
+            health.set_not_serving::<WorkerServer<GenerateService>>().await;
+            drain(state, options.drain_timeout, how).await;
+            Ok(())
+        }
         () = driver.ended() => Err(Error::Engine),
     };
     stop.send_replace(Some(()));
@@ -253,7 +258,10 @@ async fn run(
 }
 
 /// The services of a worker: requests, experts, health.
-pub async fn routes(generate: GenerateService, experts: ExpertsService) -> Routes {
+pub async fn routes(
+    generate: GenerateService,
+    experts: ExpertsService,
+) -> (Routes, HealthReporter) {
     let limit = wire::MAX_MESSAGE_BYTES;
     let (health, health_service) = tonic_health::server::health_reporter();
     let worker = WorkerServer::new(generate)
@@ -264,9 +272,10 @@ pub async fn routes(generate: GenerateService, experts: ExpertsService) -> Route
         .max_encoding_message_size(limit);
     health.set_serving::<WorkerServer<GenerateService>>().await;
     health.set_serving::<ExpertsServer<ExpertsService>>().await;
-    Routes::new(health_service)
+    let routes = Routes::new(health_service)
         .add_service(worker)
-        .add_service(experts)
+        .add_service(experts);
+    (routes, health)
 }
 
 struct Loaded {
@@ -335,8 +344,9 @@ fn loading_report(done_bytes: u64, total_bytes: u64) -> Report {
     }
 }
 
-/// 1. No new requests from here on. 2. Running ones finish, or are cut when the time is over. 3. Experts are served
-/// until no peer of the mesh runs, or the time is over.
+/// 1. No new requests from here on.
+/// 2. Running ones finish, or are cut when the time is over.
+/// 3. Experts are served until no peer of the mesh runs, or the time is over.
 async fn drain(state: &State, timeout: Duration, how: Shutdown) {
     let timeout = match how {
         Shutdown::Drain => timeout,

@@ -78,17 +78,17 @@ impl Pool {
     }
 
     /// Takes a job, or gives it back if too much waits already.
-    pub(super) fn submit(&self, job: Job) -> Result<(), Job> {
+    pub(super) fn submit(&self, job: Job) -> Option<Job> {
         let mut waiting = self.queue.lock();
         let bytes = job.call.rows.len();
         if waiting.jobs.len() >= QUEUE_CALLS || waiting.bytes + bytes > QUEUE_BYTES {
-            return Err(job);
+            return Some(job);
         }
         waiting.bytes += bytes;
         waiting.jobs.push_back(job);
         drop(waiting);
         self.queue.more.notify_one();
-        Ok(())
+        None
     }
 }
 

@@ -19,7 +19,7 @@ use super::{
 };
 
 /// Calls of one stream that are computed, wait, or have replies that the peer has not read.
-const STREAM_CALLS: usize = 512;
+const STREAM_CALLS: usize = 64;
 
 /// Serves the experts of one worker.
 #[derive(Clone)]
@@ -56,7 +56,7 @@ impl ExpertsService {
             ));
         }
         let row = self.experts.hidden() * self.experts.dtype().size();
-        if call.rows.len() % row != 0 {
+        if !call.rows.len().is_multiple_of(row) {
             return malformed(format!(
                 "{} bytes are not whole rows of {row} bytes",
                 call.rows.len()
@@ -106,15 +106,12 @@ impl ExpertsService {
             ));
         };
         let span = server_span(&call);
-        let rejected = self
-            .pool
-            .submit(Job {
-                call,
-                deadline,
-                reply,
-                span,
-            })
-            .err()?;
+        let rejected = self.pool.submit(Job {
+            call,
+            deadline,
+            reply,
+            span,
+        })?;
         Some(refuse(
             &rejected.call,
             Reason::Busy,

@@ -6,9 +6,7 @@ use std::{
     time::Duration,
 };
 
-use engine::{
-    Engine as _, Exchange as _, ExpertBatch, Experts, Held, ModelEngine, Request, Sampling,
-};
+use engine::{Exchange as _, ExpertBatch, Experts, Held, ModelEngine, Request, Sampling};
 use opentelemetry::metrics::MeterProvider as _;
 use tokio::{
     net::TcpListener,
@@ -92,12 +90,7 @@ impl Worker {
         }
     }
 
-    fn driver(
-        &mut self,
-        placement: &Placement,
-        ordinal: u32,
-        mesh: watch::Receiver<Arc<Mesh>>,
-    ) -> Driver {
+    fn driver(&mut self, ordinal: u32, mesh: watch::Receiver<Arc<Mesh>>) -> Driver {
         let own = Own {
             replica: 0,
             ordinal,
@@ -105,7 +98,6 @@ impl Worker {
             hidden: self.experts.hidden(),
             dtype: self.experts.dtype(),
         };
-        let _ = placement;
         Driver::start(
             self.engine.take().unwrap(),
             MeshExchange::new(own, mesh, metrics()),
@@ -207,7 +199,7 @@ async fn shards_give_the_bits_of_one_worker_alone_and_in_company() {
             .map(|worker| worker.address.clone())
             .collect();
         let (_keep, mesh) = watch::channel(mesh(&placement, &addresses, 1));
-        let driver = workers[0].driver(&placement, 0, mesh.clone());
+        let driver = workers[0].driver(0, mesh.clone());
         let one = driver.submit(requests(1, 12), Span::none()).await.unwrap();
         assert_eq!(all(one).await[0], wanted[0], "{shards} shards, alone");
         let company = driver.submit(requests(4, 12), Span::none()).await.unwrap();
@@ -225,7 +217,7 @@ async fn a_holder_that_is_killed_and_comes_back_elsewhere_changes_no_token() {
     ];
     let addresses = workers.each_ref().map(|worker| worker.address.clone());
     let (meshes, receiver) = watch::channel(mesh(&placement, &addresses, 1));
-    let driver = workers[0].driver(&placement, 0, receiver);
+    let driver = workers[0].driver(0, receiver);
     let mut sequences = driver.submit(requests(2, 40), Span::none()).await.unwrap();
     let mut first = Vec::new();
     for _ in 0..5 {

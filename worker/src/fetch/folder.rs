@@ -68,6 +68,7 @@ pub async fn link(
         if fs::canonicalize(&to).is_ok_and(|to| to == absolute) {
             return Ok(files);
         }
+        super::prune(&to, &files)?;
         for file in &files {
             let link = to.join(&file.path);
             match fs::remove_file(&link) {

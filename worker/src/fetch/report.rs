@@ -27,7 +27,13 @@ pub struct Reporter {
 
 impl Reporter {
     /// Opens control streams to `operators`; with none of them, nothing is told to nobody.
-    pub fn open(operators: Vec<String>, role: Role, id: String, model: String) -> Self {
+    pub fn open(
+        operators: Vec<String>,
+        role: Role,
+        id: String,
+        model: String,
+        revision: String,
+    ) -> Self {
         let (reports, receiver) = mpsc::channel(64);
         let process = crate::serve::control::process();
         let hello = Hello {
@@ -35,6 +41,7 @@ impl Reporter {
             id,
             process,
             model,
+            revision,
             ..Hello::default()
         };
         let alone = operators.is_empty();

@@ -13,6 +13,7 @@ use axum::{
     extract::{Request, State},
     http::{HeaderMap, Response, StatusCode},
 };
+use futures::StreamExt as _;
 use sha2::{Digest as _, Sha256};
 use tokio::net::TcpListener;
 
@@ -97,8 +98,12 @@ async fn answer(State(fake): State<Shared>, request: Request) -> Response<Body> 
         None => Body::from(content[from..].to_vec()),
         Some(bytes) => {
             let head = Ok(content[from..from + bytes].to_vec());
-            let cut = Err(std::io::Error::other("cut"));
-            Body::from_stream(futures::stream::iter([head, cut]))
+            // later, so that what was sent before is on its way
+            let cut = async {
+                tokio::time::sleep(Duration::from_millis(200)).await;
+                Err(std::io::Error::other("cut"))
+            };
+            Body::from_stream(futures::stream::iter([head]).chain(futures::stream::once(cut)))
         }
     });
     *response.status_mut() = code;
@@ -211,12 +216,18 @@ async fn a_model_is_fetched_verified_and_recorded_without_code_and_pickles() {
     record::check(dir.path(), &record::content_hash(&files)).unwrap();
 
     let before = fake.lock().unwrap().seen.len();
+    std::fs::write(
+        dir.path().join("model-00001-of-00002.safetensors"),
+        "of another revision",
+    )
+    .unwrap();
     fetched(&client(&endpoint, None), dir.path()).await.unwrap();
     assert_eq!(
         fake.lock().unwrap().seen.len(),
         before + 1,
         "only the listing is asked for again"
     );
+    assert!(!dir.path().join("model-00001-of-00002.safetensors").exists());
 }
 
 #[tokio::test]

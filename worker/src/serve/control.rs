@@ -57,7 +57,7 @@ pub async fn follow(
         };
         let now = state.report();
         let changed = (told.as_ref() != Some(&now)).then(|| {
-            told = Some(now.clone());
+            told = Some(now);
             report::Report::WorkerState(now)
         });
         for report in report.into_iter().chain(changed) {

@@ -110,6 +110,7 @@ enum Broken {
 /// What was counted while a request ran.
 #[derive(Default)]
 struct Count {
+    head: bool,
     first_token: Option<f64>,
     prompt: usize,
     completion: usize,
@@ -137,13 +138,8 @@ impl Inner {
             Ok(error) => error,
             Err(Broken::Gone) => Some("cancelled"),
             Err(Broken::Failed(message, code)) => {
-                let json = ErrorObject::server(message).code(code).to_json().into();
-                let chunk = Chunk {
-                    kind: Kind::Error.into(),
-                    json,
-                    ..Chunk::default()
-                };
-                let _ = send(&replies, Reply::Chunk(chunk)).await; // nobody reads any more
+                let body = ErrorObject::server(message).code(code).to_json();
+                let _ = send(&replies, broken(body, code, count.head)).await; // nobody reads any more
                 Some(code)
             }
         };
@@ -199,6 +195,7 @@ impl Inner {
             ..Head::default()
         };
         send(replies, Reply::Head(head)).await?;
+        count.head = true;
         count.prompt = prepared.prompts.iter().map(|prompt| prompt.ids.len()).sum();
         let mut answer = Answer::begin(self, writer, prepared, sequences, replies);
         answer.run(started, count).await?;
@@ -371,6 +368,27 @@ async fn send(replies: &Replies, reply: Reply) -> Result<(), Broken> {
         Ok(Ok(())) => Ok(()),
         Ok(Err(_)) | Err(_) => Err(Broken::Gone),
     }
+}
+
+/// The end of an answer that is not whole: a status, if none was sent yet.
+fn broken(body: Vec<u8>, code: &str, head_sent: bool) -> Reply {
+    if head_sent {
+        return Reply::Chunk(Chunk {
+            kind: Kind::Error.into(),
+            json: body.into(),
+            ..Chunk::default()
+        });
+    }
+    let status = match code {
+        "deadline_exceeded" => 504,
+        "unavailable" => 503,
+        _ => 500,
+    };
+    Reply::Head(Head {
+        status,
+        content_type: "application/json".into(),
+        body: body.into(),
+    })
 }
 
 async fn after(time: Option<Duration>) {

@@ -1,1 +1,367 @@
-//! Tests.
+//! A whole worker over loopback, on the small model.
+
+use std::path::Path;
+
+use opentelemetry::metrics::MeterProvider as _;
+use serde_json::{Value, json};
+use tokio::{sync::oneshot, task::JoinHandle};
+use tonic::{Code, Status, Streaming, transport::Channel};
+use wire::proto::{
+    Endpoint, GenerateCall, GenerateReply, chunk::Kind, generate_reply::Reply,
+    worker_client::WorkerClient,
+};
+
+use super::*;
+
+struct Running {
+    client: WorkerClient<Channel>,
+    end: Option<oneshot::Sender<Shutdown>>,
+    task: JoinHandle<Result<(), Error>>,
+    _dir: tempfile::TempDir,
+}
+
+impl Running {
+    async fn start(max_sequences: usize) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let placement = dir.path().join("placement.json");
+        std::fs::write(
+            &placement,
+            r#"{"version":{"epoch":0,"sequence":0},"shards":1,"layers":[]}"#,
+        )
+        .unwrap();
+        let bind = || TcpListener::bind("127.0.0.1:0");
+        let listeners = Listeners {
+            grpc: bind().await.unwrap(),
+            admin: bind().await.unwrap(),
+        };
+        let address = listeners.grpc.local_addr().unwrap().to_string();
+        let options = Options {
+            model: "default/tiny".into(),
+            model_dir: Path::new(env!("CARGO_MANIFEST_DIR")).join("../manifests/models/tiny-r1"),
+            revision: "rev".into(),
+            content_hash: "hash".into(),
+            replica: 0,
+            ordinal: 0,
+            placement,
+            kv_cache_tokens: 8192,
+            max_context_tokens: None,
+            max_sequences,
+            advertise: address.clone(),
+            operators: Vec::new(),
+            id: "me".into(),
+            drain_timeout: Duration::from_secs(20),
+        };
+        let (end, ended) = oneshot::channel();
+        let metrics =
+            Metrics::new(&opentelemetry::metrics::noop::NoopMeterProvider::new().meter("test"));
+        let shutdown = async { ended.await.unwrap_or(Shutdown::Drain) };
+        let task = tokio::spawn(serve(
+            options,
+            listeners,
+            Registry::new(),
+            metrics,
+            shutdown,
+        ));
+        let client = WorkerClient::new(wire::connect(&address));
+        Self {
+            client,
+            end: Some(end),
+            task,
+            _dir: dir,
+        }
+    }
+
+    async fn generate(
+        &self,
+        endpoint: Endpoint,
+        body: Value,
+    ) -> Result<Streaming<GenerateReply>, Status> {
+        self.call(GenerateCall {
+            endpoint: endpoint.into(),
+            body: body.to_string().into_bytes().into(),
+            request_id: "r-1".into(),
+            created: 7,
+            model: "tiny".into(),
+            content_hash: "hash".into(),
+            ..GenerateCall::default()
+        })
+        .await
+    }
+
+    async fn call(&self, call: GenerateCall) -> Result<Streaming<GenerateReply>, Status> {
+        Ok(self.client.clone().generate(call).await?.into_inner())
+    }
+
+    async fn answer(&self, endpoint: Endpoint, body: Value) -> Answer {
+        gather(self.generate(endpoint, body).await.unwrap()).await
+    }
+
+    fn end(&mut self, how: Shutdown) {
+        let _ = self.end.take().unwrap().send(how);
+    }
+}
+
+#[derive(Default)]
+struct Answer {
+    status: u32,
+    refusal: Value,
+    deltas: Vec<Value>,
+    usage: Value,
+    error: Value,
+    tokens: usize,
+}
+
+impl Answer {
+    fn text(&self, path: &str) -> String {
+        self.deltas
+            .iter()
+            .filter_map(|delta| delta.pointer(path)?.as_str())
+            .collect()
+    }
+
+    fn finish(&self) -> Vec<&str> {
+        self.deltas
+            .iter()
+            .filter_map(|delta| delta["choices"][0]["finish_reason"].as_str())
+            .collect()
+    }
+}
+
+async fn gather(mut stream: Streaming<GenerateReply>) -> Answer {
+    let mut answer = Answer::default();
+    while let Some(reply) = stream.message().await.unwrap() {
+        match reply.reply.unwrap() {
+            Reply::Head(head) => {
+                answer.status = head.status;
+                answer.refusal = serde_json::from_slice(&head.body).unwrap_or_default();
+            }
+            Reply::Chunk(chunk) => {
+                let json: Value = serde_json::from_slice(&chunk.json).unwrap();
+                answer.tokens += chunk.token_ids.len();
+                match chunk.kind() {
+                    Kind::Delta => answer.deltas.push(json),
+                    Kind::Usage => answer.usage = json,
+                    Kind::Error => answer.error = json,
+                    Kind::Unspecified => panic!("a chunk without a kind"),
+                }
+            }
+        }
+    }
+    answer
+}
+
+fn sum() -> Value {
+    json!({"messages": [{"role": "user", "content": "What is 47 + 85?"}], "temperature": 0})
+}
+
+fn endless() -> Value {
+    json!({"prompt": "1", "max_tokens": 900, "ignore_eos": true})
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sum_is_thought_about_and_answered() {
+    let worker = Running::start(8).await;
+    let answer = worker.answer(Endpoint::ChatCompletions, sum()).await;
+    assert_eq!(answer.status, 200);
+    assert_eq!(answer.text("/choices/0/delta/content").trim(), "132");
+    assert!(
+        answer
+            .text("/choices/0/delta/reasoning_content")
+            .contains("7+5"),
+        "{}",
+        answer.text("/choices/0/delta/reasoning_content")
+    );
+    assert_eq!(answer.finish(), ["stop"]);
+    let first = &answer.deltas[0];
+    assert_eq!(
+        first["choices"][0]["delta"],
+        json!({"role": "assistant", "content": ""})
+    );
+    assert_eq!(
+        (&first["id"], &first["created"], &first["model"]),
+        (&json!("r-1"), &json!(7), &json!("tiny"))
+    );
+    assert_eq!(first["object"], "chat.completion.chunk");
+    let usage = &answer.usage["usage"];
+    assert_eq!(usage["completion_tokens"], answer.tokens);
+    assert_eq!(
+        usage["total_tokens"].as_u64(),
+        Some(usage["prompt_tokens"].as_u64().unwrap() + answer.tokens as u64)
+    );
+    assert_eq!(answer.usage["choices"], json!([]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_prompt_is_echoed_and_scored() {
+    let worker = Running::start(8).await;
+    let body = json!({"prompt": "1 + 1 =", "max_tokens": 4, "temperature": 0, "echo": true, "logprobs": 2, "ignore_eos": true});
+    let answer = worker.answer(Endpoint::Completions, body).await;
+    assert!(
+        answer.text("/choices/0/text").starts_with("1 + 1 ="),
+        "{:?}",
+        answer.deltas
+    );
+    let scores = &answer.deltas[0]["choices"][0]["logprobs"];
+    let tokens = scores["tokens"].as_array().unwrap();
+    assert_eq!(
+        tokens.iter().filter_map(Value::as_str).collect::<String>(),
+        "1 + 1 ="
+    );
+    assert_eq!(
+        (
+            &scores["token_logprobs"][0],
+            scores["top_logprobs"][1].as_object().unwrap().len() >= 2
+        ),
+        (&Value::Null, true)
+    );
+    assert_eq!(
+        scores["text_offset"][1],
+        tokens[0].as_str().unwrap().chars().count()
+    );
+    assert_eq!((answer.finish(), answer.tokens), (vec!["length"], 4));
+    let body = json!({"prompt": [7, 8, 9], "max_tokens": 0, "echo": true, "logprobs": 1});
+    let scored = worker.answer(Endpoint::Completions, body).await;
+    assert_eq!(
+        (
+            scored.usage["usage"]["completion_tokens"].as_u64(),
+            scored.usage["usage"]["prompt_tokens"].as_u64()
+        ),
+        (Some(0), Some(3))
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn chat_tokens_are_scored() {
+    let worker = Running::start(8).await;
+    let mut body = sum();
+    body["logprobs"] = json!(true);
+    body["top_logprobs"] = json!(3);
+    let answer = worker.answer(Endpoint::ChatCompletions, body).await;
+    let scores: Vec<&Value> = answer
+        .deltas
+        .iter()
+        .filter_map(|delta| delta.pointer("/choices/0/logprobs/content")?.as_array())
+        .flatten()
+        .collect();
+    assert_eq!(scores.len(), answer.tokens);
+    assert!(
+        scores
+            .iter()
+            .all(|score| score["top_logprobs"].as_array().unwrap().len() == 3
+                && score["bytes"].is_array())
+    );
+    assert!(
+        scores
+            .iter()
+            .all(|score| score["logprob"].as_f64().unwrap() <= 0.0)
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bad_requests_are_refused_before_they_run() {
+    let worker = Running::start(8).await;
+    let mut body = sum();
+    body["temperature"] = json!(3);
+    let answer = worker.answer(Endpoint::ChatCompletions, body).await;
+    assert_eq!(
+        (answer.status, &answer.refusal["error"]["param"]),
+        (400, &json!("temperature"))
+    );
+    assert!(answer.deltas.is_empty() && answer.usage.is_null());
+    let answer = worker
+        .answer(
+            Endpoint::Completions,
+            json!({"prompt": "x", "max_tokens": 100_000}),
+        )
+        .await;
+    assert_eq!(
+        (answer.status, &answer.refusal["error"]["code"]),
+        (400, &json!("context_length_exceeded"))
+    );
+    let other = GenerateCall {
+        content_hash: "other".into(),
+        ..GenerateCall::default()
+    };
+    assert_eq!(
+        worker.call(other).await.err().unwrap().code(),
+        Code::FailedPrecondition
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deadline_ends_a_stream_with_an_error() {
+    let worker = Running::start(8).await;
+    let call = GenerateCall {
+        endpoint: Endpoint::Completions.into(),
+        body: endless().to_string().into_bytes().into(),
+        remaining_ms: 30,
+        ..GenerateCall::default()
+    };
+    let answer = gather(worker.call(call).await.unwrap()).await;
+    assert_eq!(answer.error["error"]["code"], "deadline_exceeded");
+    assert!(answer.usage.is_null());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_leaves_makes_room_and_the_rest_is_told_to_go_elsewhere() {
+    let worker = Running::start(1).await;
+    let mut streams = Vec::new();
+    for _ in 0..1 + WAITING_PER_RUNNING {
+        streams.push(
+            worker
+                .generate(Endpoint::Completions, endless())
+                .await
+                .unwrap(),
+        );
+    }
+    let full = worker
+        .generate(Endpoint::Completions, endless())
+        .await
+        .err()
+        .unwrap();
+    assert_eq!(full.code(), Code::ResourceExhausted);
+    drop(streams);
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
+    while worker
+        .generate(Endpoint::Completions, endless())
+        .await
+        .is_err()
+    {
+        assert!(tokio::time::Instant::now() < deadline, "nothing was freed");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_drain_lets_requests_finish_and_takes_no_new_ones() {
+    let mut worker = Running::start(8).await;
+    let body = json!({"prompt": "1", "max_tokens": 400, "ignore_eos": true});
+    let stream = worker
+        .generate(Endpoint::Completions, body.clone())
+        .await
+        .unwrap();
+    worker.end(Shutdown::Drain);
+    let refused = loop {
+        match worker.generate(Endpoint::Completions, body.clone()).await {
+            Ok(_) => tokio::time::sleep(Duration::from_millis(5)).await,
+            Err(status) => break status,
+        }
+    };
+    assert_eq!(refused.code(), Code::Unavailable);
+    let answer = gather(stream).await;
+    assert_eq!((answer.finish(), answer.tokens), (vec!["length"], 400));
+    worker.task.await.unwrap().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_orphan_ends_within_two_seconds() {
+    let mut worker = Running::start(8).await;
+    let stream = worker
+        .generate(Endpoint::Completions, endless())
+        .await
+        .unwrap();
+    worker.end(Shutdown::Within(Duration::from_millis(300)));
+    let ended = tokio::time::timeout(Duration::from_secs(20), &mut worker.task).await;
+    ended.expect("it ends").unwrap().unwrap();
+    drop(stream);
+}
