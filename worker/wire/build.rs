@@ -16,6 +16,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     let descriptors = protox::compile(&paths, ["proto"])?;
     let out = PathBuf::from(env::var("OUT_DIR")?);
     std::fs::write(out.join("modelfleet.bin"), descriptors.encode_to_vec())?;
+    let inference = protox::compile([&paths[0]], ["proto"])?;
+    std::fs::write(out.join("inference.bin"), inference.encode_to_vec())?;
     tonic_prost_build::configure()
         .bytes(".modelfleet.v1")
         .compile_fds(descriptors)?;

@@ -21,6 +21,9 @@ pub use connections::{MAX_MESSAGE_BYTES, connect, serve, serve_until};
 )]
 pub mod proto {
     tonic::include_proto!("modelfleet.v1");
-    /// All descriptors, for gRPC reflection.
+    /// The descriptors of what clients may call, for gRPC reflection.
+    pub const INFERENCE_DESCRIPTORS: &[u8] =
+        include_bytes!(concat!(env!("OUT_DIR"), "/inference.bin"));
+    /// All descriptors.
     pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/modelfleet.bin"));
 }

@@ -1,0 +1,139 @@
+//! What is measured. Labels are bounded: models that exist, and reasons from a small set.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use arc_swap::ArcSwap;
+use opentelemetry::{
+    KeyValue,
+    metrics::{Counter, Meter},
+};
+use wire::genai::{Instruments, Outcome};
+
+use crate::snapshot::Table;
+
+/// The router's instruments.
+#[derive(Clone, Debug)]
+pub struct Metrics {
+    requests: Instruments,
+    retries: Counter<u64>,
+    rejected: Counter<u64>,
+}
+
+impl Metrics {
+    /// Makes the instruments; queued and running requests are read from `table` when somebody looks.
+    pub fn new(meter: &Meter, table: &Arc<ArcSwap<Table>>) -> Self {
+        let gauge = |name: &'static str, description: &'static str, of: fn((u64, u64)) -> u64| {
+            let table = table.clone();
+            let observe = move |observer: &dyn opentelemetry::metrics::AsyncInstrument<u64>| {
+                for line in table.load().lines() {
+                    let model = KeyValue::new("model", line.model().name.clone());
+                    observer.observe(of(line.counts()), &[model]);
+                }
+            };
+            meter
+                .u64_observable_gauge(name)
+                .with_description(description)
+                .with_callback(observe)
+                .build();
+        };
+        gauge(
+            "modelfleet_router_queued_requests",
+            "Requests that wait for a worker",
+            |counts| counts.0,
+        );
+        gauge(
+            "modelfleet_router_running_requests",
+            "Requests that run on a worker",
+            |counts| counts.1,
+        );
+        let counter = |name: &'static str, description| {
+            meter
+                .u64_counter(name)
+                .with_description(description)
+                .build()
+        };
+        Self {
+            requests: Instruments::new(meter),
+            retries: counter(
+                "modelfleet_router_retries",
+                "Attempts that went to another worker",
+            ),
+            rejected: counter(
+                "modelfleet_router_rejected_requests",
+                "Requests that got an error, by reason",
+            ),
+        }
+    }
+
+    /// A request goes to another worker.
+    pub fn retried(&self, model: &str) {
+        self.retries
+            .add(1, &[KeyValue::new("model", model.to_owned())]);
+    }
+
+    /// A request gets an error.
+    pub fn rejected(&self, reason: &'static str) {
+        self.rejected.add(1, &[KeyValue::new("reason", reason)]);
+    }
+
+    /// Begins to measure a request of a model that exists.
+    pub fn begin(&self, operation: &'static str, model: String, arrived: Instant) -> Measured {
+        Measured {
+            metrics: self.clone(),
+            operation,
+            model,
+            arrived,
+            first_token: None,
+            usage: None,
+            end: Some("cancelled"),
+        }
+    }
+}
+
+/// A request under way; recorded when it drops, as cancelled unless it was told how it ended.
+#[derive(Debug)]
+pub struct Measured {
+    metrics: Metrics,
+    operation: &'static str,
+    model: String,
+    arrived: Instant,
+    first_token: Option<Duration>,
+    usage: Option<(u64, u64)>,
+    end: Option<&'static str>,
+}
+
+impl Measured {
+    /// A piece of the answer came.
+    pub fn piece(&mut self) {
+        if self.first_token.is_none() {
+            self.first_token = Some(self.arrived.elapsed());
+        }
+    }
+
+    /// It ended well, with this many tokens taken and given.
+    pub fn done(&mut self, usage: Option<(u64, u64)>) {
+        (self.usage, self.end) = (usage, None);
+    }
+
+    /// It ended with an error.
+    pub fn failed(&mut self, reason: &'static str) {
+        self.end = Some(reason);
+        self.metrics.rejected(reason);
+    }
+}
+
+impl Drop for Measured {
+    fn drop(&mut self) {
+        self.metrics.requests.record(&Outcome {
+            operation: self.operation,
+            model: &self.model,
+            duration: self.arrived.elapsed().as_secs_f64(),
+            first_token: self.first_token.map(|first| first.as_secs_f64()),
+            usage: self.usage,
+            error: self.end,
+        });
+    }
+}
