@@ -5,6 +5,8 @@
 //! over a fixed number of lanes, nothing is fused, and no function of the system's mathematics
 //! library is used.
 
+use std::array::from_fn;
+use std::hint::black_box;
 use std::num::NonZero;
 use std::ops::Range;
 use std::sync::{LazyLock, OnceLock};
@@ -163,27 +165,35 @@ fn dot(a: &[f32], b: &[f32]) -> f32 {
     let mut lanes = [0.0f32; LANES];
     let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
     for (a, b) in a.iter().zip(b) {
-        for lane in 0..LANES {
-            lanes[lane] += a[lane] * b[lane];
-        }
+        lanes = step(lanes, a, b);
     }
-    for (lane, (a, b)) in lanes.iter_mut().zip(a_rest.iter().zip(b_rest)) {
-        *lane += a * b;
+    if !a_rest.is_empty() {
+        lanes = step(lanes, &padded(a_rest), &padded(b_rest));
     }
     fold(lanes)
 }
 
+#[inline(always)]
+fn step(lanes: [f32; LANES], a: &[f32; LANES], b: &[f32; LANES]) -> [f32; LANES] {
+    from_fn(|lane| lanes[lane] + a[lane] * b[lane])
+}
+
+#[inline(always)]
+fn padded(rest: &[f32]) -> [f32; LANES] {
+    let mut padded = [0.0; LANES];
+    padded[..rest.len()].copy_from_slice(rest);
+    padded
+}
+
 /// Sums lanes by halves: 32, 16, 8, 4, 2, 1.
 #[inline(always)]
-fn fold(mut lanes: [f32; LANES]) -> f32 {
-    let mut width = LANES / 2;
-    while width > 0 {
-        for lane in 0..width {
-            lanes[lane] += lanes[lane + width];
-        }
-        width /= 2;
-    }
-    lanes[0]
+fn fold(lanes: [f32; LANES]) -> f32 {
+    // else the compiler arranges the loop before this around these few sums, two lanes at a time
+    let lanes = black_box(lanes);
+    let lanes: [f32; 16] = from_fn(|lane| lanes[lane] + lanes[lane + 16]);
+    let lanes: [f32; 8] = from_fn(|lane| lanes[lane] + lanes[lane + 8]);
+    let lanes: [f32; 4] = from_fn(|lane| lanes[lane] + lanes[lane + 4]);
+    (lanes[0] + lanes[2]) + (lanes[1] + lanes[3])
 }
 
 /// The sum of squares of a row.
