@@ -3,6 +3,11 @@
 //! The types say what can be written, not what is accepted: numbers are signed and durations are text, as they
 //! arrive. The operator's `validate` turns them into values that carry the proof.
 
+#![allow(
+    clippy::duplicated_attributes,
+    reason = "each column of `kubectl get` has a type"
+)]
+
 use std::collections::BTreeMap;
 
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;

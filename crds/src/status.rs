@@ -212,7 +212,6 @@ pub enum Reason {
     // Accepted
     Valid,
     Unparsable,
-    InvalidName,
     InvalidSource,
     UnsupportedSource,
     InvalidRevision,
@@ -234,7 +233,6 @@ pub enum Reason {
     NoRoom,
     TooManyShards,
     ContextTooLong,
-    ClaimNotShared,
     // ModelReady
     Fetched,
     Fetching,

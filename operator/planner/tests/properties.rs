@@ -41,7 +41,8 @@ fn placed(
 
 fn spread(placement: &Placement, layers: &[MoeLayer]) -> u64 {
     let bytes = placement.expert_bytes(layers);
-    bytes.iter().max().unwrap().0 - bytes.iter().min().unwrap().0
+    let most = bytes.iter().max().map_or(0, |bytes| bytes.0);
+    most - bytes.iter().min().map_or(0, |bytes| bytes.0)
 }
 
 fn largest(layers: &[MoeLayer]) -> u64 {
@@ -49,7 +50,7 @@ fn largest(layers: &[MoeLayer]) -> u64 {
         .iter()
         .map(|layer| layer.expert_bytes.0)
         .max()
-        .unwrap()
+        .unwrap_or_default()
 }
 
 proptest! {

@@ -1,8 +1,6 @@
 //! A rollout and an hour of scaling as text, one line a step, beside this file. `UPDATE=1 cargo test -p planner` writes
 //! them anew.
 
-use std::fmt::Write;
-
 use planner::Millis;
 use planner::autoscale::{self, History, Load, Policy};
 use planner::rollout::{Replica, State, Step, Wanted, next_step};
@@ -10,7 +8,7 @@ use planner::rollout::{Replica, State, Step, Wanted, next_step};
 fn compare(name: &str, text: &str) {
     let path = format!("{}/tests/{name}.txt", env!("CARGO_MANIFEST_DIR"));
     if std::env::var_os("UPDATE").is_some() {
-        std::fs::write(&path, text).unwrap();
+        std::fs::write(&path, text).expect("the transcript can be written");
     }
     let committed = std::fs::read_to_string(&path).unwrap_or_default();
     assert!(
@@ -36,7 +34,7 @@ impl Fleet {
     }
 
     fn note(&mut self, text: &str) {
-        writeln!(self.text, "{text}").unwrap();
+        self.text += &format!("{text}\n");
     }
 
     /// Asks, tells, obeys, until nothing moves for a while or `until`.
@@ -47,7 +45,8 @@ impl Fleet {
             let step = next_step(wanted, &seen, self.now);
             let line = format!("  {:<28} -> {step}", self.counts());
             if line != told {
-                writeln!(self.text, "{:>5}{line}", format!("{}s", self.now.0 / 1000)).unwrap();
+                let at = format!("{}s", self.now.0 / 1000);
+                self.text += &format!("{at:>5}{line}\n");
             }
             told = line;
             self.obey(&step);
@@ -196,7 +195,7 @@ fn an_hour_of_scaling_reads_as_expected() {
         let decision = autoscale::decide(&policy, current, load.as_ref(), &mut history, now);
         let line = decision.to_string();
         if line != told {
-            writeln!(text, "{:>2}:{:02}  {line}", second / 60, second % 60).unwrap();
+            text += &format!("{:>2}:{:02}  {line}\n", second / 60, second % 60);
         }
         told = line;
         current = decision.to;
