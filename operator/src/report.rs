@@ -6,6 +6,8 @@
 mod event;
 mod finding;
 mod summary;
+#[cfg(test)]
+mod tests;
 mod trouble;
 
 use crds::{

@@ -73,7 +73,7 @@ impl Names {
             name: model.clone(),
             uid: md.uid().unwrap_or_default(),
             controller: Some(true),
-            block_owner_deletion: Some(true),
+            block_owner_deletion: None,
         };
         let namespace = md.namespace().unwrap_or_default();
         Self { stem: stem(&model), path: format!("{namespace}/{model}"), namespace, model, owner }

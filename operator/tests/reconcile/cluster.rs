@@ -1,0 +1,197 @@
+//! What a cluster does around the API server, as doubles: the StatefulSet and Job controllers, garbage collection, and
+//! a kubelet whose containers are the doubles of `process`.
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use serde_json::{Value, json};
+use tokio::task::JoinSet;
+use wire::proto::worker_state::Phase;
+
+use crate::{
+    api::Api,
+    process::{self, Place, Shared},
+};
+
+const OWNED: [&str; 7] =
+    ["statefulsets", "services", "serviceaccounts", "configmaps", "poddisruptionbudgets", "jobs", "pods"];
+
+/// A running cluster; ends when dropped.
+pub struct Cluster {
+    /// The API server.
+    pub api: Api,
+    /// What the processes do.
+    pub stage: Shared,
+    /// While set, no pod is made.
+    pub no_pods: Arc<AtomicBool>,
+    _tasks: JoinSet<()>,
+}
+
+impl Cluster {
+    /// Starts one whose processes connect to `operators`.
+    pub fn start(operators: Vec<String>, description: Value) -> Self {
+        let (api, stage, no_pods) = (Api::default(), Shared::default(), Arc::new(AtomicBool::new(false)));
+        api.apply(json!({
+            "apiVersion": "v1", "kind": "Pod",
+            "metadata": {"name": "router", "labels": {
+                "app.kubernetes.io/name": "modelfleet", "app.kubernetes.io/component": "router"}},
+        }));
+        api.edit("pods", "router", |pod| pod["status"] = json!({"podIP": "127.0.0.1"}));
+        let mut tasks = JoinSet::new();
+        let id = text(&api.get("pods", "router").unwrap()["metadata"]["uid"]);
+        process::router(&operators, &id, &stage, &mut tasks);
+        let node = Node {
+            api: api.clone(),
+            stage: stage.clone(),
+            no_pods: no_pods.clone(),
+            operators,
+            description,
+            running: Mutex::default(),
+        };
+        tasks.spawn(async move {
+            loop {
+                node.turn();
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        });
+        Self { api, stage, no_pods, _tasks: tasks }
+    }
+}
+
+struct Node {
+    api: Api,
+    stage: Shared,
+    no_pods: Arc<AtomicBool>,
+    operators: Vec<String>,
+    description: Value,
+    /// Processes by pod UID.
+    running: Mutex<BTreeMap<String, JoinSet<()>>>,
+}
+
+impl Node {
+    fn turn(&self) {
+        self.collect_garbage();
+        if !self.no_pods.load(Ordering::Relaxed) {
+            self.make_pods();
+        }
+        self.run_pods();
+    }
+
+    /// Deletes what has a controller that is gone.
+    fn collect_garbage(&self) {
+        let kinds = OWNED.iter().chain(&["modeldeployments"]);
+        let living: Vec<String> =
+            kinds.flat_map(|plural| self.api.list(plural)).map(|object| text(&object["metadata"]["uid"])).collect();
+        for plural in OWNED {
+            for object in self.api.list(plural) {
+                let owner = &object["metadata"]["ownerReferences"][0]["uid"];
+                if owner.is_string() && !living.contains(&text(owner)) {
+                    self.api.delete(plural, &text(&object["metadata"]["name"]));
+                }
+            }
+        }
+    }
+
+    fn make_pods(&self) {
+        for set in self.api.list("statefulsets") {
+            for ordinal in 0..set["spec"]["replicas"].as_u64().unwrap_or(0) {
+                let name = format!("{}-{ordinal}", text(&set["metadata"]["name"]));
+                self.make_pod(&set, "StatefulSet", &name, Some(ordinal));
+            }
+        }
+        for job in self.api.list("jobs") {
+            let name = format!("{}-pod", text(&job["metadata"]["name"]));
+            self.make_pod(&job, "Job", &name, None);
+        }
+    }
+
+    fn make_pod(&self, owner: &Value, kind: &str, name: &str, ordinal: Option<u64>) {
+        if self.api.get("pods", name).is_some() {
+            return;
+        }
+        let mut pod = owner["spec"]["template"].clone();
+        pod["apiVersion"] = "v1".into();
+        pod["kind"] = "Pod".into();
+        pod["metadata"]["name"] = name.into();
+        if let Some(ordinal) = ordinal {
+            pod["metadata"]["labels"]["apps.kubernetes.io/pod-index"] = ordinal.to_string().into();
+        }
+        pod["metadata"]["ownerReferences"] = json!([{
+            "apiVersion": "apps/v1", "kind": kind, "name": owner["metadata"]["name"],
+            "uid": owner["metadata"]["uid"], "controller": true}]);
+        self.api.apply(pod);
+        self.api.edit("pods", name, |pod| {
+            let scheduled = json!({"type": "PodScheduled", "status": "True"});
+            pod["status"] = json!({"podIP": "127.0.0.1", "conditions": [scheduled]});
+        });
+    }
+
+    fn run_pods(&self) {
+        let pods = self.api.list("pods");
+        let mut running = self.running.lock().unwrap();
+        let ids: Vec<String> = pods.iter().map(|pod| text(&pod["metadata"]["uid"])).collect();
+        running.retain(|id, _| ids.contains(id));
+        for pod in pods.iter().filter(|pod| pod["metadata"]["name"] != "router") {
+            let place = place(pod);
+            running.entry(place.id.clone()).or_insert_with(|| self.start(pod, place.clone()));
+            self.probe(pod, &place.id);
+        }
+    }
+
+    fn start(&self, pod: &Value, place: Place) -> JoinSet<()> {
+        let mut tasks = JoinSet::new();
+        match pod["metadata"]["labels"]["app.kubernetes.io/component"].as_str() {
+            Some("worker") => process::worker(&self.operators, place, &self.stage, &mut tasks),
+            _ => process::describer(&self.operators, place, self.description.to_string(), &mut tasks),
+        }
+        tasks
+    }
+
+    /// A pod is ready when its worker has loaded and its readiness gate is open.
+    fn probe(&self, pod: &Value, id: &str) {
+        let phase = self.stage.lock().unwrap().phases.get(id).copied();
+        let loaded = matches!(phase, Some(Phase::Serving | Phase::Drained));
+        let conditions = pod["status"]["conditions"].as_array().cloned().unwrap_or_default();
+        let has = |kind: &str| conditions.iter().any(|one| one["type"] == kind && one["status"] == "True");
+        let ready = loaded && has("modelfleet.io/routed");
+        let probed = pod["status"]["containerStatuses"][0]["ready"] == true;
+        if ready == has("Ready") && probed == loaded {
+            return;
+        }
+        self.api.edit("pods", &text(&pod["metadata"]["name"]), |pod| {
+            let conditions = pod["status"]["conditions"].as_array_mut().unwrap();
+            conditions.retain(|one| one["type"] != "Ready");
+            conditions.push(json!({"type": "Ready", "status": if ready { "True" } else { "False" }}));
+            let status = |name: &str, ready: bool| json!({
+                "name": name, "ready": ready, "restartCount": 0, "image": "", "imageID": "",
+                "state": {"terminated": {"exitCode": 0}}});
+            pod["status"]["initContainerStatuses"] = json!([status("fetch", true)]);
+            pod["status"]["containerStatuses"] = json!([status("worker", loaded)]);
+        });
+    }
+}
+
+fn place(pod: &Value) -> Place {
+    let labels = &pod["metadata"]["labels"];
+    let number = |label: &str| labels[label].as_str().and_then(|text| text.parse().ok()).unwrap_or(0);
+    let arguments = pod["spec"]["containers"][0]["args"].as_array().cloned().unwrap_or_default();
+    let flag = arguments.iter().position(|argument| argument == "--content-hash");
+    Place {
+        id: text(&pod["metadata"]["uid"]),
+        model: format!("default/{}", text(&pod["metadata"]["annotations"]["modelfleet.io/model-name"])),
+        revision: text(&labels["modelfleet.io/revision"]),
+        replica: number("modelfleet.io/replica"),
+        ordinal: number("apps.kubernetes.io/pod-index"),
+        content_hash: flag.map(|flag| text(&arguments[flag + 1])).unwrap_or_default(),
+    }
+}
+
+fn text(value: &Value) -> String {
+    value.as_str().unwrap_or_default().to_owned()
+}

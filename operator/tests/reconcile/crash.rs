@@ -1,0 +1,54 @@
+//! A crash at every write: before it, after it, and with its reply lost. The end is always the same.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
+};
+
+use futures::{StreamExt, stream};
+use serde_json::Value;
+
+use crate::{
+    api::Fault,
+    world::{World, model},
+};
+
+/// Writes of an undisturbed install, and the objects at its end.
+async fn reference() -> (usize, Value) {
+    let (world, _operator) = World::installed().await;
+    (world.api().writes().len(), world.objects())
+}
+
+/// Installs, and crashes the operator at write `at` with `fault`.
+async fn crash(at: usize, fault: Fault) -> Value {
+    let world = World::with(1).await;
+    let bitten = Arc::new(AtomicBool::new(false));
+    let bites = bitten.clone();
+    world.api().break_by(move |call| {
+        (call.write == at).then(|| {
+            bites.store(true, Ordering::Relaxed);
+            fault
+        })
+    });
+    let operator = world.operator(0).await;
+    world.api().apply(model());
+    let over = |world: &World| bitten.load(Ordering::Relaxed) || world.status()["summary"] == "Ready";
+    world.until("the fault bites", over).await;
+    operator.kill().await;
+    world.api().mend();
+    let _operator = world.operator(0).await;
+    world.ready().await;
+    world.objects()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_crash_at_any_write_ends_in_the_same_place() {
+    let (writes, wanted) = reference().await;
+    assert!(writes >= 10, "{writes} writes");
+    let faults = (1..=writes).flat_map(|at| [(at, Fault::Hang), (at, Fault::LoseReply)]);
+    let runs = stream::iter(faults).map(|(at, fault)| async move { (at, fault, crash(at, fault).await) });
+    let mut runs = std::pin::pin!(runs.buffer_unordered(8));
+    while let Some((at, fault, objects)) = runs.next().await {
+        assert_eq!(objects, wanted, "crash at write {at} ({fault:?})");
+    }
+}

@@ -1,0 +1,14 @@
+//! The whole reconcile, in process: the operator with its real control stream, against an API server and a cluster in
+//! memory. What only a real API server knows (CEL, schemas, its own defaults) is tested in `tests/cluster`.
+
+#![allow(unreachable_pub, missing_docs, reason = "a test binary has no public items")]
+
+mod api;
+mod cluster;
+mod crash;
+mod fault;
+mod golden;
+mod life;
+mod path;
+mod process;
+mod world;
