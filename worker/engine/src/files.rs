@@ -40,10 +40,30 @@ impl ModelFiles for LocalFiles {
 
     fn read(&self, path: &str, range: Range<u64>) -> io::Result<Vec<u8>> {
         let mut file = File::open(self.0.join(path))?;
+        // the file bounds what is allocated, whatever was asked for
+        let end = range.end.min(file.metadata()?.len());
+        let length = end.saturating_sub(range.start);
+        let mut bytes = Vec::with_capacity(length as usize);
         file.seek(SeekFrom::Start(range.start))?;
-        let mut bytes = Vec::new();
-        file.take(range.end.saturating_sub(range.start))
-            .read_to_end(&mut bytes)?;
+        file.take(length).read_to_end(&mut bytes)?;
         Ok(bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_range_ends_with_its_file() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("a"), "0123456789").unwrap();
+        fs::create_dir(dir.path().join("folder")).unwrap();
+        let files = LocalFiles(dir.path().into());
+        assert_eq!(files.list(), [("a".to_string(), 10)]);
+        assert_eq!(files.read("a", 2..5).unwrap(), b"234");
+        assert_eq!(files.read("a", 8..u64::MAX).unwrap(), b"89");
+        assert_eq!(files.read("a", 20..30).unwrap(), b"");
+        assert!(files.read("b", 0..1).is_err());
     }
 }
