@@ -368,3 +368,195 @@ pub fn placement_json(placement: &Placement) -> String {
     };
     serde_json::to_string(&File { version, placement }).expect("numbers and lists always serialise")
 }
+
+#[cfg(test)]
+mod tests {
+    use planner::placement::LayerPlacement;
+
+    use super::*;
+
+    fn placement() -> Placement {
+        Placement {
+            shards: 2,
+            layers: vec![LayerPlacement {
+                layer: 1,
+                experts: vec![vec![0], vec![1]],
+            }],
+        }
+    }
+
+    fn worker(site: Site<'_>) -> Launch {
+        serve(&Serve {
+            site,
+            model: "team/tiny",
+            model_dir: "/models",
+            revision: "0a1b2c3d",
+            content_hash: "ab12",
+            replica: 3,
+            ordinal: 1,
+            placement_path: "/etc/modelfleet/placement.json",
+            placement: &placement(),
+            kv_cache_tokens: 8192,
+            max_context_tokens: 1024,
+            drain_timeout: Duration::from_secs(60),
+            operators: &["one:9100".to_owned(), "two:9100".to_owned()],
+            telemetry: &[(
+                "OTEL_EXPORTER_OTLP_ENDPOINT".to_owned(),
+                "http://collector:4317".to_owned(),
+            )],
+        })
+    }
+
+    /// One line an argument, variable, port and file.
+    fn text(launch: &Launch) -> String {
+        let mut lines = vec![launch.program.file_name().to_owned()];
+        lines.extend(
+            launch
+                .arguments
+                .iter()
+                .map(|argument| format!("  {argument}")),
+        );
+        lines.extend(
+            launch
+                .environment
+                .iter()
+                .map(|variable| match &variable.value {
+                    Value::Text(text) => format!("{}={text}", variable.name),
+                    Value::PodField(path) => format!("{}<{path}", variable.name),
+                }),
+        );
+        lines.extend(
+            launch
+                .ports
+                .iter()
+                .map(|port| format!("{} {}", port.name, port.number)),
+        );
+        lines.extend(
+            launch
+                .files
+                .iter()
+                .map(|file| format!("{}: {}", file.path, file.content)),
+        );
+        lines.join("\n")
+    }
+
+    const PLACED: &str = r#"/etc/modelfleet/placement.json: {"version":{"epoch":0,"sequence":0},"shards":2,"layers":[{"layer":1,"experts":[[0],[1]]}]}"#;
+
+    #[test]
+    fn worker_in_a_pod() {
+        let expected = "modelfleet-worker
+  serve
+  --model
+  team/tiny
+  --model-dir
+  /models
+  --revision
+  0a1b2c3d
+  --content-hash
+  ab12
+  --replica
+  3
+  --ordinal
+  $(MODELFLEET_ORDINAL)
+  --placement
+  /etc/modelfleet/placement.json
+  --kv-cache-tokens
+  8192
+  --max-context-tokens
+  1024
+  --max-sequences
+  64
+  --drain-timeout
+  60
+  --listen
+  [::]:9000
+  --admin
+  [::]:9400
+  --operator
+  one:9100
+  --operator
+  two:9100
+MODELFLEET_ID<metadata.uid
+MODELFLEET_ORDINAL<metadata.labels['apps.kubernetes.io/pod-index']
+POD_IP<status.podIP
+OTEL_EXPORTER_OTLP_ENDPOINT=http://collector:4317
+grpc 9000
+admin 9400
+";
+        assert_eq!(text(&worker(Site::Pod)), format!("{expected}{PLACED}"));
+    }
+
+    #[test]
+    fn worker_as_a_child_differs_only_in_its_site() {
+        let (pod, child) = (
+            text(&worker(Site::Pod)),
+            text(&worker(Site::Child { id: "token" })),
+        );
+        let differs = |one: &str, other: &str| -> Vec<String> {
+            one.lines()
+                .filter(|line| !other.lines().any(|same| same == *line))
+                .map(str::to_owned)
+                .collect()
+        };
+        assert_eq!(
+            differs(&child, &pod),
+            [
+                "  1",
+                "  127.0.0.1:0",
+                "  127.0.0.1:0",
+                "  --exit-with-stdin",
+                "MODELFLEET_ID=token"
+            ]
+        );
+        assert_eq!(
+            differs(&pod, &child).len(),
+            8,
+            "ordinal, addresses, three variables, two ports"
+        );
+    }
+
+    #[test]
+    fn describe_and_fetch_know_the_hub() {
+        let hub = Hub {
+            endpoint: Some("https://hub".to_owned()),
+            token_file: Some("/token/hf".to_owned()),
+            ca_file: Some("/ca.crt".to_owned()),
+            proxy: Some("http://proxy".to_owned()),
+            no_proxy: Some("inside".to_owned()),
+        };
+        let read = Read {
+            site: Site::Pod,
+            source: "hf://a/b",
+            revision: Some("main"),
+            model: "team/tiny",
+            operators: &["one:9100".to_owned()],
+            hub: &hub,
+            telemetry: &[],
+        };
+        let flags = "  --revision\n  main\n  --model\n  team/tiny\n  --operator\n  one:9100\n";
+        let variables = "MODELFLEET_ID<metadata.uid\nHF_ENDPOINT=https://hub\nHF_TOKEN_PATH=/token/hf\n\
+                         SSL_CERT_FILE=/ca.crt\nHTTPS_PROXY=http://proxy\nNO_PROXY=inside";
+        assert_eq!(
+            text(&describe(&read)),
+            format!("modelfleet-worker\n  describe\n  hf://a/b\n{flags}{variables}")
+        );
+        let expected = format!(
+            "modelfleet-worker\n  fetch\n  hf://a/b\n  --to\n  /models\n{flags}{variables}"
+        );
+        assert_eq!(text(&fetch(&read, "/models")), expected);
+    }
+
+    #[test]
+    fn router_as_a_child() {
+        let operators = ["127.0.0.1:9100".to_owned()];
+        let route = Route {
+            id: "token",
+            http: "127.0.0.1:8080",
+            grpc: "127.0.0.1:9090",
+            operators: &operators,
+        };
+        let expected = "modelfleet-router\n  --http\n  127.0.0.1:8080\n  --grpc\n  127.0.0.1:9090\n  --admin\n  \
+                        127.0.0.1:0\n  --operator\n  127.0.0.1:9100\n  --exit-with-stdin\nMODELFLEET_ID=token";
+        assert_eq!(text(&router(&route)), expected);
+    }
+}
