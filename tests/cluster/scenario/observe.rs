@@ -45,7 +45,7 @@ pub(crate) async fn one_trace_has_router_worker_and_experts(
         .until("the trace is whole", 30, async || {
             let spans = collector.get(&format!("/traces/{TRACE}")).await?.json();
             let spans = spans.as_array().context("a list of spans")?;
-            let pods: BTreeSet<_> = spans.iter().map(|span| text(span, "/pod")).collect();
+            let pods: BTreeSet<_> = spans.iter().map(|span| text(span, "/sender")).collect();
             let services: BTreeSet<_> = spans.iter().map(|span| text(span, "/service")).collect();
             ensure!(
                 pods.len() >= 3 && !pods.contains(""),

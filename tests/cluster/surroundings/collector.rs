@@ -118,20 +118,20 @@ impl TraceService for Collector {
         &self,
         request: Request<ExportTraceServiceRequest>,
     ) -> Result<Response<ExportTraceServiceResponse>, Status> {
+        let sender = request
+            .remote_addr()
+            .map(|address| address.ip().to_string());
         let request = request.into_inner();
         self.note(&request);
         let mut received = self.received();
         for group in request.resource_spans {
-            let (service, pod) = (
-                attribute(&group.resource, "service.name"),
-                attribute(&group.resource, "k8s.pod.name"),
-            );
+            let service = attribute(&group.resource, "service.name");
             let spans = group.scope_spans.into_iter().flat_map(|scope| scope.spans);
             let room = MAX_SPANS.saturating_sub(received.spans.len());
             received.spans.extend(spans.take(room).map(|span| {
                 json!({
                     "trace": hex(&span.trace_id), "span": hex(&span.span_id), "parent": hex(&span.parent_span_id),
-                    "name": span.name, "service": service, "pod": pod,
+                    "name": span.name, "service": service, "sender": sender,
                 })
             }));
         }
