@@ -110,11 +110,11 @@ const RIGHTS: [&str; 9] = [
     "apps/statefulsets: create delete get list patch watch",
     "batch/jobs: create delete get list patch watch",
     "/configmaps: create delete get list patch watch",
-    "/pods: delete get list watch",
+    "/pods: delete list watch",
     "/pods/status: patch",
-    "/serviceaccounts: create delete get list patch watch",
-    "/services: create delete get list patch watch",
-    "modelfleet.io/modeldeployments: get list watch",
+    "/serviceaccounts: create get list patch watch",
+    "/services: create get list patch watch",
+    "modelfleet.io/modeldeployments: list watch",
     "modelfleet.io/modeldeployments/status: patch",
 ];
 
@@ -434,7 +434,7 @@ fn the_operator_has_these_rights_and_no_others() {
             .find(|role| !named(role))
             .expect("a Role in its own namespace");
         let expected = [
-            "/pods: get list watch",
+            "/pods: list watch",
             "coordination.k8s.io/leases: create",
             "coordination.k8s.io/leases: get update",
         ];
