@@ -69,7 +69,7 @@ fn describe(declared: &Declared, planned: &Planned) -> String {
     // writing to a String cannot fail
     let _ = writeln!(
         text,
-        "{} replicas of {} workers, {shards}, {} tokens of context, {} of cache a worker\n",
+        "replicas {}, workers in each {}, {shards}, context {} tokens, cache {} tokens a worker\n",
         model.replicas, plan.shards, plan.max_context_tokens, plan.kv_cache_tokens
     );
     text.push_str(&aligned(&workers(&names, &revision, planned)));

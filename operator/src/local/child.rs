@@ -216,11 +216,16 @@ fn command(programs: &Path, launch: &Launch) -> Command {
 /// The error that a program ended with: the last that it logged, or else its last line.
 fn last_words(text: &str) -> String {
     let lines = || text.lines().map(str::trim).filter(|line| !line.is_empty());
-    let logged = lines().filter_map(|line| line.split_once(" ERROR ")).next_back();
+    let logged = lines()
+        .filter_map(|line| line.split_once(" ERROR "))
+        .next_back();
     let message = logged
         .and_then(|(_, said)| said.split_once(": "))
         .map(|(_, message)| message);
-    message.or(lines().next_back()).unwrap_or_default().to_owned()
+    message
+        .or(lines().next_back())
+        .unwrap_or_default()
+        .to_owned()
 }
 
 #[cfg(test)]

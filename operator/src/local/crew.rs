@@ -194,10 +194,7 @@ impl<'a> Crew<'a> {
         }
     }
 
-    fn workers_of(
-        &self,
-        model: &Started,
-    ) -> Result<(Recruits, Vec<ReplicaFacts>), Error> {
+    fn workers_of(&self, model: &Started) -> Result<(Recruits, Vec<ReplicaFacts>), Error> {
         let Planned {
             accepted,
             description,
