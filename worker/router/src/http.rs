@@ -55,6 +55,16 @@ impl<'a> Route<'a> {
         }
     }
 
+    /// The path as spans name it, which have no room for what clients may write.
+    fn pattern(self) -> &'static str {
+        match self {
+            Self::Generate(Endpoint::ChatCompletions) => "/v1/chat/completions",
+            Self::Generate(_) => "/v1/completions",
+            Self::Models => "/v1/models",
+            Self::Model(_) => "/v1/models/{model}",
+        }
+    }
+
     fn method(self) -> Method {
         if matches!(self, Self::Generate(_)) {
             Method::POST
@@ -68,13 +78,14 @@ impl<'a> Route<'a> {
 pub async fn respond(router: Router, request: Request<Incoming>) -> Response<Body> {
     let arrived = Instant::now();
     let id = request_id(request.headers().get(REQUEST_ID).map(HeaderValue::as_bytes));
+    let route = Route::find(request.uri().path()).map_or("", Route::pattern);
     let span = info_span!(
         "request",
-        otel.name = Empty,
+        otel.name = format!("{} {route}", request.method()).trim_end(), // it counts only from the beginning
         otel.kind = "server",
         otel.status_code = Empty,
         http.request.method = request.method().as_str(),
-        http.route = Empty,
+        http.route = route,
         http.response.status_code = Empty,
         gen_ai.operation.name = Empty,
         gen_ai.request.model = Empty,
@@ -139,13 +150,6 @@ async fn read(
     arrived: Instant,
 ) -> Result<Asked, Refusal> {
     let span = Span::current();
-    let route = if endpoint == Endpoint::ChatCompletions {
-        "/v1/chat/completions"
-    } else {
-        "/v1/completions"
-    };
-    span.record("otel.name", format!("POST {route}"));
-    span.record("http.route", route);
     span.record("gen_ai.operation.name", operation(endpoint));
     check_headers(request.headers())?;
     let body = read_body(request.into_body()).await?;

@@ -147,9 +147,8 @@ impl Line {
             self.queued.store(queue.len(), Relaxed);
             let grant = Grant::new(self, &model.workers[index], weight);
             drop(queue);
-            match waiter.map(|waiter| waiter(grant)) {
-                Some(Err(grant)) => grant.refuse(), // they have gone; the next one
-                Some(Ok(())) | None => {}
+            if let Some(Err(grant)) = waiter.map(|waiter| waiter(grant)) {
+                grant.refuse(); // they have gone; the next one
             }
         }
     }

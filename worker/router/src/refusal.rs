@@ -9,7 +9,7 @@ pub struct Refusal {
     /// HTTP's status.
     pub status: StatusCode,
     /// The body.
-    pub error: ErrorObject,
+    pub error: Box<ErrorObject>,
     /// Seconds after which it is worth to try again.
     pub retry_after: Option<u32>,
     /// The method that the path takes, if it was another.
@@ -141,7 +141,7 @@ impl Refusal {
     fn new(status: StatusCode, error: ErrorObject, reason: &'static str) -> Self {
         Self {
             status,
-            error,
+            error: Box::new(error),
             retry_after: None,
             allow: None,
             reason,

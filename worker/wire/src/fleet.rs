@@ -9,7 +9,7 @@ mod link;
 mod order;
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{HashMap, HashSet, hash_map::Entry},
     net::SocketAddr,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -185,10 +185,9 @@ impl Links {
             link.set(operators.contains(operator));
         }
         for &operator in operators {
-            if !self.running.contains_key(&operator) {
+            if let Entry::Vacant(place) = self.running.entry(operator) {
                 debug!(%operator, "following an operator");
-                let link = link::Wanted::default();
-                self.running.insert(operator, link.clone());
+                let link = place.insert(link::Wanted::default()).clone();
                 self.tasks.spawn(link::run(operator, shared.clone(), link));
                 self.started = true;
             }

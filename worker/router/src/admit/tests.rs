@@ -178,7 +178,7 @@ fn only_nesting_outside_strings_counts_as_depth() {
     assert!(scan(nested(DEPTH).as_bytes()).is_ok());
     assert_eq!(
         refused(&nested(DEPTH + 1)).1,
-        "The body is nested deeper than 64 at byte 81"
+        "The body is nested deeper than 64 at byte 80"
     );
     assert_eq!(
         refused(&"[".repeat(100_000)).1,

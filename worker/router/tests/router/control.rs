@@ -9,7 +9,11 @@ use router::control;
 use tokio::{net::TcpListener, sync::mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming, service::Routes};
-use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::{
+    Layer as _,
+    filter::{LevelFilter, Targets},
+    layer::SubscriberExt as _,
+};
 use wire::proto::{
     Hello, Instruction, Report, Synced, Version,
     fleet_server::{Fleet, FleetServer},
@@ -20,7 +24,7 @@ use wire::proto::{
 
 use crate::{
     fake::{FakeWorker, words},
-    rig::{CHAT, Rig, in_time, model, post, send, text},
+    rig::{CHAT, Rig, eventually, in_time, model, post, send, text},
 };
 
 type Inbound = Streaming<Report>;
@@ -104,10 +108,9 @@ async fn snapshots_are_acknowledged_load_is_pushed_and_serving_outlives_the_oper
     });
     let begun = Instant::now();
     loop {
-        if let report::Report::RouterLoad(load) = heard(&mut inbound).await {
-            if load.models[0].queued == 1 {
-                break;
-            }
+        let heard = heard(&mut inbound).await;
+        if matches!(heard, report::Report::RouterLoad(load) if load.models[0].queued == 1) {
+            break;
         }
         assert!(begun.elapsed().as_secs() < 20);
     }
@@ -136,7 +139,10 @@ async fn one_trace_goes_from_the_client_to_the_worker_and_holds_no_words() {
     let provider = SdkTracerProvider::builder()
         .with_simple_exporter(exporter.clone())
         .build();
-    let layer = tracing_opentelemetry::layer().with_tracer(provider.tracer("test"));
+    let ours = Targets::new().with_target("router", LevelFilter::INFO);
+    let layer = tracing_opentelemetry::layer()
+        .with_tracer(provider.tracer("test"))
+        .with_filter(ours);
     let _guard = tracing::subscriber::set_default(tracing_subscriber::registry().with(layer));
     let worker = FakeWorker::start("w", |_| Ok(words("canary"))).await;
     let rig = Rig::start(vec![model(&[&worker])]).await;
@@ -148,6 +154,10 @@ async fn one_trace_goes_from_the_client_to_the_worker_and_holds_no_words() {
     text(rig.send(request).await).await;
     rig.idle().await;
 
+    eventually("both spans ended", || {
+        exporter.get_finished_spans().unwrap().len() == 2
+    })
+    .await;
     let spans = exporter.get_finished_spans().unwrap();
     let named = |name: &str| -> &SpanData {
         spans
@@ -167,5 +177,22 @@ async fn one_trace_goes_from_the_client_to_the_worker_and_holds_no_words() {
         sent.span().span_context().span_id(),
         client.span_context.span_id()
     );
+    for (key, value) in [
+        ("http.response.status_code", "200"),
+        ("gen_ai.request.model", "m"),
+        ("http.route", CHAT),
+    ] {
+        let attribute = server
+            .attributes
+            .iter()
+            .find(|attribute| attribute.key.as_str() == key);
+        assert_eq!(
+            attribute
+                .map(|attribute| attribute.value.to_string())
+                .as_deref(),
+            Some(value),
+            "{key}"
+        );
+    }
     assert!(!format!("{spans:?}").contains("canary"));
 }

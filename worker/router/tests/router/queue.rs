@@ -216,7 +216,11 @@ async fn two_thousand_requests_with_clients_that_leave_anywhere_leave_nothing_be
         let (address, places) = (rig.http.clone(), places.clone());
         clients.spawn(async move {
             let _place = places.acquire().await.unwrap();
-            let patience = Duration::from_millis(2 + seed * 7919 % 60);
+            let patience = Duration::from_millis(if seed % 4 == 0 {
+                3000
+            } else {
+                seed * 7919 % 60
+            });
             let body = if seed % 3 == 0 { WHOLE } else { STREAM };
             let stream = tokio::net::TcpStream::connect(&address).await.unwrap();
             let (mut sender, connection) =
