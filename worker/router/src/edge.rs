@@ -2,11 +2,18 @@
 
 mod activity;
 
-use std::{convert::Infallible, future::Future, sync::Arc, time::Duration};
+use std::{
+    convert::Infallible,
+    future::Future,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
 
 use bytes::Bytes;
 use http::{Request, Response};
-use http_body_util::BodyExt as _;
+use http_body::{Frame, SizeHint};
 use hyper::{
     body::Incoming,
     server::conn::{http1, http2},
@@ -23,7 +30,7 @@ use crate::{
     http::{Body, respond},
     router::Router,
 };
-use activity::{Activity, Watched};
+use activity::{Activity, Busy, Watched};
 
 /// The largest head of a request.
 const HEADER_BYTES: usize = 16 << 10;
@@ -127,17 +134,36 @@ async fn answer_and_tell(
     router: Router,
     request: Request<Incoming>,
     activity: Arc<Activity>,
-) -> Result<Response<Body>, Infallible> {
+) -> Result<Response<Told>, Infallible> {
     let busy = activity.begin();
     let response = respond(router, request).await;
-    // the body holds it, so the connection is busy until the last byte
-    let told = |body: Body| {
-        body.map_frame(move |frame: http_body::Frame<Bytes>| {
-            let _ = &busy;
-            frame
-        })
-    };
-    Ok(response.map(|body| told(body).boxed_unsync()))
+    Ok(response.map(|body| Told { body, _busy: busy }))
+}
+
+/// A body that keeps its connection busy until its last byte.
+struct Told {
+    body: Body,
+    _busy: Busy,
+}
+
+impl http_body::Body for Told {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
 }
 
 /// Whether the first bytes are HTTP/2's; they stay to be read.

@@ -9,7 +9,11 @@
 mod drops;
 mod propagation;
 
-use std::{env, io, time::Duration};
+use std::{
+    env,
+    io::{self, IsTerminal as _},
+    time::Duration,
+};
 
 use opentelemetry::{
     global,
@@ -100,7 +104,12 @@ pub fn start(service: &'static str) -> Result<Telemetry, Error> {
         .as_ref()
         .map(|provider| OpenTelemetryTracingBridge::new(provider).with_filter(quiet()));
     tracing_subscriber::registry()
-        .with(fmt::layer().with_writer(io::stderr).with_filter(filter))
+        .with(
+            fmt::layer()
+                .with_writer(io::stderr)
+                .with_ansi(io::stderr().is_terminal())
+                .with_filter(filter),
+        )
         .with(spans)
         .with(bridge)
         .try_init()

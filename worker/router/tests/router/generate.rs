@@ -91,6 +91,7 @@ async fn without_stream_the_pieces_come_as_one_body() {
         ),
         (200, &"mine".parse().unwrap())
     );
+    assert!(response.headers().contains_key(header::CONTENT_LENGTH));
     let mut body = json(response).await;
     assert!(body["created"].take().as_i64().unwrap() > 1_700_000_000);
     assert_eq!(
