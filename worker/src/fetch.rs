@@ -21,6 +21,7 @@ pub mod hub;
 pub mod record;
 pub mod report;
 
+use folder::Way;
 use hub::Hub;
 
 /// Where a model's files are.
@@ -28,8 +29,10 @@ use hub::Hub;
 pub enum Source {
     /// `hf://OWNER/NAME`: a repository of the hub.
     Hub(String),
-    /// `file://PATH`, or `pvc://CLAIM/PATH` below where claims are mounted.
+    /// `file://PATH`: the worker will see the same folder.
     Folder(PathBuf),
+    /// `pvc://CLAIM/PATH`: only the fetch sees the claim, mounted at `ROOT/CLAIM`.
+    Claim(PathBuf),
 }
 
 /// Why a model cannot be fetched or described. [`Error::reason`] is for conditions, the rest for people.
@@ -155,12 +158,13 @@ impl Source {
             }
             Some(("file", _)) => Err(invalid("file://PATH without '..'")),
             Some(("pvc", rest)) => {
-                // the claim is mounted at the root, so its name is no part of the path
                 let (claim, path) = rest.split_once('/').unwrap_or((rest, ""));
-                if claim.is_empty() || !is_plain(Path::new(path)) {
+                if claim.is_empty() || claim == "." || !is_plain(Path::new(rest)) {
                     return Err(invalid("pvc://CLAIM/PATH without '..'"));
                 }
-                Ok(Self::Folder(pvc_root.join(path.trim_start_matches('/'))))
+                Ok(Self::Claim(
+                    pvc_root.join(claim).join(path.trim_start_matches('/')),
+                ))
             }
             _ => Err(invalid("hf://OWNER/NAME, file://PATH or pvc://CLAIM/PATH")),
         }
@@ -225,7 +229,7 @@ fn check_listing(what: &str, paths: &[&str]) -> Result<(), Error> {
 /// 1. Lists what is needed. 2. Downloads what is not there yet, resuming what was cut. 3. Checks size and digest of each
 ///    file. 4. Writes the record, last.
 ///
-/// Files of a folder are not copied: the record says where they are checked, and `to` gets links to them.
+/// Files of a folder are linked, those of a claim copied.
 ///
 /// # Errors
 /// [`Error`]; a download is tried again a bounded number of times first.
@@ -244,7 +248,8 @@ pub async fn fetch(
             download::all(hub, repository, &listing, to, progress).await?;
             listing.files
         }
-        Source::Folder(folder) => folder::link(folder, to, progress).await?,
+        Source::Folder(folder) => folder::bring(folder, to, Way::Link, progress).await?,
+        Source::Claim(folder) => folder::bring(folder, to, Way::Copy, progress).await?,
     };
     record::write(to, &files)?;
     Ok(files)
@@ -273,7 +278,7 @@ fn prune(dir: &Path, files: &[DescribedFile]) -> Result<(), Error> {
 pub async fn describe(source: &Source, revision: &str, hub: &Hub) -> Result<Description, Error> {
     match source {
         Source::Hub(repository) => describe::hub(hub, repository, revision).await,
-        Source::Folder(folder) => describe::folder(folder).await,
+        Source::Folder(folder) | Source::Claim(folder) => describe::folder(folder).await,
     }
 }
 

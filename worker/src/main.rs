@@ -258,7 +258,7 @@ async fn hub_options(
             .filter(|value: &String| !value.is_empty())
     };
     let token = match (variable("HF_TOKEN"), variable("HF_TOKEN_PATH")) {
-        _ if matches!(source, Source::Folder(_)) => None,
+        _ if !matches!(source, Source::Hub(_)) => None,
         (Some(token), _) => Some(token),
         (None, Some(path)) => Some(fetch::report::token(Path::new(&path), reporter).await?),
         (None, None) => None,

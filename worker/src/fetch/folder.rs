@@ -1,4 +1,4 @@
-//! Models that are in a folder already: hashed and linked, not copied.
+//! Models that are in a folder already: hashed, then linked or copied.
 
 use std::{
     fs::{self, File},
@@ -51,13 +51,23 @@ pub fn list(folder: &Path, progress: &dyn Fn(u64, u64)) -> Result<Vec<DescribedF
     Ok(files)
 }
 
-/// Lists a folder, and links its files into `to` unless it is the same.
+/// How files get from a folder to another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    /// By symbolic links: whoever reads them sees the folder too.
+    Link,
+    /// By copies, checked again.
+    Copy,
+}
+
+/// Lists a folder, and brings its files to `to` unless it is the same.
 ///
 /// # Errors
-/// As [`list`], and if `to` cannot be written.
-pub async fn link(
+/// As [`list`], if `to` cannot be written, or if a copy differs.
+pub async fn bring(
     folder: &Path,
     to: &Path,
+    way: Way,
     progress: OnProgress,
 ) -> Result<Vec<DescribedFile>, Error> {
     let (folder, to) = (folder.to_owned(), to.to_owned());
@@ -70,21 +80,34 @@ pub async fn link(
         }
         super::prune(&to, &files)?;
         for file in &files {
-            let link = to.join(&file.path);
-            match fs::remove_file(&link) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    return Err(Error::file(&file.path, error));
-                }
-                _ => {}
-            }
-            std::os::unix::fs::symlink(absolute.join(&file.path), link)
-                .map_err(|error| Error::file(&file.path, error))?;
+            bring_one(file, &absolute.join(&file.path), &to.join(&file.path), way)?;
         }
         Ok(files)
     };
     tokio::task::spawn_blocking(work)
         .await
         .unwrap_or_else(|_| Err(Error::UnsupportedModel("hashing failed".into())))
+}
+
+fn bring_one(file: &DescribedFile, from: &Path, to: &Path, way: Way) -> Result<(), Error> {
+    let failed = |error| Error::file(&file.path, error);
+    match fs::remove_file(to) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
+        _ => {}
+    }
+    if way == Way::Link {
+        return std::os::unix::fs::symlink(from, to).map_err(failed);
+    }
+    fs::copy(from, to).map_err(failed)?;
+    let (_, sha256) = digest(to, &mut |_| {}).map_err(failed)?;
+    if file.sha256.as_ref() != Some(&sha256) {
+        let reason = "it changed while it was copied".to_owned();
+        return Err(Error::ChecksumMismatch {
+            path: file.path.clone(),
+            reason,
+        });
+    }
+    Ok(())
 }
 
 /// Size and SHA-256 of a file; `read` is told the bytes of each piece.

@@ -408,15 +408,18 @@ async fn a_loop_of_redirects_ends() {
 }
 
 #[tokio::test]
-async fn a_folder_is_linked_and_hashed() {
+async fn a_folder_is_linked_and_a_claim_copied_both_hashed() {
     let (from, to) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     for (name, content) in Fake::with_model().files {
         std::fs::write(from.path().join(name), content).unwrap();
     }
     let hub = client("http://127.0.0.1:1", None);
-    let source = Source::Folder(from.path().to_owned());
-    for _ in 0..2 {
-        let files = fetch(&source, "", to.path(), &hub, Arc::new(|_, _| {}))
+    let sources = [
+        Source::Folder(from.path().to_owned()),
+        Source::Claim(from.path().to_owned()),
+    ];
+    for source in sources.iter().chain(&sources) {
+        let files = fetch(source, "", to.path(), &hub, Arc::new(|_, _| {}))
             .await
             .unwrap();
         assert_eq!(files.len(), 3);
@@ -425,6 +428,8 @@ async fn a_folder_is_linked_and_hashed() {
             Some(hex(&Sha256::digest(b"{\"architectures\": []}")))
         );
         record::check(to.path(), &record::content_hash(&files)).unwrap();
+        let config = std::fs::symlink_metadata(to.path().join("config.json")).unwrap();
+        assert_eq!(config.is_symlink(), matches!(source, Source::Folder(_)));
     }
     assert_eq!(
         std::fs::read(to.path().join("tokenizer.json")).unwrap(),
@@ -499,11 +504,11 @@ fn sources_are_read_or_refused_with_what_is_accepted() {
     );
     assert_eq!(
         parse("pvc://claim/a/b").unwrap(),
-        Source::Folder("/pvc/a/b".into())
+        Source::Claim("/pvc/claim/a/b".into())
     );
     assert_eq!(
         parse("pvc://claim").unwrap(),
-        Source::Folder("/pvc/".into())
+        Source::Claim("/pvc/claim/".into())
     );
     let bad = [
         "",
@@ -520,6 +525,8 @@ fn sources_are_read_or_refused_with_what_is_accepted() {
         "file:///a/../b",
         "pvc:///x",
         "pvc://c/../x",
+        "pvc://../x",
+        "pvc://./x",
         "pvc://",
     ];
     for text in bad {
