@@ -5,6 +5,8 @@
 //!
 //! Architecture Invariant: nothing is written while another operator leads, and no call outlives [`CALL`].
 
+mod standing;
+
 use std::{
     collections::HashMap,
     fmt::Debug,
@@ -23,10 +25,10 @@ use kube::{
     api::{DeleteParams, Patch, PatchParams, Preconditions, PropagationPolicy},
 };
 use serde::{Serialize, de::DeserializeOwned};
-use serde_json::{Value, json};
-use sha2::{Digest, Sha256};
+use serde_json::json;
 use tokio::{sync::Semaphore, time::Instant};
 
+use self::standing::{LAG, Standing, Written, seal, standing};
 use crate::{
     error::Error,
     lease::Leadership,
@@ -38,10 +40,7 @@ use crate::{
 pub const FIELD_MANAGER: &str = "modelfleet";
 /// Time for one call. kube retries some answers by itself for as long as the server asks; this ends that.
 pub const CALL: Duration = Duration::from_secs(8);
-/// Hash of the object as it was rendered: tells a removed field, which a comparison of what is there cannot.
-pub const RENDERED: &str = "modelfleet.io/rendered";
-/// How long the watch may lag behind a write of ours before the write counts as undone by somebody.
-const LAG: Duration = Duration::from_secs(5);
+
 /// Time between two writes of one status.
 const STATUS_PAUSE: Duration = Duration::from_secs(1);
 const WRITES_IN_FLIGHT: usize = 20;
@@ -83,16 +82,6 @@ type Owner = (String, String);
 /// Kind and name of an object of it.
 type Key = (String, String);
 
-/// An object as the API server had it after our write.
-#[derive(Debug, Clone)]
-struct Written {
-    hash: String,
-    uid: Option<String>,
-    generation: Option<i64>,
-    version: Option<u64>,
-    at: Instant,
-}
-
 impl Writer {
     /// Writes through `client` while `leadership` says that this process leads.
     pub fn new(client: Client, leadership: Leadership) -> Self {
@@ -109,30 +98,63 @@ impl Writer {
     ///
     /// # Errors
     /// The first write that failed; what was written before it stays, and the next pass goes on from there.
-    pub async fn apply(&self, md: &ModelDeployment, desired: &Desired, seen: &Owned) -> Result<Applied, Error> {
+    pub async fn apply(
+        &self,
+        md: &ModelDeployment,
+        desired: &Desired,
+        seen: &Owned,
+    ) -> Result<Applied, Error> {
         let mut applied = Applied::default();
-        applied.add(self.apply_all(md, &desired.service_accounts, &seen.service_accounts).await?);
-        applied.add(self.apply_all(md, &desired.services, &seen.services).await?);
+        applied.add(
+            self.apply_all(md, &desired.service_accounts, &seen.service_accounts)
+                .await?,
+        );
+        applied.add(
+            self.apply_all(md, &desired.services, &seen.services)
+                .await?,
+        );
         // config first, or pods start without it
-        applied.add(self.apply_all(md, &desired.config_maps, &seen.config_maps).await?);
-        applied.add(self.apply_all(md, &desired.stateful_sets, &seen.stateful_sets).await?);
+        applied.add(
+            self.apply_all(md, &desired.config_maps, &seen.config_maps)
+                .await?,
+        );
+        applied.add(
+            self.apply_all(md, &desired.stateful_sets, &seen.stateful_sets)
+                .await?,
+        );
         applied.add(self.apply_all(md, &desired.jobs, &seen.jobs).await?);
         applied.add(self.apply_all(md, &desired.budgets, &seen.budgets).await?);
 
-        applied.add(self.prune(md, &desired.stateful_sets, &left(&seen.stateful_sets, desired)).await?);
+        applied.add(
+            self.prune(
+                md,
+                &desired.stateful_sets,
+                &left(&seen.stateful_sets, desired),
+            )
+            .await?,
+        );
         applied.add(self.prune(md, &desired.jobs, &seen.jobs).await?);
         applied.add(self.prune(md, &desired.budgets, &seen.budgets).await?);
-        applied.add(self.prune(md, &desired.config_maps, &left(&seen.config_maps, desired)).await?);
+        applied.add(
+            self.prune(md, &desired.config_maps, &left(&seen.config_maps, desired))
+                .await?,
+        );
         applied.add(self.prune(md, &desired.services, &seen.services).await?);
-        applied.add(self.prune(md, &desired.service_accounts, &seen.service_accounts).await?);
+        applied.add(
+            self.prune(md, &desired.service_accounts, &seen.service_accounts)
+                .await?,
+        );
         Ok(applied)
     }
 
     /// The status that `md` has: the one written last, until the watch shows it.
     pub fn status_of(&self, md: &ModelDeployment) -> Option<ModelDeploymentStatus> {
         let statuses = lock(&self.0.statuses);
-        let last = statuses.get(&owner(md)).filter(|(_, at)| md.status.is_none() || at.elapsed() < LAG);
-        last.map(|(status, _)| status.clone()).or_else(|| md.status.clone())
+        let last = statuses
+            .get(&owner(md))
+            .filter(|(_, at)| md.status.is_none() || at.elapsed() < LAG);
+        last.map(|(status, _)| status.clone())
+            .or_else(|| md.status.clone())
     }
 
     /// Writes the status of `md` if it differs from the one it has, at most once a second.
@@ -148,7 +170,9 @@ impl Writer {
             return Ok(StatusWrite::Same);
         }
         let owner = owner(md);
-        let last = lock(&self.0.statuses).get(&owner).map(|(_, at)| at.elapsed());
+        let last = lock(&self.0.statuses)
+            .get(&owner)
+            .map(|(_, at)| at.elapsed());
         if last.is_some_and(|since| since < STATUS_PAUSE) {
             return Ok(StatusWrite::Postponed);
         }
@@ -165,7 +189,11 @@ impl Writer {
         let patch = Patch::Apply(&patch);
         let call = async {
             let written = api.patch_status(&name, &params, &patch).await;
-            written.map_err(|source| Error::Apply { kind: kind.clone(), name: name.clone(), source: source.into() })
+            written.map_err(|source| Error::Apply {
+                kind: kind.clone(),
+                name: name.clone(),
+                source: source.into(),
+            })
         };
         self.write(&kind, &name, call).await?;
         lock(&self.0.statuses).insert(owner, (status.clone(), Instant::now()));
@@ -177,13 +205,19 @@ impl Writer {
     /// # Errors
     /// If the API server refuses or does not answer. A pod that is gone is no error.
     pub async fn write_gate(&self, pod: &Pod, condition: &PodCondition) -> Result<bool, Error> {
-        let conditions = pod.status.as_ref().and_then(|status| status.conditions.as_ref());
+        let conditions = pod
+            .status
+            .as_ref()
+            .and_then(|status| status.conditions.as_ref());
         let present = conditions.and_then(|all| all.iter().find(|one| one.type_ == ROUTED));
-        if present.is_some_and(|one| one.status == condition.status && one.reason == condition.reason) {
+        if present
+            .is_some_and(|one| one.status == condition.status && one.reason == condition.reason)
+        {
             return Ok(false);
         }
         let (kind, name) = ("Pod".to_owned(), pod.name_any());
-        let api: Api<Pod> = Api::namespaced(self.0.client.clone(), &pod.namespace().unwrap_or_default());
+        let api: Api<Pod> =
+            Api::namespaced(self.0.client.clone(), &pod.namespace().unwrap_or_default());
         let patch = json!({
             "apiVersion": "v1",
             "kind": "Pod",
@@ -196,7 +230,11 @@ impl Writer {
             match api.patch_status(&name, &params, &patch).await {
                 Ok(_) => Ok(true),
                 Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => Ok(false),
-                Err(source) => Err(Error::Apply { kind: kind.clone(), name: name.clone(), source: source.into() }),
+                Err(source) => Err(Error::Apply {
+                    kind: kind.clone(),
+                    name: name.clone(),
+                    source: source.into(),
+                }),
             }
         };
         self.write(&kind, &name, call).await
@@ -224,21 +262,35 @@ impl Writer {
         Ok(applied)
     }
 
-    async fn apply_one<K: Ours>(&self, md: &ModelDeployment, object: &K, seen: Option<&K>) -> Result<Applied, Error> {
+    async fn apply_one<K: Ours>(
+        &self,
+        md: &ModelDeployment,
+        object: &K,
+        seen: Option<&K>,
+    ) -> Result<Applied, Error> {
         let sealed = seal(object)?;
         let (kind, name) = (K::kind(&()).into_owned(), object.name_any());
         let written = self.written(md, &kind, &name);
         match standing(&sealed, seen, written.as_ref(), Instant::now())? {
             Standing::Settled => return Ok(Applied::default()),
-            Standing::Awaited => return Ok(Applied { writes: 0, unconfirmed: true }),
+            Standing::Awaited => {
+                return Ok(Applied {
+                    writes: 0,
+                    unconfirmed: true,
+                });
+            }
             Standing::Differs => {}
         }
         if let Some(seen) = seen.filter(|_| K::kind(&()) == "Job") {
             // A Job's template cannot change. The new one follows when the old one is gone.
             self.delete(md, seen).await?;
-            return Ok(Applied { writes: 1, unconfirmed: true });
+            return Ok(Applied {
+                writes: 1,
+                unconfirmed: true,
+            });
         }
-        let api: Api<K> = Api::namespaced(self.0.client.clone(), &md.namespace().unwrap_or_default());
+        let api: Api<K> =
+            Api::namespaced(self.0.client.clone(), &md.namespace().unwrap_or_default());
         if seen.is_none() {
             self.refuse_foreign(md, &api, &kind, &name).await?;
         }
@@ -246,11 +298,18 @@ impl Writer {
         let patch = Patch::Apply(&sealed.object);
         let call = async {
             let applied = api.patch(&name, &params, &patch).await;
-            applied.map_err(|source| Error::Apply { kind: kind.clone(), name: name.clone(), source: source.into() })
+            applied.map_err(|source| Error::Apply {
+                kind: kind.clone(),
+                name: name.clone(),
+                source: source.into(),
+            })
         };
         let after = self.write(&kind, &name, call).await?;
         self.remember(md, (kind, name), Written::of(sealed.hash, &after));
-        Ok(Applied { writes: 1, unconfirmed: true })
+        Ok(Applied {
+            writes: 1,
+            unconfirmed: true,
+        })
     }
 
     /// Objects that we do not own stay byte-equal, even if they have the name that ours needs.
@@ -263,24 +322,39 @@ impl Writer {
     ) -> Result<(), Error> {
         let call = async {
             let found = api.get_metadata_opt(name).await;
-            found.map_err(|source| Error::Read { kind: kind.to_owned(), name: name.to_owned(), source: source.into() })
+            found.map_err(|source| Error::Read {
+                kind: kind.to_owned(),
+                name: name.to_owned(),
+                source: source.into(),
+            })
         };
         let found = deadline(kind, name, call).await?;
         match found {
-            Some(object) if !owned_by(&object, md) => {
-                Err(Error::Foreign { kind: kind.to_owned(), name: name.to_owned() })
-            }
+            Some(object) if !owned_by(&object, md) => Err(Error::Foreign {
+                kind: kind.to_owned(),
+                name: name.to_owned(),
+            }),
             _ => Ok(()),
         }
     }
 
-    async fn prune<K: Ours>(&self, md: &ModelDeployment, desired: &[K], seen: &[Arc<K>]) -> Result<Applied, Error> {
+    async fn prune<K: Ours>(
+        &self,
+        md: &ModelDeployment,
+        desired: &[K],
+        seen: &[Arc<K>],
+    ) -> Result<Applied, Error> {
         let mut applied = Applied::default();
         for object in seen {
-            let listed = desired.iter().any(|one| one.name_any() == object.name_any());
+            let listed = desired
+                .iter()
+                .any(|one| one.name_any() == object.name_any());
             if !listed && object.meta().deletion_timestamp.is_none() {
                 self.delete(md, object.as_ref()).await?;
-                applied.add(Applied { writes: 1, unconfirmed: true });
+                applied.add(Applied {
+                    writes: 1,
+                    unconfirmed: true,
+                });
             }
         }
         Ok(applied)
@@ -288,10 +362,14 @@ impl Writer {
 
     async fn delete<K: Ours>(&self, md: &ModelDeployment, object: &K) -> Result<(), Error> {
         let (kind, name) = (K::kind(&()).into_owned(), object.name_any());
-        let api: Api<K> = Api::namespaced(self.0.client.clone(), &md.namespace().unwrap_or_default());
+        let api: Api<K> =
+            Api::namespaced(self.0.client.clone(), &md.namespace().unwrap_or_default());
         let params = DeleteParams {
             propagation_policy: Some(PropagationPolicy::Background),
-            preconditions: Some(Preconditions { uid: object.uid(), resource_version: None }),
+            preconditions: Some(Preconditions {
+                uid: object.uid(),
+                resource_version: None,
+            }),
             ..DeleteParams::default()
         };
         let call = async {
@@ -299,7 +377,11 @@ impl Writer {
                 Ok(_) => Ok(()),
                 // Gone, or another object by now: either way this one is no more.
                 Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => Ok(()),
-                Err(source) => Err(Error::Delete { kind: kind.clone(), name: name.clone(), source: source.into() }),
+                Err(source) => Err(Error::Delete {
+                    kind: kind.clone(),
+                    name: name.clone(),
+                    source: source.into(),
+                }),
             }
         };
         self.write(&kind, &name, call).await?;
@@ -310,44 +392,77 @@ impl Writer {
     }
 
     /// Runs one write: only while leading, not too many at once, not for ever.
-    async fn write<T>(&self, kind: &str, name: &str, call: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
-        let _permit = self.0.permits.acquire().await.expect("the semaphore is never closed");
+    async fn write<T>(
+        &self,
+        kind: &str,
+        name: &str,
+        call: impl Future<Output = Result<T, Error>>,
+    ) -> Result<T, Error> {
+        let _permit = self
+            .0
+            .permits
+            .acquire()
+            .await
+            .expect("the semaphore is never closed");
         if self.0.leadership.term().is_none() {
-            return Err(Error::NotLeading { kind: kind.to_owned(), name: name.to_owned() });
+            return Err(Error::NotLeading {
+                kind: kind.to_owned(),
+                name: name.to_owned(),
+            });
         }
         deadline(kind, name, call).await
     }
 
     fn written(&self, md: &ModelDeployment, kind: &str, name: &str) -> Option<Written> {
         let written = lock(&self.0.written);
-        written.get(&owner(md)).and_then(|objects| objects.get(&(kind.to_owned(), name.to_owned()))).cloned()
+        written
+            .get(&owner(md))
+            .and_then(|objects| objects.get(&(kind.to_owned(), name.to_owned())))
+            .cloned()
     }
 
     fn remember(&self, md: &ModelDeployment, key: Key, written: Written) {
-        lock(&self.0.written).entry(owner(md)).or_default().insert(key, written);
+        lock(&self.0.written)
+            .entry(owner(md))
+            .or_default()
+            .insert(key, written);
     }
 }
 
 /// What is seen of a kind, without what is left alone.
 fn left<K: Ours>(seen: &[Arc<K>], desired: &Desired) -> Vec<Arc<K>> {
-    seen.iter().filter(|object| !desired.left_alone.contains(&object.name_any())).cloned().collect()
+    seen.iter()
+        .filter(|object| !desired.left_alone.contains(&object.name_any()))
+        .cloned()
+        .collect()
 }
 
 /// A namespaced kind that we write.
 pub trait Ours:
-    Resource<Scope = NamespaceResourceScope, DynamicType = ()> + Clone + Debug + Serialize + DeserializeOwned
+    Resource<Scope = NamespaceResourceScope, DynamicType = ()>
+    + Clone
+    + Debug
+    + Serialize
+    + DeserializeOwned
 {
 }
 
 impl<K> Ours for K where
-    K: Resource<Scope = NamespaceResourceScope, DynamicType = ()> + Clone + Debug + Serialize + DeserializeOwned
+    K: Resource<Scope = NamespaceResourceScope, DynamicType = ()>
+        + Clone
+        + Debug
+        + Serialize
+        + DeserializeOwned
 {
 }
 
 /// Tells whether `md` controls an object.
 pub fn owned_by(object: &impl ResourceExt, md: &ModelDeployment) -> bool {
     let mut owners = object.owner_references().iter();
-    md.metadata.uid.as_deref().is_some_and(|uid| owners.any(|owner| owner.controller == Some(true) && owner.uid == uid))
+    md.metadata
+        .uid
+        .as_deref()
+        .is_some_and(|uid| owners.any(|owner| owner.controller == Some(true) && owner.uid == uid))
 }
 
 impl Applied {
@@ -357,87 +472,16 @@ impl Applied {
     }
 }
 
-impl Written {
-    fn of(hash: String, after: &impl ResourceExt) -> Self {
-        Self {
-            hash,
-            uid: after.uid(),
-            generation: after.meta().generation,
-            version: version(after),
-            at: Instant::now(),
-        }
-    }
-}
-
-/// An object as it is sent, with its hash inside.
-struct Sealed {
-    object: Value,
-    hash: String,
-}
-
-fn seal<K: Ours>(object: &K) -> Result<Sealed, Error> {
-    let encode = |source| Error::Encode { what: format!("{} {}", K::kind(&()), object.name_any()), source };
-    let bare = serde_json::to_vec(object).map_err(encode)?;
-    let hash: String = Sha256::digest(&bare)[..8].iter().map(|byte| format!("{byte:02x}")).collect();
-    let mut sealed = object.clone();
-    sealed.annotations_mut().insert(RENDERED.to_owned(), hash.clone());
-    Ok(Sealed { object: serde_json::to_value(&sealed).map_err(encode)?, hash })
-}
-
-enum Standing {
-    /// As it should be.
-    Settled,
-    /// Written by us a moment ago; the watch has not told yet.
-    Awaited,
-    /// Must be written.
-    Differs,
-}
-
-fn standing<K: Ours>(
-    desired: &Sealed,
-    seen: Option<&K>,
-    written: Option<&Written>,
-    now: Instant,
-) -> Result<Standing, Error> {
-    let written = written.filter(|written| written.hash == desired.hash);
-    let lags = |seen: &K| written.is_some_and(|w| matches!((version(seen), w.version), (Some(s), Some(w)) if s < w));
-    if written.is_some_and(|w| now.duration_since(w.at) < LAG) && seen.is_none_or(lags) {
-        return Ok(Standing::Awaited);
-    }
-    let Some(seen) = seen else { return Ok(Standing::Differs) };
-    let encode = |source| Error::Encode { what: format!("{} {}", K::kind(&()), seen.name_any()), source };
-    // The server may have stored another spelling (1024Mi as 1Gi): then the generation after our write decides.
-    let untouched =
-        |w: &Written| w.generation.is_some() && w.generation == seen.meta().generation && w.uid == seen.uid();
-    let same = seen.annotations().get(RENDERED) == Some(&desired.hash)
-        && (within(&desired.object, &serde_json::to_value(seen).map_err(encode)?) || written.is_some_and(untouched));
-    Ok(if same { Standing::Settled } else { Standing::Differs })
-}
-
-/// Tells whether `seen` has all that `desired` says; what else it has belongs to the server or to others.
-fn within(desired: &Value, seen: &Value) -> bool {
-    match (desired, seen) {
-        (Value::Object(desired), Value::Object(seen)) => {
-            desired.iter().all(|(key, value)| within(value, seen.get(key).unwrap_or(&Value::Null)))
-        }
-        (Value::Array(desired), Value::Array(seen)) => {
-            desired.len() == seen.len() && desired.iter().zip(seen).all(|(desired, seen)| within(desired, seen))
-        }
-        // Empty and absent are one on the wire.
-        (Value::Object(desired), Value::Null) => desired.values().all(|value| within(value, &Value::Null)),
-        (Value::Array(desired), Value::Null) => desired.is_empty(),
-        (Value::String(desired), Value::Null) => desired.is_empty(),
-        (desired, seen) => desired == seen,
-    }
-}
-
-/// Orders writes of one object. Kubernetes promises that these are numbers that grow.
-fn version(object: &impl ResourceExt) -> Option<u64> {
-    object.resource_version()?.parse().ok()
-}
-
-async fn deadline<T>(kind: &str, name: &str, call: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
-    let late = |_| Error::Timeout { kind: kind.to_owned(), name: name.to_owned(), after: CALL };
+async fn deadline<T>(
+    kind: &str,
+    name: &str,
+    call: impl Future<Output = Result<T, Error>>,
+) -> Result<T, Error> {
+    let late = |_| Error::Timeout {
+        kind: kind.to_owned(),
+        name: name.to_owned(),
+        after: CALL,
+    };
     tokio::time::timeout(CALL, call).await.map_err(late)?
 }
 
@@ -447,57 +491,4 @@ fn owner(md: &ModelDeployment) -> Owner {
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-#[cfg(test)]
-mod tests {
-    use k8s_openapi::api::core::v1::ConfigMap;
-
-    use super::*;
-
-    fn config(value: &str) -> ConfigMap {
-        serde_json::from_value(json!({"metadata": {"name": "a"}, "data": {"key": value}})).unwrap()
-    }
-
-    /// The object as the server has it after `object` was written.
-    fn stored(object: &ConfigMap, version: &str) -> ConfigMap {
-        let mut stored: ConfigMap = serde_json::from_value(seal(object).unwrap().object).unwrap();
-        stored.metadata.resource_version = Some(version.to_owned());
-        stored
-    }
-
-    fn written(object: &ConfigMap, version: u64, at: Instant) -> Written {
-        Written { hash: seal(object).unwrap().hash, uid: None, generation: None, version: Some(version), at }
-    }
-
-    #[test]
-    fn what_is_there_is_not_written_again() {
-        let desired = seal(&config("one")).unwrap();
-        let seen = stored(&config("one"), "5");
-        assert!(matches!(standing(&desired, Some(&seen), None, Instant::now()).unwrap(), Standing::Settled));
-    }
-
-    #[test]
-    fn an_edit_by_somebody_is_undone() {
-        let desired = seal(&config("one")).unwrap();
-        let mut seen = stored(&config("one"), "5");
-        seen.data.as_mut().unwrap().insert("key".to_owned(), "edited".to_owned());
-        assert!(matches!(standing(&desired, Some(&seen), None, Instant::now()).unwrap(), Standing::Differs));
-    }
-
-    #[test]
-    fn a_watch_that_lags_behind_our_write_causes_no_second_write() {
-        let (desired, now) = (seal(&config("two")).unwrap(), Instant::now());
-        let (old, written) = (stored(&config("one"), "5"), written(&config("two"), 9, now));
-        let at = |later| standing(&desired, Some(&old), Some(&written), now + later).unwrap();
-        assert!(matches!(at(Duration::ZERO), Standing::Awaited));
-        assert!(matches!(at(LAG), Standing::Differs), "by then somebody undid it");
-    }
-
-    #[test]
-    fn empty_and_absent_are_one() {
-        assert!(within(&json!({"a": [], "b": {}, "c": ""}), &json!({})));
-        assert!(!within(&json!({"a": [1]}), &json!({})));
-        assert!(within(&json!({"a": 1}), &json!({"a": 1, "defaulted": true})));
-    }
 }

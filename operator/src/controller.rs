@@ -1,5 +1,7 @@
 //! The control plane's loop: what wakes a ModelDeployment, what is done with it, and what follows an error.
 
+mod scope;
+
 use std::{
     collections::HashMap,
     future::Future,
@@ -10,14 +12,15 @@ use std::{
 
 use crds::{ModelDeployment, ModelDeploymentSpec, Reason};
 use futures::{FutureExt, StreamExt};
-use k8s_openapi::{api::core::v1::PodCondition, apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
+use k8s_openapi::{
+    api::core::v1::PodCondition, apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp,
+};
 use kube::{
-    Api, Client, Resource, ResourceExt,
-    core::DeserializeGuard,
+    Api, Client, Resource,
     runtime::{
         Controller,
         controller::{self, Action},
-        events::{Event, EventType, Recorder, Reporter},
+        events::{Event, EventType, Recorder},
         reflector::{ObjectRef, Store},
     },
 };
@@ -29,6 +32,7 @@ use tokio::{
 use tokio_stream::wrappers::ReceiverStream;
 use tracing::{debug, error, info, warn};
 
+use self::scope::{Scopes, follow_leadership, wake_by_fleet};
 use crate::{
     apply::{Applied, CALL, StatusWrite, Writer},
     backoff::{self, Backoff},
@@ -37,7 +41,7 @@ use crate::{
     error::{Class, Error},
     facts::facts,
     lease::{self, Candidate, Leadership},
-    observe::{self, Guarded, Observed, Stores, Wake, observe, watching},
+    observe::{Guarded, Observed, Stores, observe, watching},
     render::{self, Install, Names, ROUTED, read_accepted},
     replica::{Replica, Worker},
     report::{Case, Note, notes, refused, report},
@@ -99,7 +103,12 @@ struct Context {
 ///
 /// # Guarantees
 /// One object that cannot be read, panics or fails holds up no other. Nothing is written while another leads.
-pub async fn run(client: Client, settings: Settings, fleet: Fleet, shutdown: impl Future<Output = ()>) {
+pub async fn run(
+    client: Client,
+    settings: Settings,
+    fleet: Fleet,
+    shutdown: impl Future<Output = ()>,
+) {
     let (claim, leadership) = lease::leadership();
     let candidate = Candidate {
         leases: Api::namespaced(client.clone(), &settings.namespace),
@@ -116,81 +125,6 @@ pub async fn run(client: Client, settings: Settings, fleet: Fleet, shutdown: imp
     tasks.shutdown().await;
 }
 
-/// What the tasks beside the controllers need of all scopes.
-#[derive(Clone)]
-struct Scopes {
-    /// Namespace (`None`: all) and the way to wake an object in it.
-    wakes: Vec<(Option<String>, Wake)>,
-    deployments: Arc<Mutex<Vec<Store<Guarded>>>>,
-    histories: Arc<Mutex<HashMap<String, History>>>,
-    roster: Arc<Notify>,
-}
-
-impl Scopes {
-    fn start(
-        client: &Client,
-        settings: &Settings,
-        fleet: &Fleet,
-        leadership: &Leadership,
-        tasks: &mut JoinSet<()>,
-    ) -> Self {
-        let mut scopes = Self {
-            wakes: Vec::new(),
-            deployments: Arc::default(),
-            histories: Arc::default(),
-            roster: Arc::new(Notify::new()),
-        };
-        let reporter = Reporter { controller: "modelfleet".to_owned(), instance: Some(settings.identity.clone()) };
-        let recorder = Recorder::new(client.clone(), reporter);
-        let writer = Writer::new(client.clone(), leadership.clone());
-        let namespaces: Vec<Option<String>> = match settings.namespaces.as_slice() {
-            [] => vec![None],
-            some => some.iter().cloned().map(Some).collect(),
-        };
-        let mut all = Vec::new();
-        for namespace in namespaces {
-            let (wake, woken) = mpsc::channel(1024);
-            let stores = Stores::watch(client, namespace.as_deref(), &wake, tasks);
-            scopes.wakes.push((namespace.clone(), wake));
-            all.push(stores.clone());
-            let context = Context {
-                fleet: fleet.clone(),
-                writer: writer.clone(),
-                leadership: leadership.clone(),
-                install: settings.install.clone(),
-                recorder: recorder.clone(),
-                stores,
-                deployments: scopes.deployments.clone(),
-                backoff: Backoff::default(),
-                histories: scopes.histories.clone(),
-                roster: scopes.roster.clone(),
-            };
-            tasks.spawn(control(client.clone(), namespace, woken, Arc::new(context), scopes.clone()));
-        }
-        let roster = Roster::watch(client, settings, fleet, all, &scopes, tasks);
-        tasks.spawn(roster.keep());
-        scopes
-    }
-
-    async fn wake(&self, namespace: &str, name: &str) {
-        let here = |scope: &&(Option<String>, Wake)| scope.0.as_deref().is_none_or(|scope| scope == namespace);
-        if let Some((_, wake)) = self.wakes.iter().find(here) {
-            // Fails only when the controller is gone.
-            let _ = wake.send(ObjectRef::new(name).within(namespace)).await;
-        }
-    }
-
-    async fn wake_all(&self) {
-        for object in self.all() {
-            self.wake(&object.namespace().unwrap_or_default(), &object.name_any()).await;
-        }
-    }
-
-    fn all(&self) -> Vec<Arc<Guarded>> {
-        lock(&self.deployments).iter().flat_map(Store::state).collect()
-    }
-}
-
 /// Reconciles what is woken in one scope.
 async fn control(
     client: Client,
@@ -205,7 +139,11 @@ async fn control(
         None => Api::all(client),
     };
     let controller = Controller::new(api, watching())
-        .with_config(controller::Config::default().debounce(DEBOUNCE).concurrency(CONCURRENCY))
+        .with_config(
+            controller::Config::default()
+                .debounce(DEBOUNCE)
+                .concurrency(CONCURRENCY),
+        )
         .reconcile_on(ReceiverStream::new(woken));
     lock(&context.deployments).push(controller.store());
     let mut results = std::pin::pin!(controller.run(reconcile, error_policy, context.clone()));
@@ -213,13 +151,18 @@ async fn control(
         match result {
             Ok(_) => {}
             Err(controller::Error::ObjectNotFound(gone)) => {
-                let (namespace, name) = (gone.namespace.clone().unwrap_or_default(), gone.name.clone());
+                let (namespace, name) = (
+                    gone.namespace.clone().unwrap_or_default(),
+                    gone.name.clone(),
+                );
                 if context.forget(&namespace, &name) {
                     // a name that it held may be another's now
                     scopes.wake_all().await;
                 }
             }
-            Err(controller::Error::ReconcilerFailed(error, object)) => debug!(%object, error = error.chain(), "failed"),
+            Err(controller::Error::ReconcilerFailed(error, object)) => {
+                debug!(%object, error = error.chain(), "failed")
+            }
             Err(error) => warn!(%error, "the watch of ModelDeployments broke and begins anew"),
         }
     }
@@ -231,9 +174,13 @@ async fn reconcile(object: Arc<Guarded>, context: Arc<Context>) -> Result<Action
     if context.leadership.term().is_none() {
         return Ok(Action::await_change());
     }
-    let pass = AssertUnwindSafe(pass(&object, &context)).catch_unwind().await;
+    let pass = AssertUnwindSafe(pass(&object, &context))
+        .catch_unwind()
+        .await;
     let action = pass.unwrap_or_else(|panic| Err(Error::Panic(text(panic.as_ref()))))?;
-    context.backoff.succeeded(&ObjectRef::from_obj(object.as_ref()));
+    context
+        .backoff
+        .succeeded(&ObjectRef::from_obj(object.as_ref()));
     Ok(action)
 }
 
@@ -257,14 +204,32 @@ async fn pass(object: &Guarded, context: &Context) -> Result<Action, Error> {
         Err(refusals) => return refuse(&md, &names, &refusals, context).await,
     };
     let now = now();
-    let before = md.status.as_ref().and_then(|status| status.desired_replicas).map(|count| count.max(0).unsigned_abs());
+    let before = md
+        .status
+        .as_ref()
+        .and_then(|status| status.desired_replicas)
+        .map(|count| count.max(0).unsigned_abs());
     let decision = context.with_history(names.path(), |history| {
-        decide(&names, &accepted.model, &context.install, &seen, before, history, now)
+        decide(
+            &names,
+            &accepted.model,
+            &context.install,
+            &seen,
+            before,
+            history,
+            now,
+        )
     })?;
     log(&names, &decision);
 
     let created = md.metadata.creation_timestamp.as_ref().map(|time| time.0);
-    let told = facts(&names, &accepted.model, accepted.served_names.clone(), created, &decision);
+    let told = facts(
+        &names,
+        &accepted.model,
+        accepted.served_names.clone(),
+        created,
+        &decision,
+    );
     context.fleet.publish(names.path(), told);
 
     let desired = render::objects(&names, &accepted.model, &context.install, &decision);
@@ -290,7 +255,9 @@ async fn pass(object: &Guarded, context: &Context) -> Result<Action, Error> {
 
 /// When to look again, if nothing wakes us before.
 fn next(decision: &Decision, applied: Applied, written: StatusWrite) -> Result<Action, Error> {
-    let moving = decision.step.why != Why::Complete || decision.running.is_none() || decision.scaling.is_some();
+    let moving = decision.step.why != Why::Complete
+        || decision.running.is_none()
+        || decision.scaling.is_some();
     let pause = if applied.unconfirmed || written == StatusWrite::Postponed {
         CONFIRM
     } else if moving {
@@ -337,7 +304,11 @@ fn readable(object: &Guarded, context: &Context) -> (ModelDeployment, Option<Ref
                 spec: ModelDeploymentSpec::default(),
                 status: None,
             };
-            let refusal = Refusal { reason: Reason::Unparsable, field: "spec".to_owned(), message: invalid.error.clone() };
+            let refusal = Refusal {
+                reason: Reason::Unparsable,
+                field: "spec".to_owned(),
+                message: invalid.error.clone(),
+            };
             (md, Some(refusal))
         }
     };
@@ -359,25 +330,40 @@ fn accept(
     let taken = served::taken(&md, others.iter().map(AsRef::as_ref));
     let free = |md: &ModelDeployment| {
         let taken = served::taken(md, others.iter().map(AsRef::as_ref));
-        served::asked(md).into_iter().filter(|name| !taken.iter().any(|one| one.name == *name)).collect()
+        served::asked(md)
+            .into_iter()
+            .filter(|name| !taken.iter().any(|one| one.name == *name))
+            .collect()
     };
     let refusals = match unreadable {
         Some(refusal) => vec![refusal],
         None => match validate(&md, Place::Cluster) {
             Ok(model) if served::refusals(&md, &taken).is_empty() => {
                 let remark = served::remark(&md, &taken);
-                let accepted = Accepted { model, served_names: free(&md), refusals: Vec::new(), remark };
+                let accepted = Accepted {
+                    model,
+                    served_names: free(&md),
+                    refusals: Vec::new(),
+                    remark,
+                };
                 return Ok((md, Ok(accepted)));
             }
             Ok(_) => served::refusals(&md, &taken),
             Err(refusals) => refusals,
         },
     };
-    let Some(spec) = read_accepted(names, &seen.owned.config_maps)? else { return Ok((md, Err(refusals))) };
+    let Some(spec) = read_accepted(names, &seen.owned.config_maps)? else {
+        return Ok((md, Err(refusals)));
+    };
     md.spec = spec;
     let served_names = free(&md);
     let verdict = match validate(&md, Place::Cluster) {
-        Ok(model) => Ok(Accepted { model, served_names, refusals, remark: None }),
+        Ok(model) => Ok(Accepted {
+            model,
+            served_names,
+            refusals,
+            remark: None,
+        }),
         Err(_) => Err(refusals),
     };
     Ok((md, verdict))
@@ -391,8 +377,13 @@ async fn refuse(
     context: &Context,
 ) -> Result<Action, Error> {
     context.fleet.publish(names.path(), nothing(md));
-    let messages: Vec<&str> = refusals.iter().map(|refusal| refusal.message.as_str()).collect();
-    let reason = refusals.first().map_or(Reason::Unparsable, |refusal| refusal.reason);
+    let messages: Vec<&str> = refusals
+        .iter()
+        .map(|refusal| refusal.message.as_str())
+        .collect();
+    let reason = refusals
+        .first()
+        .map_or(Reason::Unparsable, |refusal| refusal.reason);
     let status = refused(md, reason, &messages.join("; "), now());
     match write_status(md, &status, context).await? {
         StatusWrite::Postponed => Ok(Action::requeue(CONFIRM)),
@@ -404,7 +395,11 @@ async fn refuse(
 fn nothing(md: &ModelDeployment) -> ModelFacts {
     ModelFacts {
         served_names: Vec::new(),
-        created: md.metadata.creation_timestamp.as_ref().map_or(0, |time| time.0.as_second()),
+        created: md
+            .metadata
+            .creation_timestamp
+            .as_ref()
+            .map_or(0, |time| time.0.as_second()),
         availability: Availability::Off,
         max_pending: 0,
         max_wait: Duration::ZERO,
@@ -416,7 +411,11 @@ fn nothing(md: &ModelDeployment) -> ModelFacts {
 /// Opens the gate of each worker that every router knows, and shuts those of replicas that drain.
 async fn open_gates(decision: &Decision, context: &Context, now: Timestamp) -> Result<(), Error> {
     for replica in decision.replicas.iter().filter(|replica| replica.stands()) {
-        for worker in replica.workers.iter().filter(|worker| !worker.terminating()) {
+        for worker in replica
+            .workers
+            .iter()
+            .filter(|worker| !worker.terminating())
+        {
             if let Some(gate) = gate(replica, worker, decision, now) {
                 context.writer.write_gate(&worker.pod, &gate).await?;
             }
@@ -426,8 +425,16 @@ async fn open_gates(decision: &Decision, context: &Context, now: Timestamp) -> R
 }
 
 /// What the gate of a worker should be; `None`: as it is. Once open it stays so until the replica drains.
-fn gate(replica: &Replica, worker: &Worker, decision: &Decision, now: Timestamp) -> Option<PodCondition> {
-    let target = decision.targets.iter().find(|one| one.revision == replica.revision && one.index == replica.index);
+fn gate(
+    replica: &Replica,
+    worker: &Worker,
+    decision: &Decision,
+    now: Timestamp,
+) -> Option<PodCondition> {
+    let target = decision
+        .targets
+        .iter()
+        .find(|one| one.revision == replica.revision && one.index == replica.index);
     let drains = target.is_none_or(|target| target.draining_since.is_some());
     let routed = worker.view.as_ref().is_some_and(|view| view.routed);
     let (status, reason) = match (drains, routed) {
@@ -461,7 +468,11 @@ async fn write_status(
 /// Tells an Event. One that is lost is lost: the condition says the same.
 async fn publish(md: &ModelDeployment, note: Note, context: &Context) {
     let event = Event {
-        type_: if note.warning { EventType::Warning } else { EventType::Normal },
+        type_: if note.warning {
+            EventType::Warning
+        } else {
+            EventType::Normal
+        },
         reason: note.reason,
         note: Some(note.message.chars().take(1000).collect()),
         action: note.action,
@@ -477,7 +488,10 @@ async fn publish(md: &ModelDeployment, note: Note, context: &Context) {
 
 impl Context {
     fn readable_deployments(&self) -> Vec<Arc<ModelDeployment>> {
-        let all: Vec<Arc<Guarded>> = lock(&self.deployments).iter().flat_map(Store::state).collect();
+        let all: Vec<Arc<Guarded>> = lock(&self.deployments)
+            .iter()
+            .flat_map(Store::state)
+            .collect();
         let read = |object: &Arc<Guarded>| object.0.as_ref().ok().map(|md| Arc::new(md.clone()));
         all.iter().filter_map(read).collect()
     }
@@ -496,93 +510,25 @@ impl Context {
         let path = format!("{namespace}/{name}");
         self.fleet.remove(&path);
         lock(&self.histories).remove(&path);
-        self.backoff.succeeded(&ObjectRef::new(name).within(namespace));
+        self.backoff
+            .succeeded(&ObjectRef::new(name).within(namespace));
         self.roster.notify_one();
         self.writer.forget(namespace, name)
     }
 }
 
-/// Speaks to the fleet while this process leads, and looks at every object when it begins to.
-async fn follow_leadership(mut leadership: Leadership, fleet: Fleet, scopes: Scopes) {
-    let mut epoch = None;
-    loop {
-        epoch = leadership.changed_from(epoch).await;
-        match epoch {
-            Some(epoch) => {
-                // what was wanted when another led is not what is wanted now
-                lock(&scopes.histories).clear();
-                fleet.lead(epoch);
-                scopes.roster.notify_one();
-                scopes.wake_all().await;
-            }
-            None => fleet.follow(),
-        }
-    }
-}
-
-/// Wakes the models of which the control stream heard something.
-async fn wake_by_fleet(fleet: Fleet, scopes: Scopes) {
-    let mut changed = std::pin::pin!(fleet.changed());
-    while let Some(model) = changed.next().await {
-        if let Some((namespace, name)) = model.split_once('/') {
-            scopes.wake(namespace, name).await;
-        }
-    }
-}
-
-/// Whose hello counts, and which models there are.
-struct Roster {
-    fleet: Fleet,
-    workers: Vec<Stores>,
-    routers: Store<k8s_openapi::api::core::v1::Pod>,
-    router_events: mpsc::Receiver<ObjectRef<Guarded>>,
-    scopes: Scopes,
-}
-
-impl Roster {
-    fn watch(
-        client: &Client,
-        settings: &Settings,
-        fleet: &Fleet,
-        workers: Vec<Stores>,
-        scopes: &Scopes,
-        tasks: &mut JoinSet<()>,
-    ) -> Self {
-        let (wake, router_events) = mpsc::channel(64);
-        let namespace = Some(settings.namespace.as_str());
-        let routers = observe::watch_pods(client, namespace, &settings.router_selector, &wake, tasks);
-        Self { fleet: fleet.clone(), workers, routers, router_events, scopes: scopes.clone() }
-    }
-
-    /// Tells the fleet at each change, and now and then.
-    async fn keep(mut self) {
-        loop {
-            tokio::select! {
-                () = self.scopes.roster.notified() => {}
-                _ = self.router_events.recv() => {}
-                () = tokio::time::sleep(CONFIRM) => {}
-            }
-            let workers = self.workers.iter().flat_map(Stores::identities);
-            let routers = self.routers.state().into_iter().filter_map(|pod| observe::identity(&pod)).collect::<Vec<_>>();
-            self.fleet.expect(workers.chain(routers));
-            let ready = lock(&self.scopes.deployments).len() == self.scopes.wakes.len();
-            if ready {
-                self.fleet.synced(self.scopes.all().iter().map(|object| path(object)));
-            }
-        }
-    }
-}
-
-fn path(object: &DeserializeGuard<ModelDeployment>) -> String {
-    format!("{}/{}", object.namespace().unwrap_or_default(), object.name_any())
-}
-
 fn log(names: &Names, decision: &Decision) {
     let step = &decision.step;
-    if let Some(scaling) = decision.scaling.filter(|scaling| scaling.from != scaling.to) {
+    if let Some(scaling) = decision
+        .scaling
+        .filter(|scaling| scaling.from != scaling.to)
+    {
         info!(model = names.path(), from = scaling.from, to = scaling.to, why = ?scaling.why, "scaled");
     }
-    if ![&step.create, &step.drain, &step.take_back, &step.delete].iter().all(|ids| ids.is_empty()) {
+    if ![&step.create, &step.drain, &step.take_back, &step.delete]
+        .iter()
+        .all(|ids| ids.is_empty())
+    {
         info!(model = names.path(), %step, wanted = decision.wanted, "changes replicas");
     }
 }
@@ -595,7 +541,9 @@ fn now() -> Timestamp {
 
 fn text(panic: &(dyn std::any::Any + Send)) -> String {
     let message = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
-    message.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "without a message".to_owned())
+    message
+        .or_else(|| panic.downcast_ref::<String>().cloned())
+        .unwrap_or_else(|| "without a message".to_owned())
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {

@@ -48,7 +48,9 @@ pub enum Error {
         after: Duration,
     },
     /// The name that an object of ours must have is taken by one that is not ours, and stays as it is.
-    #[error("{kind} {name} exists and does not belong to this ModelDeployment; rename or delete it")]
+    #[error(
+        "{kind} {name} exists and does not belong to this ModelDeployment; rename or delete it"
+    )]
     Foreign {
         /// The object's kind.
         kind: String,
@@ -114,9 +116,9 @@ impl Error {
     /// A stable CamelCase reason for conditions and events.
     pub fn reason(&self) -> &'static str {
         match self {
-            Self::Apply { source, .. } | Self::Read { source, .. } | Self::Delete { source, .. } => {
-                api_reason(source)
-            }
+            Self::Apply { source, .. }
+            | Self::Read { source, .. }
+            | Self::Delete { source, .. } => api_reason(source),
             Self::Timeout { .. } => "ApiServerTimeout",
             Self::Foreign { .. } => "NameTaken",
             Self::NotLeading { .. } => "NotLeading",
@@ -129,12 +131,12 @@ impl Error {
     pub fn chain(&self) -> String {
         match self {
             // kube prints its status twice; the server's own words are enough.
-            Self::Apply { source, .. } | Self::Read { source, .. } | Self::Delete { source, .. } => {
-                match source.as_ref() {
-                    kube::Error::Api(status) => format!("{self}: {}", status.message),
-                    other => format!("{self}: {other}"),
-                }
-            }
+            Self::Apply { source, .. }
+            | Self::Read { source, .. }
+            | Self::Delete { source, .. } => match source.as_ref() {
+                kube::Error::Api(status) => format!("{self}: {}", status.message),
+                other => format!("{self}: {other}"),
+            },
             Self::Encode { source, .. } => format!("{self}: {source}"),
             _ => self.to_string(),
         }
@@ -142,7 +144,9 @@ impl Error {
 }
 
 fn api_reason(source: &kube::Error) -> &'static str {
-    let kube::Error::Api(status) = source else { return "ApiServerUnreachable" };
+    let kube::Error::Api(status) = source else {
+        return "ApiServerUnreachable";
+    };
     match status.code {
         403 if status.message.contains("exceeded quota") => "QuotaExceeded",
         403 => "Forbidden",
@@ -160,7 +164,11 @@ mod tests {
     use super::*;
 
     fn refused(code: u16, message: &str) -> Error {
-        let status = Status { code, message: message.to_owned(), ..Status::success() };
+        let status = Status {
+            code,
+            message: message.to_owned(),
+            ..Status::success()
+        };
         Error::Apply {
             kind: "Pod".to_owned(),
             name: "a".to_owned(),
@@ -173,11 +181,17 @@ mod tests {
         let error = refused(403, "pods is forbidden: exceeded quota: small");
         assert_eq!(error.reason(), "QuotaExceeded");
         assert_eq!(error.class(), Class::Transient);
-        assert_eq!(error.chain(), "could not apply Pod a: pods is forbidden: exceeded quota: small");
+        assert_eq!(
+            error.chain(),
+            "could not apply Pod a: pods is forbidden: exceeded quota: small"
+        );
     }
 
     #[test]
     fn a_panic_is_a_bug() {
-        assert_eq!(Error::Panic("index out of bounds".to_owned()).class(), Class::Bug);
+        assert_eq!(
+            Error::Panic("index out of bounds".to_owned()).class(),
+            Class::Bug
+        );
     }
 }
