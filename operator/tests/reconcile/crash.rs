@@ -49,7 +49,7 @@ async fn a_crash_at_any_write_ends_in_the_same_place() {
     let faults = (1..=writes).flat_map(|at| [(at, Fault::Hang), (at, Fault::LoseReply)]);
     let runs =
         stream::iter(faults).map(|(at, fault)| async move { (at, fault, crash(at, fault).await) });
-    let mut runs = std::pin::pin!(runs.buffer_unordered(8));
+    let mut runs = std::pin::pin!(runs.buffer_unordered(4));
     while let Some((at, fault, objects)) = runs.next().await {
         assert_eq!(objects, wanted, "crash at write {at} ({fault:?})");
     }
