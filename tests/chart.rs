@@ -11,29 +11,10 @@ const SETTINGS: [(&str, &[&str]); 14] = [
     ("defaults", &[]),
     ("one namespace", &["watchNamespaces={team-a}"]),
     ("two namespaces", &["watchNamespaces={team-a,team-b}"]),
-    (
-        "own registry",
-        &[
-            "image.registry=registry.example:5000",
-            "image.repository=mirror/modelfleet",
-            "image.tag=edge",
-        ],
-    ),
-    (
-        "no registry",
-        &["image.registry=", "image.pullPolicy=Never"],
-    ),
-    (
-        "digest",
-        &["image.digest=sha256:0000000000000000000000000000000000000000000000000000000000000000"],
-    ),
-    (
-        "pull secrets",
-        &[
-            "imagePullSecrets[0].name=one",
-            "imagePullSecrets[1].name=two",
-        ],
-    ),
+    ("own registry", &["image.registry=registry.example:5000", "image.repository=mirror/modelfleet", "image.tag=edge"]),
+    ("no registry", &["image.registry=", "image.pullPolicy=Never"]),
+    ("digest", &["image.digest=sha256:0000000000000000000000000000000000000000000000000000000000000000"]),
+    ("pull secrets", &["imagePullSecrets[0].name=one", "imagePullSecrets[1].name=two"]),
     (
         "own hub",
         &[
@@ -43,17 +24,8 @@ const SETTINGS: [(&str, &[&str]); 14] = [
             "hub.noProxy=.svc\\,10.0.0.0/8",
         ],
     ),
-    (
-        "telemetry",
-        &["telemetry.endpoint=http://collector.example:4317"],
-    ),
-    (
-        "load balancer",
-        &[
-            "router.service.type=LoadBalancer",
-            "router.service.annotations.example\\.com/internal=yes",
-        ],
-    ),
+    ("telemetry", &["telemetry.endpoint=http://collector.example:4317"]),
+    ("load balancer", &["router.service.type=LoadBalancer", "router.service.annotations.example\\.com/internal=yes"]),
     ("one of each", &["router.replicas=1", "operator.replicas=1"]),
     (
         "placed",
@@ -123,17 +95,9 @@ fn helm(arguments: &[&str]) -> Option<Result<String, String>> {
         eprintln!("SKIPPED: HELM names no helm; `tests/run chart` builds one and runs this");
         return None;
     };
-    let output = Command::new(helm)
-        .args(arguments)
-        .current_dir(tests::root())
-        .output()
-        .expect("helm runs");
+    let output = Command::new(helm).args(arguments).current_dir(tests::root()).output().expect("helm runs");
     let text = |bytes| String::from_utf8(bytes).expect("UTF-8");
-    Some(if output.status.success() {
-        Ok(text(output.stdout))
-    } else {
-        Err(text(output.stderr))
-    })
+    Some(if output.status.success() { Ok(text(output.stdout)) } else { Err(text(output.stderr)) })
 }
 
 /// `helm COMMAND charts/modelfleet --set ..`
@@ -145,26 +109,12 @@ fn with_settings(command: &[&str], settings: &[&str]) -> Option<Result<String, S
     helm(&arguments)
 }
 
-const LINT: [&str; 5] = [
-    "lint",
-    "charts/modelfleet",
-    "--strict",
-    "--kube-version",
-    "1.33.0",
-];
-const TEMPLATE: [&str; 7] = [
-    "template",
-    "modelfleet",
-    "charts/modelfleet",
-    "--namespace",
-    "modelfleet-system",
-    "--kube-version",
-    "1.33.0",
-];
+const LINT: [&str; 5] = ["lint", "charts/modelfleet", "--strict", "--kube-version", "1.33.0"];
+const TEMPLATE: [&str; 7] =
+    ["template", "modelfleet", "charts/modelfleet", "--namespace", "modelfleet-system", "--kube-version", "1.33.0"];
 
 fn rendered(settings: &[&str]) -> Option<Vec<Value>> {
-    let text =
-        with_settings(&TEMPLATE, settings)?.unwrap_or_else(|error| panic!("{settings:?}: {error}"));
+    let text = with_settings(&TEMPLATE, settings)?.unwrap_or_else(|error| panic!("{settings:?}: {error}"));
     Some(objects(&text))
 }
 
@@ -180,37 +130,27 @@ fn text<'a>(value: &'a Value, path: &[&str]) -> &'a str {
 }
 
 fn at<'a>(value: &'a Value, path: &[&str]) -> &'a Value {
-    path.iter()
-        .fold(value, |value, key| value.get(*key).unwrap_or(&Value::Null))
+    path.iter().fold(value, |value, key| value.get(*key).unwrap_or(&Value::Null))
 }
 
 fn of_kind<'a>(objects: &'a [Value], kind: &'a str) -> impl Iterator<Item = &'a Value> {
-    objects
-        .iter()
-        .filter(move |object| text(object, &["kind"]) == kind)
+    objects.iter().filter(move |object| text(object, &["kind"]) == kind)
 }
 
 /// The pod specs of everything that runs.
 fn pods(objects: &[Value]) -> Vec<&Value> {
-    let templates =
-        of_kind(objects, "Deployment").map(|object| at(object, &["spec", "template", "spec"]));
-    templates
-        .chain(of_kind(objects, "Pod").map(|object| at(object, &["spec"])))
-        .collect()
+    let templates = of_kind(objects, "Deployment").map(|object| at(object, &["spec", "template", "spec"]));
+    templates.chain(of_kind(objects, "Pod").map(|object| at(object, &["spec"]))).collect()
 }
 
 fn containers(pod: &Value) -> impl Iterator<Item = &Value> {
-    let lists = ["initContainers", "containers"]
-        .into_iter()
-        .filter_map(|key| at(pod, &[key]).as_sequence());
+    let lists = ["initContainers", "containers"].into_iter().filter_map(|key| at(pod, &[key]).as_sequence());
     lists.flatten()
 }
 
 fn strings(value: &Value) -> Vec<String> {
     let list = value.as_sequence().map_or(&[][..], Vec::as_slice);
-    list.iter()
-        .map(|item| item.as_str().expect("a string").to_owned())
-        .collect()
+    list.iter().map(|item| item.as_str().expect("a string").to_owned()).collect()
 }
 
 /// `GROUP/RESOURCE: VERBS` of each rule, sorted.
@@ -245,10 +185,7 @@ fn values_that_do_not_exist_are_refused() {
             return;
         };
         let error = result.expect_err(setting);
-        assert!(
-            error.contains("values don't meet the specifications of the schema"),
-            "{setting}: {error}"
-        );
+        assert!(error.contains("values don't meet the specifications of the schema"), "{setting}: {error}");
         assert!(error.contains(named), "{setting}: {error}");
     }
 }
@@ -262,16 +199,10 @@ fn every_value_is_in_the_schema() {
         let Some(map) = value.as_mapping() else {
             return;
         };
-        assert_eq!(
-            schema.get("additionalProperties"),
-            Some(&Value::Bool(false)),
-            "{path} is closed"
-        );
+        assert_eq!(schema.get("additionalProperties"), Some(&Value::Bool(false)), "{path} is closed");
         for (key, value) in map {
             let key = key.as_str().expect("a name");
-            let inner = properties
-                .get(key)
-                .unwrap_or_else(|| panic!("{path}.{key} is not in the schema"));
+            let inner = properties.get(key).unwrap_or_else(|| panic!("{path}.{key} is not in the schema"));
             compare(&format!("{path}.{key}"), value, inner);
         }
     }
@@ -290,16 +221,8 @@ fn every_container_is_bounded_and_restricted() {
         };
         assert!(pods(&objects).len() >= 2, "{name}");
         for pod in pods(&objects) {
-            assert_eq!(
-                at(pod, &["securityContext", "runAsNonRoot"]),
-                &Value::Bool(true),
-                "{name}"
-            );
-            assert_eq!(
-                text(pod, &["securityContext", "seccompProfile", "type"]),
-                "RuntimeDefault",
-                "{name}"
-            );
+            assert_eq!(at(pod, &["securityContext", "runAsNonRoot"]), &Value::Bool(true), "{name}");
+            assert_eq!(text(pod, &["securityContext", "seccompProfile", "type"]), "RuntimeDefault", "{name}");
             for container in containers(pod) {
                 let title = format!("{name}: {}", text(container, &["name"]));
                 for bound in ["requests", "limits"] {
@@ -311,21 +234,9 @@ fn every_container_is_bounded_and_restricted() {
                     }
                 }
                 let security = at(container, &["securityContext"]);
-                assert_eq!(
-                    at(security, &["allowPrivilegeEscalation"]),
-                    &Value::Bool(false),
-                    "{title}"
-                );
-                assert_eq!(
-                    at(security, &["readOnlyRootFilesystem"]),
-                    &Value::Bool(true),
-                    "{title}"
-                );
-                assert_eq!(
-                    strings(at(security, &["capabilities", "drop"])),
-                    ["ALL"],
-                    "{title}"
-                );
+                assert_eq!(at(security, &["allowPrivilegeEscalation"]), &Value::Bool(false), "{title}");
+                assert_eq!(at(security, &["readOnlyRootFilesystem"]), &Value::Bool(true), "{title}");
+                assert_eq!(strings(at(security, &["capabilities", "drop"])), ["ALL"], "{title}");
             }
         }
     }
@@ -340,20 +251,11 @@ fn every_server_has_probes_a_budget_and_keeps_apart() {
         let budgets: Vec<_> = of_kind(&objects, "PodDisruptionBudget").collect();
         for deployment in of_kind(&objects, "Deployment") {
             let selector = at(deployment, &["spec", "selector"]);
-            assert!(
-                budgets
-                    .iter()
-                    .any(|budget| at(budget, &["spec", "selector"]) == selector),
-                "{name}"
-            );
+            assert!(budgets.iter().any(|budget| at(budget, &["spec", "selector"]) == selector), "{name}");
             let pod = at(deployment, &["spec", "template", "spec"]);
-            assert!(
-                !at(pod, &["affinity", "podAntiAffinity"]).is_null(),
-                "{name}"
-            );
+            assert!(!at(pod, &["affinity", "podAntiAffinity"]).is_null(), "{name}");
             for container in containers(pod) {
-                for (probe, path) in [("livenessProbe", "/healthz"), ("readinessProbe", "/readyz")]
-                {
+                for (probe, path) in [("livenessProbe", "/healthz"), ("readinessProbe", "/readyz")] {
                     assert_eq!(text(container, &[probe, "httpGet", "path"]), path, "{name}");
                 }
             }
@@ -363,41 +265,19 @@ fn every_server_has_probes_a_budget_and_keeps_apart() {
 
 #[test]
 fn every_object_is_labelled_and_has_its_namespace() {
-    const CLUSTER_SCOPED: [&str; 3] = [
-        "CustomResourceDefinition",
-        "ClusterRole",
-        "ClusterRoleBinding",
-    ];
+    const CLUSTER_SCOPED: [&str; 3] = ["CustomResourceDefinition", "ClusterRole", "ClusterRoleBinding"];
     for (name, settings) in SETTINGS {
         let Some(objects) = rendered(settings) else {
             return;
         };
         for object in &objects {
-            let title = format!(
-                "{name}: {} {}",
-                text(object, &["kind"]),
-                text(object, &["metadata", "name"])
-            );
+            let title = format!("{name}: {} {}", text(object, &["kind"]), text(object, &["metadata", "name"]));
             let scoped = CLUSTER_SCOPED.contains(&text(object, &["kind"]));
-            assert_eq!(
-                text(object, &["metadata", "namespace"]).is_empty(),
-                scoped,
-                "{title}"
-            );
+            assert_eq!(text(object, &["metadata", "namespace"]).is_empty(), scoped, "{title}");
             if text(object, &["kind"]) != "CustomResourceDefinition" {
-                for label in [
-                    "name",
-                    "instance",
-                    "version",
-                    "component",
-                    "part-of",
-                    "managed-by",
-                ] {
+                for label in ["name", "instance", "version", "component", "part-of", "managed-by"] {
                     let label = format!("app.kubernetes.io/{label}");
-                    assert!(
-                        !text(object, &["metadata", "labels", &label]).is_empty(),
-                        "{title}: {label}"
-                    );
+                    assert!(!text(object, &["metadata", "labels", &label]).is_empty(), "{title}: {label}");
                 }
             }
         }
@@ -410,34 +290,20 @@ fn the_operator_has_these_rights_and_no_others() {
         let Some(objects) = rendered(settings) else {
             return;
         };
-        let namespaces: Vec<_> = settings
-            .iter()
-            .filter(|setting| setting.starts_with("watchNamespaces"))
-            .collect();
-        let kind = if namespaces.is_empty() {
-            "ClusterRole"
-        } else {
-            "Role"
-        };
+        let namespaces: Vec<_> = settings.iter().filter(|setting| setting.starts_with("watchNamespaces")).collect();
+        let kind = if namespaces.is_empty() { "ClusterRole" } else { "Role" };
         let named = |role: &&Value| text(role, &["metadata", "name"]) != "modelfleet-operator-home";
         let roles: Vec<_> = of_kind(&objects, kind).filter(named).collect();
         assert!(!roles.is_empty(), "{name}");
         for role in roles {
             let mut expected: BTreeSet<_> = RIGHTS.map(str::to_owned).into();
             expected.insert("events.k8s.io/events: create patch".to_owned());
-            expected.insert(
-                "policy/poddisruptionbudgets: create delete get list patch watch".to_owned(),
-            );
+            expected.insert("policy/poddisruptionbudgets: create delete get list patch watch".to_owned());
             assert_eq!(rights(role), expected, "{name}");
         }
-        let home = of_kind(&objects, "Role")
-            .find(|role| !named(role))
-            .expect("a Role in its own namespace");
-        let expected = [
-            "/pods: list watch",
-            "coordination.k8s.io/leases: create",
-            "coordination.k8s.io/leases: get update",
-        ];
+        let home = of_kind(&objects, "Role").find(|role| !named(role)).expect("a Role in its own namespace");
+        let expected =
+            ["/pods: list watch", "coordination.k8s.io/leases: create", "coordination.k8s.io/leases: get update"];
         assert_eq!(rights(home), expected.map(str::to_owned).into(), "{name}");
     }
 }
@@ -448,36 +314,21 @@ fn roles_are_made_in_the_watched_namespaces_only() {
         return;
     };
     let roles = of_kind(&objects, "Role").map(|role| text(role, &["metadata", "namespace"]));
-    assert_eq!(
-        roles.collect::<BTreeSet<_>>(),
-        ["team-a", "team-b", "modelfleet-system"].into()
-    );
+    assert_eq!(roles.collect::<BTreeSet<_>>(), ["team-a", "team-b", "modelfleet-system"].into());
     assert_eq!(of_kind(&objects, "ClusterRole").count(), 0);
 }
 
 #[test]
 fn the_definition_is_the_generated_one_and_outlives_the_release() {
     let read = |path: &str| fs::read_to_string(tests::root().join(path)).expect(path);
-    let (copy, generated) = (
-        read("charts/modelfleet/files/modeldeployments.yaml"),
-        read("crds/modeldeployments.yaml"),
-    );
-    assert!(
-        copy == generated,
-        "run: cp crds/modeldeployments.yaml charts/modelfleet/files/"
-    );
+    let (copy, generated) = (read("charts/modelfleet/files/modeldeployments.yaml"), read("crds/modeldeployments.yaml"));
+    assert!(copy == generated, "run: cp crds/modeldeployments.yaml charts/modelfleet/files/");
 
     let Some(mut objects) = rendered(&[]) else {
         return;
     };
-    let crd = objects
-        .iter_mut()
-        .find(|object| text(object, &["kind"]) == "CustomResourceDefinition")
-        .expect("a CRD");
-    let metadata = crd
-        .get_mut("metadata")
-        .and_then(Value::as_mapping_mut)
-        .expect("metadata");
+    let crd = objects.iter_mut().find(|object| text(object, &["kind"]) == "CustomResourceDefinition").expect("a CRD");
+    let metadata = crd.get_mut("metadata").and_then(Value::as_mapping_mut).expect("metadata");
     let annotations = metadata.remove("annotations").expect("annotations");
     assert_eq!(text(&annotations, &["helm.sh/resource-policy"]), "keep");
     assert_eq!(crd, &objects_of(&generated));
@@ -492,21 +343,10 @@ fn install_yaml_is_the_rendered_chart() {
     if std::env::var_os("HELM").is_none() {
         return;
     }
-    let output = Command::new("manifests/render")
-        .current_dir(tests::root())
-        .output()
-        .expect("manifests/render");
-    assert!(
-        output.status.success(),
-        "{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    let committed =
-        fs::read(tests::root().join("manifests/install.yaml")).expect("manifests/install.yaml");
-    assert!(
-        committed == output.stdout,
-        "run: manifests/render > manifests/install.yaml"
-    );
+    let output = Command::new("manifests/render").current_dir(tests::root()).output().expect("manifests/render");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let committed = fs::read(tests::root().join("manifests/install.yaml")).expect("manifests/install.yaml");
+    assert!(committed == output.stdout, "run: manifests/render > manifests/install.yaml");
 }
 
 #[test]
@@ -518,13 +358,7 @@ fn pods_follow_the_images_digest() {
     for pod in pods(&objects) {
         for container in containers(pod) {
             let image = text(container, &["image"]);
-            assert_eq!(
-                image,
-                format!(
-                    "modelfleet/modelfleet:{}@{digest}",
-                    env!("CARGO_PKG_VERSION")
-                )
-            );
+            assert_eq!(image, format!("modelfleet/modelfleet:{}@{digest}", env!("CARGO_PKG_VERSION")));
         }
     }
 }

@@ -49,10 +49,7 @@ impl Answer {
 
     /// What the model said, after its thought.
     pub(crate) fn content(&self) -> String {
-        self.json()["choices"][0]["message"]["content"]
-            .as_str()
-            .unwrap_or("")
-            .to_owned()
+        self.json()["choices"][0]["message"]["content"].as_str().unwrap_or("").to_owned()
     }
 
     pub(crate) fn text(&self) -> String {
@@ -63,21 +60,13 @@ impl Answer {
 impl Client {
     /// A client of `http://ADDRESS`.
     pub(crate) fn new(address: &str) -> Self {
-        let http = Http::builder(TokioExecutor::new())
-            .pool_max_idle_per_host(0)
-            .build(HttpConnector::new());
-        Self {
-            http,
-            url: format!("http://{address}"),
-        }
+        let http = Http::builder(TokioExecutor::new()).pool_max_idle_per_host(0).build(HttpConnector::new());
+        Self { http, url: format!("http://{address}") }
     }
 
     /// A client of the routers' Service.
     pub(crate) async fn router(cluster: &Cluster) -> anyhow::Result<Self> {
-        Ok(Self::new(&format!(
-            "{}:8080",
-            cluster.service(SYSTEM, "modelfleet-router").await?
-        )))
+        Ok(Self::new(&format!("{}:8080", cluster.service(SYSTEM, "modelfleet-router").await?)))
     }
 
     /// Sends a request and returns as soon as the answer's head is there.
@@ -88,16 +77,12 @@ impl Client {
         headers: &[(&str, &str)],
         body: Vec<u8>,
     ) -> anyhow::Result<Response<Incoming>> {
-        let mut request = Request::builder()
-            .method(method)
-            .uri(format!("{}{path}", self.url));
+        let mut request = Request::builder().method(method).uri(format!("{}{path}", self.url));
         for (name, value) in headers {
             request = request.header(*name, *value);
         }
         let request = request.body(Full::new(Bytes::from(body)))?;
-        Ok(timeout(PATIENCE, self.http.request(request))
-            .await
-            .context("no answer")??)
+        Ok(timeout(PATIENCE, self.http.request(request)).await.context("no answer")??)
     }
 
     /// Sends a request and reads the whole answer.
@@ -110,15 +95,8 @@ impl Client {
     ) -> anyhow::Result<Answer> {
         let response = self.open(method, path, headers, body).await?;
         let (head, body) = response.into_parts();
-        let body = timeout(PATIENCE, body.collect())
-            .await
-            .context("the answer does not end")??
-            .to_bytes()
-            .to_vec();
-        Ok(Answer {
-            status: head.status,
-            body,
-        })
+        let body = timeout(PATIENCE, body.collect()).await.context("the answer does not end")??.to_bytes().to_vec();
+        Ok(Answer { status: head.status, body })
     }
 
     pub(crate) async fn get(&self, path: &str) -> anyhow::Result<Answer> {
@@ -127,33 +105,19 @@ impl Client {
 
     pub(crate) async fn post(&self, path: &str, body: &Value) -> anyhow::Result<Answer> {
         let headers = [("content-type", "application/json")];
-        self.send(Method::POST, path, &headers, body.to_string().into_bytes())
-            .await
+        self.send(Method::POST, path, &headers, body.to_string().into_bytes()).await
     }
 
     /// Asks for a sum.
     pub(crate) async fn sum(&self, model: &str, a: u64, b: u64) -> anyhow::Result<Answer> {
-        self.post(
-            "/v1/chat/completions",
-            &question(model, &format!("What is {a} + {b}?")),
-        )
-        .await
+        self.post("/v1/chat/completions", &question(model, &format!("What is {a} + {b}?"))).await
     }
 
     /// Asks for a sum and fails if it is not answered rightly.
     pub(crate) async fn right_sum(&self, model: &str, a: u64, b: u64) -> anyhow::Result<Answer> {
         let answer = self.sum(model, a, b).await?;
-        ensure!(
-            answer.status == StatusCode::OK,
-            "{}: {}",
-            answer.status,
-            answer.text()
-        );
-        ensure!(
-            answer.content().contains(&(a + b).to_string()),
-            "{a} + {b}: {}",
-            answer.text()
-        );
+        ensure!(answer.status == StatusCode::OK, "{}: {}", answer.status, answer.text());
+        ensure!(answer.content().contains(&(a + b).to_string()), "{a} + {b}: {}", answer.text());
         Ok(answer)
     }
 
@@ -161,13 +125,10 @@ impl Client {
     pub(crate) async fn metric(&self, name: &str) -> anyhow::Result<f64> {
         let answer = self.get("/metrics").await?;
         let text = answer.text();
-        let lines = text.lines().filter(|line| {
-            line.strip_prefix(name)
-                .is_some_and(|rest| rest.starts_with('{') || rest.starts_with(' '))
-        });
-        Ok(lines
-            .filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok())
-            .sum())
+        let lines = text
+            .lines()
+            .filter(|line| line.strip_prefix(name).is_some_and(|rest| rest.starts_with('{') || rest.starts_with(' ')));
+        Ok(lines.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum())
     }
 }
 
@@ -197,28 +158,17 @@ impl Asking {
                 let mut turn = asker;
                 while !stop.load(Ordering::Relaxed) {
                     turn += parallel;
-                    match client
-                        .right_sum(&model, 100 + turn * 7 % 400, 10 + turn * 13 % 90)
-                        .await
-                    {
+                    match client.right_sum(&model, 100 + turn * 7 % 400, 10 + turn * 13 % 90).await {
                         Ok(_) => drop(answered.fetch_add(1, Ordering::Relaxed)),
                         Err(error) => {
-                            failed
-                                .lock()
-                                .expect("no asker panics")
-                                .push(format!("{error:#}"));
+                            failed.lock().expect("no asker panics").push(format!("{error:#}"));
                             tokio::time::sleep(Duration::from_millis(100)).await; // does not flood what is broken
                         }
                     }
                 }
             });
         }
-        Self {
-            stop,
-            answered,
-            failed,
-            tasks,
-        }
+        Self { stop, answered, failed, tasks }
     }
 
     /// How many were answered so far.
@@ -237,13 +187,7 @@ impl Asking {
     /// Stops and fails if one request did.
     pub(crate) async fn stop_without_error(self) -> anyhow::Result<u64> {
         let (answered, failed) = self.stop().await;
-        ensure!(
-            failed.is_empty(),
-            "{} of {} failed: {:#?}",
-            failed.len(),
-            answered,
-            &failed[..failed.len().min(5)]
-        );
+        ensure!(failed.is_empty(), "{} of {} failed: {:#?}", failed.len(), answered, &failed[..failed.len().min(5)]);
         ensure!(answered > 0, "nothing was asked");
         Ok(answered)
     }

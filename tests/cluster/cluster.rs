@@ -33,13 +33,8 @@ impl Cluster {
     /// The cluster that `tests/cluster/cluster in` runs us inside of.
     pub(crate) fn from_environment() -> Option<Self> {
         let home = PathBuf::from(std::env::var_os("MODELFLEET_TEST_CLUSTER")?);
-        let python =
-            std::env::var_os("MODELFLEET_PYTHON").map_or_else(|| "python3".into(), PathBuf::from);
-        Some(Self {
-            script: tests::root().join("tests/cluster/cluster"),
-            python,
-            home,
-        })
+        let python = std::env::var_os("MODELFLEET_PYTHON").map_or_else(|| "python3".into(), PathBuf::from);
+        Some(Self { script: tests::root().join("tests/cluster/cluster"), python, home })
     }
 
     /// Runs `kubectl` and returns what it prints.
@@ -49,19 +44,13 @@ impl Cluster {
 
     /// Applies YAML or JSON in [`MODELS`], as a user does: with strict validation of fields.
     pub(crate) async fn apply(&self, manifest: &str) -> anyhow::Result<String> {
-        run(
-            "kubectl",
-            &["apply", "--namespace", MODELS, "--filename", "-"],
-            manifest,
-        )
-        .await
+        run("kubectl", &["apply", "--namespace", MODELS, "--filename", "-"], manifest).await
     }
 
     /// Applies a file of `manifests/examples`.
     pub(crate) async fn apply_example(&self, name: &str) -> anyhow::Result<String> {
         let path = tests::root().join("manifests/examples").join(name);
-        self.apply(&std::fs::read_to_string(&path).with_context(|| path.display().to_string())?)
-            .await
+        self.apply(&std::fs::read_to_string(&path).with_context(|| path.display().to_string())?).await
     }
 
     /// An object, or what `kubectl get ARGUMENTS` lists.
@@ -73,68 +62,37 @@ impl Cluster {
 
     /// The items that `kubectl get KIND -n models -l SELECTOR` lists.
     pub(crate) async fn list(&self, kind: &str, selector: &str) -> anyhow::Result<Vec<Value>> {
-        let list = self
-            .get(&[kind, "--namespace", MODELS, "--selector", selector])
-            .await?;
+        let list = self.get(&[kind, "--namespace", MODELS, "--selector", selector]).await?;
         Ok(list["items"].as_array().cloned().unwrap_or_default())
     }
 
     /// A ModelDeployment of the scenarios.
     pub(crate) async fn model(&self, name: &str) -> anyhow::Result<Model> {
-        Ok(Model(
-            self.get(&["modeldeployment", name, "--namespace", MODELS])
-                .await?,
-        ))
+        Ok(Model(self.get(&["modeldeployment", name, "--namespace", MODELS]).await?))
     }
 
     /// The worker pods of a model, by name.
     pub(crate) async fn workers(&self, model: &str) -> anyhow::Result<BTreeMap<String, Value>> {
         let selector = format!("modelfleet.io/model={model},app.kubernetes.io/component=worker");
         let pods = self.list("pods", &selector).await?.into_iter();
-        Ok(pods
-            .map(|pod| (text(&pod, "/metadata/name").to_owned(), pod))
-            .collect())
+        Ok(pods.map(|pod| (text(&pod, "/metadata/name").to_owned(), pod)).collect())
     }
 
     /// Everything that belongs to a model: `KIND NAME`, and its generation where its kind has one.
     pub(crate) async fn children(&self, model: &str) -> anyhow::Result<BTreeMap<String, i64>> {
-        const KINDS: &str =
-            "statefulsets,services,configmaps,serviceaccounts,poddisruptionbudgets,jobs,pods";
-        let objects = self
-            .list(KINDS, &format!("modelfleet.io/model={model}"))
-            .await?;
-        let title = |object: &Value| {
-            format!(
-                "{} {}",
-                text(object, "/kind"),
-                text(object, "/metadata/name")
-            )
-        };
+        const KINDS: &str = "statefulsets,services,configmaps,serviceaccounts,poddisruptionbudgets,jobs,pods";
+        let objects = self.list(KINDS, &format!("modelfleet.io/model={model}")).await?;
+        let title = |object: &Value| format!("{} {}", text(object, "/kind"), text(object, "/metadata/name"));
         let generation = |object: &Value| object["metadata"]["generation"].as_i64().unwrap_or(0);
-        Ok(objects
-            .iter()
-            .map(|object| (title(object), generation(object)))
-            .collect())
+        Ok(objects.iter().map(|object| (title(object), generation(object))).collect())
     }
 
     /// Deletes a model and waits until nothing of it is left.
     pub(crate) async fn delete(&self, model: &str) -> anyhow::Result<()> {
-        self.kubectl(&[
-            "delete",
-            "modeldeployment",
-            model,
-            "--namespace",
-            MODELS,
-            "--ignore-not-found",
-        ])
-        .await?;
+        self.kubectl(&["delete", "modeldeployment", model, "--namespace", MODELS, "--ignore-not-found"]).await?;
         self.until(&format!("nothing of {model} is left"), 150, async || {
             let left = self.children(model).await?;
-            if left.is_empty() {
-                Ok(())
-            } else {
-                bail!("left: {left:?}")
-            }
+            if left.is_empty() { Ok(()) } else { bail!("left: {left:?}") }
         })
         .await
     }
@@ -152,25 +110,16 @@ impl Cluster {
 
     /// The first IP address of a Service.
     pub(crate) async fn service(&self, namespace: &str, name: &str) -> anyhow::Result<String> {
-        let service = self
-            .get(&["service", name, "--namespace", namespace])
-            .await?;
+        let service = self.get(&["service", name, "--namespace", namespace]).await?;
         Ok(text(&service, "/spec/clusterIP").to_owned())
     }
 
     /// The names of the pods of a part of the product, with their addresses.
     pub(crate) async fn pods_of(&self, part: &str) -> anyhow::Result<BTreeMap<String, String>> {
         let selector = format!("app.kubernetes.io/component={part}");
-        let list = self
-            .get(&["pods", "--namespace", SYSTEM, "--selector", &selector])
-            .await?;
+        let list = self.get(&["pods", "--namespace", SYSTEM, "--selector", &selector]).await?;
         let pods = list["items"].as_array().cloned().unwrap_or_default();
-        let entry = |pod: &Value| {
-            (
-                text(pod, "/metadata/name").to_owned(),
-                text(pod, "/status/podIP").to_owned(),
-            )
-        };
+        let entry = |pod: &Value| (text(pod, "/metadata/name").to_owned(), text(pod, "/status/podIP").to_owned());
         Ok(pods.iter().map(entry).collect())
     }
 
@@ -213,10 +162,7 @@ impl Cluster {
         ];
         for command in commands {
             let arguments: Vec<_> = command.split(' ').collect();
-            let printed = self
-                .kubectl(&arguments)
-                .await
-                .unwrap_or_else(|error| format!("{error:#}"));
+            let printed = self.kubectl(&arguments).await.unwrap_or_else(|error| format!("{error:#}"));
             let lines: Vec<_> = printed.lines().collect();
             let _ = writeln!(state, "--- kubectl {command}");
             for line in &lines[lines.len().saturating_sub(250)..] {
@@ -242,16 +188,8 @@ pub(crate) async fn run(program: &str, arguments: &[&str], input: &str) -> anyho
     stdin.write_all(input.as_bytes()).await?;
     drop(stdin);
     let output = child.wait_with_output().await?;
-    let (out, err) = (
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr),
-    );
-    ensure!(
-        output.status.success(),
-        "{program} {}: {} {err}{out}",
-        arguments.join(" "),
-        output.status
-    );
+    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    ensure!(output.status.success(), "{program} {}: {} {err}{out}", arguments.join(" "), output.status);
     Ok(out.into_owned())
 }
 
@@ -287,9 +225,7 @@ impl Model {
     /// Status, reason and message of a condition.
     pub(crate) fn condition(&self, name: &str) -> Option<[&str; 3]> {
         let conditions = self.0["status"]["conditions"].as_array()?;
-        let condition = conditions
-            .iter()
-            .find(|condition| condition["type"] == name)?;
+        let condition = conditions.iter().find(|condition| condition["type"] == name)?;
         Some(["/status", "/reason", "/message"].map(|field| text(condition, field)))
     }
 

@@ -40,22 +40,11 @@ async fn main() {
         eprintln!("SKIPPED: no cluster here; `tests/run cluster` starts one and runs this");
         return;
     };
-    let chosen: Vec<String> = std::env::args()
-        .skip(1)
-        .filter(|argument| !argument.starts_with('-'))
-        .collect();
-    let stage = |name: &str| {
-        matches!(
-            name,
-            "surroundings_run" | "helm_installs_and_its_test_passes"
-        )
-    };
+    let chosen: Vec<String> = std::env::args().skip(1).filter(|argument| !argument.starts_with('-')).collect();
+    let stage = |name: &str| matches!(name, "surroundings_run" | "helm_installs_and_its_test_passes");
     let (mut passed, mut failed) = (0, 0);
     for (name, scenario) in scenarios {
-        if !chosen.is_empty()
-            && !stage(name)
-            && !chosen.iter().any(|part| name.contains(part.as_str()))
-        {
+        if !chosen.is_empty() && !stage(name) && !chosen.iter().any(|part| name.contains(part.as_str())) {
             continue;
         }
         let begun = Instant::now();
@@ -68,10 +57,7 @@ async fn main() {
             }
             Err(error) => {
                 failed += 1;
-                println!(
-                    "test {name} ... FAILED ({seconds:.1} s)\n{error:?}\n{}",
-                    cluster.state().await
-                );
+                println!("test {name} ... FAILED ({seconds:.1} s)\n{error:?}\n{}", cluster.state().await);
                 if stage(name) {
                     break;
                 }

@@ -30,34 +30,20 @@ fn merge(into: &mut Value, patch: Value) {
     }
 }
 
-pub(crate) async fn bad_yaml_is_refused_and_the_model_serves_on(
-    cluster: &Cluster,
-) -> anyhow::Result<()> {
+pub(crate) async fn bad_yaml_is_refused_and_the_model_serves_on(cluster: &Cluster) -> anyhow::Result<()> {
     let client = Client::router(cluster).await?;
     let asking = Asking::start(&client, "tiny-r1", 1);
     for (patch, by, words) in REFUSALS {
         let manifest = changed(patch)?.to_string();
         match by {
             By::Admission => {
-                let refusal = cluster
-                    .apply(&manifest)
-                    .await
-                    .err()
-                    .with_context(|| format!("{patch} was accepted"))?;
+                let refusal = cluster.apply(&manifest).await.err().with_context(|| format!("{patch} was accepted"))?;
                 let refusal = format!("{refusal:#}");
-                ensure!(
-                    refusal.contains(words),
-                    "{patch}: {refusal}\nlacks: {words}"
-                );
+                ensure!(refusal.contains(words), "{patch}: {refusal}\nlacks: {words}");
             }
             By::Condition(condition) => {
-                cluster
-                    .apply(&manifest)
-                    .await
-                    .with_context(|| patch.to_owned())?;
-                is_false(cluster, condition, words)
-                    .await
-                    .with_context(|| patch.to_owned())?;
+                cluster.apply(&manifest).await.with_context(|| patch.to_owned())?;
+                is_false(cluster, condition, words).await.with_context(|| patch.to_owned())?;
             }
         }
     }
@@ -72,13 +58,8 @@ async fn is_false(cluster: &Cluster, condition: &str, words: &str) -> anyhow::Re
         .until(&format!("{condition} is False"), 45, async || {
             let model = cluster.model("tiny-r1").await?;
             ensure!(model.is_observed(), "an older generation is observed");
-            let [status, reason, message] = model
-                .condition(condition)
-                .context("no such condition yet")?;
-            ensure!(
-                status == "False" && message.contains(words),
-                "{status} {reason}: {message}\nlacks: {words}"
-            );
+            let [status, reason, message] = model.condition(condition).context("no such condition yet")?;
+            ensure!(status == "False" && message.contains(words), "{status} {reason}: {message}\nlacks: {words}");
             Ok(())
         })
         .await
@@ -94,17 +75,9 @@ pub(crate) async fn what_is_missing_is_named(cluster: &Cluster) -> anyhow::Resul
     cluster
         .until("the missing Secret is named", 60, async || {
             let model = cluster.model("gated").await?;
-            let [status, reason, message] = model
-                .condition("ModelReady")
-                .context("no such condition yet")?;
-            ensure!(
-                status == "False" && reason == "CredentialsMissing",
-                "{status} {reason}: {message}"
-            );
-            ensure!(
-                message.contains("hub") && message.contains("token"),
-                "{message}"
-            );
+            let [status, reason, message] = model.condition("ModelReady").context("no such condition yet")?;
+            ensure!(status == "False" && reason == "CredentialsMissing", "{status} {reason}: {message}");
+            ensure!(message.contains("hub") && message.contains("token"), "{message}");
             Ok(())
         })
         .await?;
@@ -114,25 +87,12 @@ pub(crate) async fn what_is_missing_is_named(cluster: &Cluster) -> anyhow::Resul
     cluster.apply(&secret.to_string()).await?;
     // a kubelet brings a new Secret into a running pod within a minute and a half
     cluster.ready("gated", 150).await?;
-    Client::router(cluster)
-        .await?
-        .right_sum("gated", 47, 85)
-        .await?;
+    Client::router(cluster).await?.right_sum("gated", 47, 85).await?;
     let logs = run(
         "kubectl",
-        &[
-            "logs",
-            "--namespace",
-            "models",
-            "--selector",
-            "modelfleet.io/model=gated",
-            "--all-containers",
-        ],
+        &["logs", "--namespace", "models", "--selector", "modelfleet.io/model=gated", "--all-containers"],
         "",
     );
-    ensure!(
-        !logs.await?.contains("hf_cluster_tests"),
-        "the token is in a log"
-    );
+    ensure!(!logs.await?.contains("hf_cluster_tests"), "the token is in a log");
     cluster.delete("gated").await
 }

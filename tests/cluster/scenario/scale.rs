@@ -13,30 +13,15 @@ use crate::{
 /// `kubectl scale` works, and an HPA finds one pod a replica behind the selector.
 pub(crate) async fn the_scale_subresource_works(cluster: &Cluster) -> anyhow::Result<()> {
     let scale = async |replicas: &str| {
-        let arguments = [
-            "scale",
-            "modeldeployment/sharded",
-            "--namespace",
-            MODELS,
-            "--replicas",
-            replicas,
-        ];
+        let arguments = ["scale", "modeldeployment/sharded", "--namespace", MODELS, "--replicas", replicas];
         cluster.kubectl(&arguments).await
     };
     scale("2").await?;
     let model = cluster.ready("sharded", 90).await?;
-    ensure!(
-        model.printed("ready") == "2/2",
-        "READY is {}",
-        model.printed("ready")
-    );
+    ensure!(model.printed("ready") == "2/2", "READY is {}", model.printed("ready"));
     let selector = text(&model.0, "/status/selector").to_owned();
     let selected = cluster.list("pods", &selector).await?;
-    ensure!(
-        selected.len() == 2,
-        "{selector} selects one pod a replica, not {}",
-        selected.len()
-    );
+    ensure!(selected.len() == 2, "{selector} selects one pod a replica, not {}", selected.len());
 
     let hpa = json!({
         "apiVersion": "autoscaling/v2", "kind": "HorizontalPodAutoscaler", "metadata": {"name": "sharded"},
@@ -49,27 +34,16 @@ pub(crate) async fn the_scale_subresource_works(cluster: &Cluster) -> anyhow::Re
     cluster.apply(&hpa.to_string()).await?;
     cluster
         .until("the HPA is able to scale", 60, async || {
-            let hpa = cluster
-                .get(&["hpa", "sharded", "--namespace", MODELS])
-                .await?;
-            let conditions = hpa
-                .pointer("/status/conditions")
-                .and_then(Value::as_array)
-                .context("no conditions yet")?;
-            let able = conditions
-                .iter()
-                .find(|condition| condition["type"] == "AbleToScale");
-            ensure!(
-                able.is_some_and(|able| able["status"] == "True"),
-                "{conditions:?}"
-            );
+            let hpa = cluster.get(&["hpa", "sharded", "--namespace", MODELS]).await?;
+            let conditions =
+                hpa.pointer("/status/conditions").and_then(Value::as_array).context("no conditions yet")?;
+            let able = conditions.iter().find(|condition| condition["type"] == "AbleToScale");
+            ensure!(able.is_some_and(|able| able["status"] == "True"), "{conditions:?}");
             ensure!(hpa["status"]["currentReplicas"] == 2, "{}", hpa["status"]);
             Ok(())
         })
         .await?;
-    cluster
-        .kubectl(&["delete", "hpa", "sharded", "--namespace", MODELS])
-        .await?;
+    cluster.kubectl(&["delete", "hpa", "sharded", "--namespace", MODELS]).await?;
     scale("1").await?;
     cluster
         .until("one replica is left", 120, async || {
@@ -82,9 +56,7 @@ pub(crate) async fn the_scale_subresource_works(cluster: &Cluster) -> anyhow::Re
 }
 
 /// 1 to 3 while requests wait; 1 and then 0 when they are done; and one request wakes it.
-pub(crate) async fn load_brings_replicas_and_quiet_takes_them(
-    cluster: &Cluster,
-) -> anyhow::Result<()> {
+pub(crate) async fn load_brings_replicas_and_quiet_takes_them(cluster: &Cluster) -> anyhow::Result<()> {
     const MODEL: &str = "tiny-r1-autoscaled";
     cluster.apply_example("autoscaled.yaml").await?;
     cluster.ready("autoscaled", 90).await?;
@@ -94,9 +66,7 @@ pub(crate) async fn load_brings_replicas_and_quiet_takes_them(
         let client = client.clone();
         askers.spawn(async move {
             for turn in 0..20 {
-                client
-                    .right_sum(MODEL, 100 + asker * 20 + turn, 10 + turn)
-                    .await?;
+                client.right_sum(MODEL, 100 + asker * 20 + turn, 10 + turn).await?;
             }
             anyhow::Ok(())
         });
@@ -106,18 +76,12 @@ pub(crate) async fn load_brings_replicas_and_quiet_takes_them(
             .until(&format!("{wanted} replicas"), seconds, async || {
                 let model = cluster.model("autoscaled").await?;
                 let desired = model.number("desiredReplicas");
-                ensure!(
-                    desired == wanted,
-                    "desiredReplicas is {desired}: {}",
-                    model.0["status"]["autoscaling"]
-                );
+                ensure!(desired == wanted, "desiredReplicas is {desired}: {}", model.0["status"]["autoscaling"]);
                 Ok(())
             })
             .await
     };
-    replicas(3, 30)
-        .await
-        .context("24 requests at once, 4 a replica")?;
+    replicas(3, 30).await.context("24 requests at once, 4 a replica")?;
     while let Some(asker) = askers.join_next().await {
         asker??;
     }
@@ -130,21 +94,11 @@ pub(crate) async fn load_brings_replicas_and_quiet_takes_them(
             Ok(())
         })
         .await?;
-    let answer = client
-        .right_sum(MODEL, 47, 85)
-        .await
-        .context("the request that wakes it")?;
+    let answer = client.right_sum(MODEL, 47, 85).await.context("the request that wakes it")?;
     ensure!(answer.status == StatusCode::OK);
 
     let refused = cluster
-        .kubectl(&[
-            "scale",
-            "modeldeployment/autoscaled",
-            "--namespace",
-            MODELS,
-            "--replicas",
-            "2",
-        ])
+        .kubectl(&["scale", "modeldeployment/autoscaled", "--namespace", MODELS, "--replicas", "2"])
         .await
         .expect_err("autoscaling sets the replicas");
     let words = "spec.replicas is set by autoscaling; change minReplicas or maxReplicas";

@@ -90,14 +90,7 @@ impl Collector {
 
 async fn trace(State(collector): State<Collector>, Path(id): Path<String>) -> Json<Vec<Value>> {
     let received = collector.received();
-    Json(
-        received
-            .spans
-            .iter()
-            .filter(|span| span["trace"] == id.as_str())
-            .cloned()
-            .collect(),
-    )
+    Json(received.spans.iter().filter(|span| span["trace"] == id.as_str()).cloned().collect())
 }
 
 async fn metrics(State(collector): State<Collector>) -> Json<Vec<String>> {
@@ -118,9 +111,7 @@ impl TraceService for Collector {
         &self,
         request: Request<ExportTraceServiceRequest>,
     ) -> Result<Response<ExportTraceServiceResponse>, Status> {
-        let sender = request
-            .remote_addr()
-            .map(|address| address.ip().to_string());
+        let sender = request.remote_addr().map(|address| address.ip().to_string());
         let request = request.into_inner();
         self.note(&request);
         let mut received = self.received();
@@ -147,15 +138,8 @@ impl MetricsService for Collector {
     ) -> Result<Response<ExportMetricsServiceResponse>, Status> {
         let request = request.into_inner();
         self.note(&request);
-        let scopes = request
-            .resource_metrics
-            .into_iter()
-            .flat_map(|group| group.scope_metrics);
-        self.received().metrics.extend(
-            scopes
-                .flat_map(|scope| scope.metrics)
-                .map(|metric| metric.name),
-        );
+        let scopes = request.resource_metrics.into_iter().flat_map(|group| group.scope_metrics);
+        self.received().metrics.extend(scopes.flat_map(|scope| scope.metrics).map(|metric| metric.name));
         Ok(Response::new(Default::default()))
     }
 }
@@ -168,10 +152,7 @@ impl LogsService for Collector {
     ) -> Result<Response<ExportLogsServiceResponse>, Status> {
         let request = request.into_inner();
         self.note(&request);
-        let scopes = request
-            .resource_logs
-            .iter()
-            .flat_map(|group| &group.scope_logs);
+        let scopes = request.resource_logs.iter().flat_map(|group| &group.scope_logs);
         self.received().log_records += scopes.map(|scope| scope.log_records.len()).sum::<usize>();
         Ok(Response::new(Default::default()))
     }
@@ -182,13 +163,8 @@ fn hex(bytes: &[u8]) -> String {
 }
 
 fn attribute(resource: &Option<Resource>, key: &str) -> String {
-    let attributes: &[KeyValue] = resource
-        .as_ref()
-        .map_or(&[], |resource| &resource.attributes);
-    let value = attributes
-        .iter()
-        .find(|attribute| attribute.key == key)
-        .and_then(|attribute| attribute.value.as_ref());
+    let attributes: &[KeyValue] = resource.as_ref().map_or(&[], |resource| &resource.attributes);
+    let value = attributes.iter().find(|attribute| attribute.key == key).and_then(|attribute| attribute.value.as_ref());
     match value.and_then(|value| value.value.as_ref()) {
         Some(any_value::Value::StringValue(text)) => text.clone(),
         _ => String::new(),

@@ -42,26 +42,20 @@ pub(crate) fn routes(folder: &Path) -> anyhow::Result<Router> {
     }
     Ok(Router::new()
         .route("/api/models/{owner}/{name}", get(default_revision))
-        .route(
-            "/api/models/{owner}/{name}/revision/{revision}",
-            get(revision),
-        )
+        .route("/api/models/{owner}/{name}/revision/{revision}", get(revision))
         .route("/{owner}/{name}/resolve/{revision}/{*path}", get(file))
         .with_state(Arc::new(repositories)))
 }
 
 fn children(folder: &Path) -> anyhow::Result<Vec<String>> {
     let entries = fs::read_dir(folder).with_context(|| format!("reading {}", folder.display()))?;
-    entries
-        .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
-        .collect()
+    entries.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect()
 }
 
 fn files(folder: &Path) -> anyhow::Result<BTreeMap<String, File>> {
     let mut files = BTreeMap::new();
     for name in children(folder)? {
-        let content =
-            Bytes::from(fs::read(folder.join(&name)).with_context(|| format!("reading {name}"))?);
+        let content = Bytes::from(fs::read(folder.join(&name)).with_context(|| format!("reading {name}"))?);
         let sha256 = hex(&Sha256::digest(&content));
         files.insert(name, File { content, sha256 });
     }
@@ -75,10 +69,7 @@ fn hex(bytes: &[u8]) -> String {
 /// The commit that a branch or a commit means.
 fn commit(revision: &str) -> Option<String> {
     let commit = |branch: &str| hex(&Sha256::digest(branch)[..20]);
-    ["main", "next"]
-        .into_iter()
-        .find(|branch| *branch == revision || commit(branch) == revision)
-        .map(commit)
+    ["main", "next"].into_iter().find(|branch| *branch == revision || commit(branch) == revision).map(commit)
 }
 
 type Hub = State<Arc<Repositories>>;
@@ -101,21 +92,15 @@ async fn revision(
         Ok(found) => found,
         Err(refusal) => return refusal,
     };
-    let siblings: Vec<Value> = files
-        .iter()
-        .map(|(path, file)| sibling(path, file))
-        .collect();
-    Json(json!({"id": id, "sha": commit, "private": false, "gated": false, "siblings": siblings}))
-        .into_response()
+    let siblings: Vec<Value> = files.iter().map(|(path, file)| sibling(path, file)).collect();
+    Json(json!({"id": id, "sha": commit, "private": false, "gated": false, "siblings": siblings})).into_response()
 }
 
 /// Large files are told with their SHA-256, others with an id of their content.
 fn sibling(path: &str, file: &File) -> Value {
-    let mut sibling =
-        json!({"rfilename": path, "size": file.content.len(), "blobId": &file.sha256[..40]});
+    let mut sibling = json!({"rfilename": path, "size": file.content.len(), "blobId": &file.sha256[..40]});
     if path.ends_with(".safetensors") {
-        sibling["lfs"] =
-            json!({"sha256": file.sha256, "size": file.content.len(), "pointerSize": 134});
+        sibling["lfs"] = json!({"sha256": file.sha256, "size": file.content.len(), "pointerSize": 134});
     }
     sibling
 }
@@ -125,12 +110,7 @@ async fn file(
     Segments((owner, name, revision, path)): Segments<(String, String, String, String)>,
     headers: HeaderMap,
 ) -> Response {
-    let (files, commit) = match find(
-        &repositories,
-        &format!("{owner}/{name}"),
-        &revision,
-        &headers,
-    ) {
+    let (files, commit) = match find(&repositories, &format!("{owner}/{name}"), &revision, &headers) {
         Ok(found) => found,
         Err(refusal) => return refusal,
     };
@@ -140,32 +120,17 @@ async fn file(
     let size = file.content.len();
     let mut response = match headers.get(header::RANGE) {
         None => file.content.clone().into_response(),
-        Some(range) => match range
-            .to_str()
-            .ok()
-            .and_then(|range| parse_range(range, size))
-        {
+        Some(range) => match range.to_str().ok().and_then(|range| parse_range(range, size)) {
             None => refuse(StatusCode::RANGE_NOT_SATISFIABLE, "RangeNotSatisfiable"),
             Some((first, last)) => {
                 let range = format!("bytes {first}-{last}/{size}");
                 let part = file.content.slice(first..=last);
-                (
-                    StatusCode::PARTIAL_CONTENT,
-                    [(header::CONTENT_RANGE, range)],
-                    part,
-                )
-                    .into_response()
+                (StatusCode::PARTIAL_CONTENT, [(header::CONTENT_RANGE, range)], part).into_response()
             }
         },
     };
-    for (name, value) in [
-        ("x-repo-commit", &commit),
-        ("etag", &format!("\"{}\"", file.sha256)),
-    ] {
-        response.headers_mut().insert(
-            name,
-            HeaderValue::from_str(value).expect("hex is a header value"),
-        );
+    for (name, value) in [("x-repo-commit", &commit), ("etag", &format!("\"{}\"", file.sha256))] {
+        response.headers_mut().insert(name, HeaderValue::from_str(value).expect("hex is a header value"));
     }
     response
 }
@@ -174,44 +139,27 @@ async fn file(
 fn parse_range(range: &str, size: usize) -> Option<(usize, usize)> {
     let (first, last) = range.strip_prefix("bytes=")?.split_once('-')?;
     let first: usize = first.parse().ok()?;
-    let last = if last.is_empty() {
-        size
-    } else {
-        last.parse().ok()?
-    };
+    let last = if last.is_empty() { size } else { last.parse().ok()? };
     (first <= last && first < size).then(|| (first, last.min(size - 1)))
 }
 
 /// The files and the commit of a revision.
-#[allow(
-    clippy::result_large_err,
-    reason = "the refusal is what the client gets"
-)]
+#[allow(clippy::result_large_err, reason = "the refusal is what the client gets")]
 fn find<'a>(
     repositories: &'a Repositories,
     id: &str,
     revision: &str,
     headers: &HeaderMap,
 ) -> Result<(&'a BTreeMap<String, File>, String), Response> {
-    let files = repositories
-        .get(id)
-        .ok_or_else(|| refuse(StatusCode::NOT_FOUND, "RepoNotFound"))?;
-    let token = headers
-        .get(header::AUTHORIZATION)
-        .and_then(|value| value.to_str().ok());
+    let files = repositories.get(id).ok_or_else(|| refuse(StatusCode::NOT_FOUND, "RepoNotFound"))?;
+    let token = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
     if id.contains("/gated-") && token != Some(&format!("Bearer {TOKEN}")) {
         return Err(refuse(StatusCode::UNAUTHORIZED, "GatedRepo"));
     }
-    let commit =
-        commit(revision).ok_or_else(|| refuse(StatusCode::NOT_FOUND, "RevisionNotFound"))?;
+    let commit = commit(revision).ok_or_else(|| refuse(StatusCode::NOT_FOUND, "RevisionNotFound"))?;
     Ok((files, commit))
 }
 
 fn refuse(status: StatusCode, code: &'static str) -> Response {
-    (
-        status,
-        [("x-error-code", code)],
-        Json(json!({"error": code})),
-    )
-        .into_response()
+    (status, [("x-error-code", code)], Json(json!({"error": code}))).into_response()
 }
