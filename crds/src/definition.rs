@@ -1,8 +1,6 @@
 //! The CustomResourceDefinition as the API server gets it: the derived schema, put in order, with the rules in place.
 
-use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{
-    CustomResourceDefinition, JSONSchemaProps,
-};
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{CustomResourceDefinition, JSONSchemaProps};
 use kube::CustomResourceExt;
 use serde_json::{Value, json};
 
@@ -12,11 +10,7 @@ use crate::{ModelDeployment, rules};
 pub fn definition() -> CustomResourceDefinition {
     let mut definition = ModelDeployment::crd();
     for version in &mut definition.spec.versions {
-        let Some(props) = version
-            .schema
-            .as_mut()
-            .and_then(|s| s.open_api_v3_schema.as_mut())
-        else {
+        let Some(props) = version.schema.as_mut().and_then(|s| s.open_api_v3_schema.as_mut()) else {
             continue;
         };
         *props = finished(props);
@@ -107,14 +101,9 @@ mod tests {
 
     #[test]
     fn every_rule_stands_at_a_field_that_exists() {
-        let mut schema = serde_json::to_value(
-            ModelDeployment::crd().spec.versions[0]
-                .schema
-                .clone()
-                .unwrap()
-                .open_api_v3_schema,
-        )
-        .unwrap();
+        let mut schema =
+            serde_json::to_value(ModelDeployment::crd().spec.versions[0].schema.clone().unwrap().open_api_v3_schema)
+                .unwrap();
         for (path, _) in rules::all() {
             let place = find(&mut schema, path);
             assert!(place.get("type").is_some(), "no field at {path}");
@@ -124,8 +113,7 @@ mod tests {
     #[test]
     fn every_text_and_list_and_map_of_the_spec_is_bounded() {
         let schema = serde_json::to_value(definition()).unwrap();
-        let spec =
-            &schema["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"];
+        let spec = &schema["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"];
         let mut unbounded = Vec::new();
         collect_unbounded("spec", spec, &mut unbounded);
         assert_eq!(unbounded, Vec::<String>::new());
@@ -156,9 +144,6 @@ mod tests {
         let version = &definition().spec.versions[0];
         let columns = version.additional_printer_columns.iter().flatten();
         let names: Vec<&str> = columns.map(|column| column.name.as_str()).collect();
-        assert_eq!(
-            names,
-            ["Model", "Ready", "Shards", "Experts", "Status", "Age"]
-        );
+        assert_eq!(names, ["Model", "Ready", "Shards", "Experts", "Status", "Age"]);
     }
 }

@@ -3,10 +3,7 @@
 //! The types say what can be written, not what is accepted: numbers are signed and durations are text, as they
 //! arrive. The operator's `validate` turns them into values that carry the proof.
 
-#![allow(
-    clippy::duplicated_attributes,
-    reason = "each column of `kubectl get` has a type"
-)]
+#![allow(clippy::duplicated_attributes, reason = "each column of `kubectl get` has a type")]
 
 use std::collections::BTreeMap;
 
@@ -38,22 +35,10 @@ use crate::status::ModelDeploymentStatus;
     ),
     printcolumn(name = "Model", type_ = "string", json_path = ".status.printed.model"),
     printcolumn(name = "Ready", type_ = "string", json_path = ".status.printed.ready"),
-    printcolumn(
-        name = "Shards",
-        type_ = "string",
-        json_path = ".status.printed.shards"
-    ),
-    printcolumn(
-        name = "Experts",
-        type_ = "string",
-        json_path = ".status.printed.experts"
-    ),
+    printcolumn(name = "Shards", type_ = "string", json_path = ".status.printed.shards"),
+    printcolumn(name = "Experts", type_ = "string", json_path = ".status.printed.experts"),
     printcolumn(name = "Status", type_ = "string", json_path = ".status.summary"),
-    printcolumn(
-        name = "Age",
-        type_ = "date",
-        json_path = ".metadata.creationTimestamp"
-    )
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
 )]
 #[serde(rename_all = "camelCase")]
 pub struct ModelDeploymentSpec {

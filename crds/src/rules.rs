@@ -44,96 +44,37 @@ pub struct Check {
 }
 
 /// Number of replicas.
-pub const REPLICAS: Whole = Whole {
-    path: "spec.replicas",
-    min: 0,
-    max: 1000,
-};
+pub const REPLICAS: Whole = Whole { path: "spec.replicas", min: 0, max: 1000 };
 /// Longest prompt plus answer.
-pub const MAX_CONTEXT: Whole = Whole {
-    path: "spec.model.maxContextTokens",
-    min: 1,
-    max: 100_000_000,
-};
+pub const MAX_CONTEXT: Whole = Whole { path: "spec.model.maxContextTokens", min: 1, max: 100_000_000 };
 /// Workers of a replica.
-pub const SHARDS: Whole = Whole {
-    path: "spec.parallelism.expert.shards",
-    min: 1,
-    max: 1024,
-};
+pub const SHARDS: Whole = Whole { path: "spec.parallelism.expert.shards", min: 1, max: 1024 };
 /// Tokens in a worker's cache.
-pub const KV_CACHE: Whole = Whole {
-    path: "spec.memory.kvCacheTokens",
-    min: 1,
-    max: 1_000_000_000,
-};
+pub const KV_CACHE: Whole = Whole { path: "spec.memory.kvCacheTokens", min: 1, max: 1_000_000_000 };
 /// Fewest replicas.
-pub const MIN_REPLICAS: Whole = Whole {
-    path: "spec.autoscaling.minReplicas",
-    min: 0,
-    max: 1000,
-};
+pub const MIN_REPLICAS: Whole = Whole { path: "spec.autoscaling.minReplicas", min: 0, max: 1000 };
 /// Most replicas.
-pub const MAX_REPLICAS: Whole = Whole {
-    path: "spec.autoscaling.maxReplicas",
-    min: 1,
-    max: 1000,
-};
+pub const MAX_REPLICAS: Whole = Whole { path: "spec.autoscaling.maxReplicas", min: 1, max: 1000 };
 /// Requests a replica.
-pub const QUEUE_TARGET: Whole = Whole {
-    path: "spec.autoscaling.metrics[0].queueDepth.target",
-    min: 1,
-    max: 100_000,
-};
+pub const QUEUE_TARGET: Whole = Whole { path: "spec.autoscaling.metrics[0].queueDepth.target", min: 1, max: 100_000 };
 /// Requests that wait.
-pub const MAX_PENDING: Whole = Whole {
-    path: "spec.routing.queue.maxPending",
-    min: 1,
-    max: 1_000_000,
-};
+pub const MAX_PENDING: Whole = Whole { path: "spec.routing.queue.maxPending", min: 1, max: 1_000_000 };
 /// Replicas above the wanted number.
-pub const MAX_SURGE: Whole = Whole {
-    path: "spec.rollout.rollingUpdate.maxSurge",
-    min: 0,
-    max: 1000,
-};
+pub const MAX_SURGE: Whole = Whole { path: "spec.rollout.rollingUpdate.maxSurge", min: 0, max: 1000 };
 /// Replicas below the wanted number.
-pub const MAX_UNAVAILABLE: Whole = Whole {
-    path: "spec.rollout.rollingUpdate.maxUnavailable",
-    min: 0,
-    max: 1000,
-};
+pub const MAX_UNAVAILABLE: Whole = Whole { path: "spec.rollout.rollingUpdate.maxUnavailable", min: 0, max: 1000 };
 
 /// Time over which the largest wanted number counts.
-pub const STABILIZATION: Span = Span {
-    path: "spec.autoscaling.behavior.scaleDown.stabilizationWindow",
-    min: "2s",
-    max: "24h",
-};
+pub const STABILIZATION: Span =
+    Span { path: "spec.autoscaling.behavior.scaleDown.stabilizationWindow", min: "2s", max: "24h" };
 /// Time without requests.
-pub const IDLE_AFTER: Span = Span {
-    path: "spec.autoscaling.idle.after",
-    min: "5s",
-    max: "168h",
-};
+pub const IDLE_AFTER: Span = Span { path: "spec.autoscaling.idle.after", min: "5s", max: "168h" };
 /// Time that a request waits.
-pub const MAX_WAIT: Span = Span {
-    path: "spec.routing.queue.maxWait",
-    min: "1s",
-    max: "1h",
-};
+pub const MAX_WAIT: Span = Span { path: "spec.routing.queue.maxWait", min: "1s", max: "1h" };
 /// Time to finish requests.
-pub const DRAIN: Span = Span {
-    path: "spec.rollout.drainTimeout",
-    min: "1s",
-    max: "24h",
-};
+pub const DRAIN: Span = Span { path: "spec.rollout.drainTimeout", min: "1s", max: "24h" };
 /// Time without progress.
-pub const PROGRESS: Span = Span {
-    path: "spec.rollout.progressDeadline",
-    min: "10s",
-    max: "24h",
-};
+pub const PROGRESS: Span = Span { path: "spec.rollout.progressDeadline", min: "10s", max: "24h" };
 
 /// The scheme.
 pub const SOURCE_SCHEME: Check = Check {
@@ -221,14 +162,8 @@ pub const SECRET_KEY: Check = Check {
 };
 /// Resources by their names.
 pub const RESOURCE_NAMES: [Check; 2] = [
-    Check {
-        path: "spec.resources.requests",
-        ..RESOURCE_NAME
-    },
-    Check {
-        path: "spec.resources.limits",
-        ..RESOURCE_NAME
-    },
+    Check { path: "spec.resources.requests", ..RESOURCE_NAME },
+    Check { path: "spec.resources.limits", ..RESOURCE_NAME },
 ];
 const RESOURCE_NAME: Check = Check {
     path: "",
@@ -237,16 +172,8 @@ const RESOURCE_NAME: Check = Check {
     with_values: "",
 };
 /// Quantities are numbers above 0; devices are whole.
-pub const QUANTITIES: [Check; 2] = [
-    Check {
-        path: "spec.resources.requests",
-        ..QUANTITY
-    },
-    Check {
-        path: "spec.resources.limits",
-        ..QUANTITY
-    },
-];
+pub const QUANTITIES: [Check; 2] =
+    [Check { path: "spec.resources.requests", ..QUANTITY }, Check { path: "spec.resources.limits", ..QUANTITY }];
 const QUANTITY: Check = Check {
     path: "",
     cel: "self.all(name, isQuantity(string(self[name])) && quantity(string(self[name])).isGreaterThan(quantity('0')) && quantity(string(self[name])).isLessThan(quantity('1Ei')) && (!name.contains('/') || quantity(string(self[name])).isInteger()))",
@@ -406,9 +333,7 @@ const DURATION: &str = "^([0-9]{1,5}h)?([0-9]{1,5}m)?([0-9]{1,5}s)?$";
 /// Every rule as the schema has it, with the path where it belongs.
 pub(crate) fn all() -> impl Iterator<Item = (&'static str, Value)> {
     let wholes = WHOLES.iter().map(|whole| (whole.path, whole.cel()));
-    let spans = SPANS
-        .iter()
-        .flat_map(|span| span.cel().map(|rule| (span.path, rule)));
+    let spans = SPANS.iter().flat_map(|span| span.cel().map(|rule| (span.path, rule)));
     let checks = CHECKS.iter().map(|check| (check.path, check.cel()));
     wholes.chain(spans).chain(checks)
 }
@@ -535,25 +460,15 @@ mod tests {
     #[test]
     fn a_bound_of_a_duration_is_a_duration() {
         for span in SPANS {
-            assert!(
-                duration(span.min).unwrap() < duration(span.max).unwrap(),
-                "{}",
-                span.path
-            );
+            assert!(duration(span.min).unwrap() < duration(span.max).unwrap(), "{}", span.path);
         }
     }
 
     #[test]
     fn a_refusal_names_the_field_its_value_and_what_is_accepted() {
-        assert_eq!(
-            REPLICAS.refuse(-1).unwrap(),
-            "spec.replicas is -1; use 0 to 1000"
-        );
+        assert_eq!(REPLICAS.refuse(-1).unwrap(), "spec.replicas is -1; use 0 to 1000");
         assert_eq!(REPLICAS.refuse(0), None);
-        assert_eq!(
-            DRAIN.parse("48h").unwrap_err(),
-            "spec.rollout.drainTimeout is 48h; use 1s to 24h"
-        );
+        assert_eq!(DRAIN.parse("48h").unwrap_err(), "spec.rollout.drainTimeout is 48h; use 1s to 24h");
         assert_eq!(
             AUTOSCALING_RANGE.says(&[&5, &3, &3]),
             "spec.autoscaling.minReplicas is 5; maxReplicas is 3, so use at most 3"

@@ -204,10 +204,7 @@ pub enum ConditionType {
 
 /// Why a condition is what it is. The names are stable; events and metrics use them too.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[allow(
-    missing_docs,
-    reason = "the names are the documentation; the message of the condition says the rest"
-)]
+#[allow(missing_docs, reason = "the names are the documentation; the message of the condition says the rest")]
 pub enum Reason {
     // Accepted
     Valid,

@@ -98,63 +98,30 @@ impl Writer {
     ///
     /// # Errors
     /// The first write that failed; what was written before it stays, and the next pass goes on from there.
-    pub async fn apply(
-        &self,
-        md: &ModelDeployment,
-        desired: &Desired,
-        seen: &Owned,
-    ) -> Result<Applied, Error> {
+    pub async fn apply(&self, md: &ModelDeployment, desired: &Desired, seen: &Owned) -> Result<Applied, Error> {
         let mut applied = Applied::default();
-        applied.add(
-            self.apply_all(md, &desired.service_accounts, &seen.service_accounts)
-                .await?,
-        );
-        applied.add(
-            self.apply_all(md, &desired.services, &seen.services)
-                .await?,
-        );
+        applied.add(self.apply_all(md, &desired.service_accounts, &seen.service_accounts).await?);
+        applied.add(self.apply_all(md, &desired.services, &seen.services).await?);
         // config first, or pods start without it
-        applied.add(
-            self.apply_all(md, &desired.config_maps, &seen.config_maps)
-                .await?,
-        );
-        applied.add(
-            self.apply_all(md, &desired.stateful_sets, &seen.stateful_sets)
-                .await?,
-        );
+        applied.add(self.apply_all(md, &desired.config_maps, &seen.config_maps).await?);
+        applied.add(self.apply_all(md, &desired.stateful_sets, &seen.stateful_sets).await?);
         applied.add(self.apply_all(md, &desired.jobs, &seen.jobs).await?);
         applied.add(self.apply_all(md, &desired.budgets, &seen.budgets).await?);
 
-        applied.add(
-            self.prune(
-                md,
-                &desired.stateful_sets,
-                &left(&seen.stateful_sets, desired),
-            )
-            .await?,
-        );
+        applied.add(self.prune(md, &desired.stateful_sets, &left(&seen.stateful_sets, desired)).await?);
         applied.add(self.prune(md, &desired.jobs, &seen.jobs).await?);
         applied.add(self.prune(md, &desired.budgets, &seen.budgets).await?);
-        applied.add(
-            self.prune(md, &desired.config_maps, &left(&seen.config_maps, desired))
-                .await?,
-        );
+        applied.add(self.prune(md, &desired.config_maps, &left(&seen.config_maps, desired)).await?);
         applied.add(self.prune(md, &desired.services, &seen.services).await?);
-        applied.add(
-            self.prune(md, &desired.service_accounts, &seen.service_accounts)
-                .await?,
-        );
+        applied.add(self.prune(md, &desired.service_accounts, &seen.service_accounts).await?);
         Ok(applied)
     }
 
     /// The status that `md` has: the one written last, until the watch shows it.
     pub fn status_of(&self, md: &ModelDeployment) -> Option<ModelDeploymentStatus> {
         let statuses = lock(&self.0.statuses);
-        let last = statuses
-            .get(&owner(md))
-            .filter(|(_, at)| md.status.is_none() || at.elapsed() < LAG);
-        last.map(|(status, _)| status.clone())
-            .or_else(|| md.status.clone())
+        let last = statuses.get(&owner(md)).filter(|(_, at)| md.status.is_none() || at.elapsed() < LAG);
+        last.map(|(status, _)| status.clone()).or_else(|| md.status.clone())
     }
 
     /// Writes the status of `md` if it differs from the one it has, at most once a second.
@@ -170,9 +137,7 @@ impl Writer {
             return Ok(StatusWrite::Same);
         }
         let owner = owner(md);
-        let last = lock(&self.0.statuses)
-            .get(&owner)
-            .map(|(_, at)| at.elapsed());
+        let last = lock(&self.0.statuses).get(&owner).map(|(_, at)| at.elapsed());
         if last.is_some_and(|since| since < STATUS_PAUSE) {
             return Ok(StatusWrite::Postponed);
         }
@@ -189,11 +154,7 @@ impl Writer {
         let patch = Patch::Apply(&patch);
         let call = async {
             let written = api.patch_status(&name, &params, &patch).await;
-            written.map_err(|source| Error::Apply {
-                kind: kind.clone(),
-                name: name.clone(),
-                source: source.into(),
-            })
+            written.map_err(|source| Error::Apply { kind: kind.clone(), name: name.clone(), source: source.into() })
         };
         self.write(&kind, &name, call).await?;
         lock(&self.0.statuses).insert(owner, (status.clone(), Instant::now()));
@@ -205,19 +166,13 @@ impl Writer {
     /// # Errors
     /// If the API server refuses or does not answer. A pod that is gone is no error.
     pub async fn write_gate(&self, pod: &Pod, condition: &PodCondition) -> Result<bool, Error> {
-        let conditions = pod
-            .status
-            .as_ref()
-            .and_then(|status| status.conditions.as_ref());
+        let conditions = pod.status.as_ref().and_then(|status| status.conditions.as_ref());
         let present = conditions.and_then(|all| all.iter().find(|one| one.type_ == ROUTED));
-        if present
-            .is_some_and(|one| one.status == condition.status && one.reason == condition.reason)
-        {
+        if present.is_some_and(|one| one.status == condition.status && one.reason == condition.reason) {
             return Ok(false);
         }
         let (kind, name) = ("Pod".to_owned(), pod.name_any());
-        let api: Api<Pod> =
-            Api::namespaced(self.0.client.clone(), &pod.namespace().unwrap_or_default());
+        let api: Api<Pod> = Api::namespaced(self.0.client.clone(), &pod.namespace().unwrap_or_default());
         let patch = json!({
             "apiVersion": "v1",
             "kind": "Pod",
@@ -230,11 +185,7 @@ impl Writer {
             match api.patch_status(&name, &params, &patch).await {
                 Ok(_) => Ok(true),
                 Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => Ok(false),
-                Err(source) => Err(Error::Apply {
-                    kind: kind.clone(),
-                    name: name.clone(),
-                    source: source.into(),
-                }),
+                Err(source) => Err(Error::Apply { kind: kind.clone(), name: name.clone(), source: source.into() }),
             }
         };
         self.write(&kind, &name, call).await
@@ -247,12 +198,7 @@ impl Writer {
         lock(&self.0.statuses).remove(&owner).is_some() || objects
     }
 
-    async fn apply_all<K: Ours>(
-        &self,
-        md: &ModelDeployment,
-        desired: &[K],
-        seen: &[Arc<K>],
-    ) -> Result<Applied, Error> {
+    async fn apply_all<K: Ours>(&self, md: &ModelDeployment, desired: &[K], seen: &[Arc<K>]) -> Result<Applied, Error> {
         let mut applied = Applied::default();
         for object in desired {
             let name = object.name_any();
@@ -262,35 +208,23 @@ impl Writer {
         Ok(applied)
     }
 
-    async fn apply_one<K: Ours>(
-        &self,
-        md: &ModelDeployment,
-        object: &K,
-        seen: Option<&K>,
-    ) -> Result<Applied, Error> {
+    async fn apply_one<K: Ours>(&self, md: &ModelDeployment, object: &K, seen: Option<&K>) -> Result<Applied, Error> {
         let sealed = seal(object)?;
         let (kind, name) = (K::kind(&()).into_owned(), object.name_any());
         let written = self.written(md, &kind, &name);
         match standing(&sealed, seen, written.as_ref(), Instant::now())? {
             Standing::Settled => return Ok(Applied::default()),
             Standing::Awaited => {
-                return Ok(Applied {
-                    writes: 0,
-                    unconfirmed: true,
-                });
+                return Ok(Applied { writes: 0, unconfirmed: true });
             }
             Standing::Differs => {}
         }
         if let Some(seen) = seen.filter(|_| K::kind(&()) == "Job") {
             // A Job's template cannot change. The new one follows when the old one is gone.
             self.delete(md, seen).await?;
-            return Ok(Applied {
-                writes: 1,
-                unconfirmed: true,
-            });
+            return Ok(Applied { writes: 1, unconfirmed: true });
         }
-        let api: Api<K> =
-            Api::namespaced(self.0.client.clone(), &md.namespace().unwrap_or_default());
+        let api: Api<K> = Api::namespaced(self.0.client.clone(), &md.namespace().unwrap_or_default());
         if seen.is_none() {
             self.refuse_foreign(md, &api, &kind, &name).await?;
         }
@@ -298,18 +232,11 @@ impl Writer {
         let patch = Patch::Apply(&sealed.object);
         let call = async {
             let applied = api.patch(&name, &params, &patch).await;
-            applied.map_err(|source| Error::Apply {
-                kind: kind.clone(),
-                name: name.clone(),
-                source: source.into(),
-            })
+            applied.map_err(|source| Error::Apply { kind: kind.clone(), name: name.clone(), source: source.into() })
         };
         let after = self.write(&kind, &name, call).await?;
         self.remember(md, (kind, name), Written::of(sealed.hash, &after));
-        Ok(Applied {
-            writes: 1,
-            unconfirmed: true,
-        })
+        Ok(Applied { writes: 1, unconfirmed: true })
     }
 
     /// Objects that we do not own stay byte-equal, even if they have the name that ours needs.
@@ -322,39 +249,24 @@ impl Writer {
     ) -> Result<(), Error> {
         let call = async {
             let found = api.get_metadata_opt(name).await;
-            found.map_err(|source| Error::Read {
-                kind: kind.to_owned(),
-                name: name.to_owned(),
-                source: source.into(),
-            })
+            found.map_err(|source| Error::Read { kind: kind.to_owned(), name: name.to_owned(), source: source.into() })
         };
         let found = deadline(kind, name, call).await?;
         match found {
-            Some(object) if !owned_by(&object, md) => Err(Error::Foreign {
-                kind: kind.to_owned(),
-                name: name.to_owned(),
-            }),
+            Some(object) if !owned_by(&object, md) => {
+                Err(Error::Foreign { kind: kind.to_owned(), name: name.to_owned() })
+            }
             _ => Ok(()),
         }
     }
 
-    async fn prune<K: Ours>(
-        &self,
-        md: &ModelDeployment,
-        desired: &[K],
-        seen: &[Arc<K>],
-    ) -> Result<Applied, Error> {
+    async fn prune<K: Ours>(&self, md: &ModelDeployment, desired: &[K], seen: &[Arc<K>]) -> Result<Applied, Error> {
         let mut applied = Applied::default();
         for object in seen {
-            let listed = desired
-                .iter()
-                .any(|one| one.name_any() == object.name_any());
+            let listed = desired.iter().any(|one| one.name_any() == object.name_any());
             if !listed && object.meta().deletion_timestamp.is_none() {
                 self.delete(md, object.as_ref()).await?;
-                applied.add(Applied {
-                    writes: 1,
-                    unconfirmed: true,
-                });
+                applied.add(Applied { writes: 1, unconfirmed: true });
             }
         }
         Ok(applied)
@@ -362,14 +274,10 @@ impl Writer {
 
     async fn delete<K: Ours>(&self, md: &ModelDeployment, object: &K) -> Result<(), Error> {
         let (kind, name) = (K::kind(&()).into_owned(), object.name_any());
-        let api: Api<K> =
-            Api::namespaced(self.0.client.clone(), &md.namespace().unwrap_or_default());
+        let api: Api<K> = Api::namespaced(self.0.client.clone(), &md.namespace().unwrap_or_default());
         let params = DeleteParams {
             propagation_policy: Some(PropagationPolicy::Background),
-            preconditions: Some(Preconditions {
-                uid: object.uid(),
-                resource_version: None,
-            }),
+            preconditions: Some(Preconditions { uid: object.uid(), resource_version: None }),
             ..DeleteParams::default()
         };
         let call = async {
@@ -377,11 +285,7 @@ impl Writer {
                 Ok(_) => Ok(()),
                 // Gone, or another object by now: either way this one is no more.
                 Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => Ok(()),
-                Err(source) => Err(Error::Delete {
-                    kind: kind.clone(),
-                    name: name.clone(),
-                    source: source.into(),
-                }),
+                Err(source) => Err(Error::Delete { kind: kind.clone(), name: name.clone(), source: source.into() }),
             }
         };
         self.write(&kind, &name, call).await?;
@@ -392,77 +296,44 @@ impl Writer {
     }
 
     /// Runs one write: only while leading, not too many at once, not for ever.
-    async fn write<T>(
-        &self,
-        kind: &str,
-        name: &str,
-        call: impl Future<Output = Result<T, Error>>,
-    ) -> Result<T, Error> {
-        let _permit = self
-            .0
-            .permits
-            .acquire()
-            .await
-            .expect("the semaphore is never closed");
+    async fn write<T>(&self, kind: &str, name: &str, call: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+        let _permit = self.0.permits.acquire().await.expect("the semaphore is never closed");
         if self.0.leadership.term().is_none() {
-            return Err(Error::NotLeading {
-                kind: kind.to_owned(),
-                name: name.to_owned(),
-            });
+            return Err(Error::NotLeading { kind: kind.to_owned(), name: name.to_owned() });
         }
         deadline(kind, name, call).await
     }
 
     fn written(&self, md: &ModelDeployment, kind: &str, name: &str) -> Option<Written> {
         let written = lock(&self.0.written);
-        written
-            .get(&owner(md))
-            .and_then(|objects| objects.get(&(kind.to_owned(), name.to_owned())))
-            .cloned()
+        written.get(&owner(md)).and_then(|objects| objects.get(&(kind.to_owned(), name.to_owned()))).cloned()
     }
 
     fn remember(&self, md: &ModelDeployment, key: Key, written: Written) {
-        lock(&self.0.written)
-            .entry(owner(md))
-            .or_default()
-            .insert(key, written);
+        lock(&self.0.written).entry(owner(md)).or_default().insert(key, written);
     }
 }
 
 /// What is seen of a kind, without what is left alone.
 fn left<K: Ours>(seen: &[Arc<K>], desired: &Desired) -> Vec<Arc<K>> {
-    seen.iter()
-        .filter(|object| !desired.left_alone.contains(&object.name_any()))
-        .cloned()
-        .collect()
+    seen.iter().filter(|object| !desired.left_alone.contains(&object.name_any())).cloned().collect()
 }
 
 /// A namespaced kind that we write.
 pub trait Ours:
-    Resource<Scope = NamespaceResourceScope, DynamicType = ()>
-    + Clone
-    + Debug
-    + Serialize
-    + DeserializeOwned
+    Resource<Scope = NamespaceResourceScope, DynamicType = ()> + Clone + Debug + Serialize + DeserializeOwned
 {
 }
 
 impl<K> Ours for K where
-    K: Resource<Scope = NamespaceResourceScope, DynamicType = ()>
-        + Clone
-        + Debug
-        + Serialize
-        + DeserializeOwned
+    K: Resource<Scope = NamespaceResourceScope, DynamicType = ()> + Clone + Debug + Serialize + DeserializeOwned
 {
 }
 
 /// Tells whether `md` controls an object.
 pub fn owned_by(object: &impl ResourceExt, md: &ModelDeployment) -> bool {
     let mut owners = object.owner_references().iter();
-    md.metadata
-        .uid
-        .as_deref()
-        .is_some_and(|uid| owners.any(|owner| owner.controller == Some(true) && owner.uid == uid))
+    md.metadata.uid.as_deref().is_some_and(|uid| owners.any(|owner| owner.controller == Some(true) && owner.uid == uid))
 }
 
 impl Applied {
@@ -472,16 +343,8 @@ impl Applied {
     }
 }
 
-async fn deadline<T>(
-    kind: &str,
-    name: &str,
-    call: impl Future<Output = Result<T, Error>>,
-) -> Result<T, Error> {
-    let late = |_| Error::Timeout {
-        kind: kind.to_owned(),
-        name: name.to_owned(),
-        after: CALL,
-    };
+async fn deadline<T>(kind: &str, name: &str, call: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+    let late = |_| Error::Timeout { kind: kind.to_owned(), name: name.to_owned(), after: CALL };
     tokio::time::timeout(CALL, call).await.map_err(late)?
 }
 

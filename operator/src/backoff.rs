@@ -30,9 +30,7 @@ pub struct Backoff<K> {
 
 impl<K> Default for Backoff<K> {
     fn default() -> Self {
-        Self {
-            attempts: Mutex::default(),
-        }
+        Self { attempts: Mutex::default() }
     }
 }
 
@@ -48,10 +46,7 @@ impl<K: Eq + Hash> Backoff<K> {
 
     /// Forgets the failures of an object.
     pub fn succeeded(&self, key: &K) {
-        self.attempts
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .remove(key);
+        self.attempts.lock().unwrap_or_else(PoisonError::into_inner).remove(key);
     }
 }
 

@@ -36,8 +36,8 @@ pub use self::{
     facts::{Availability, Identity, ModelFacts, ReplicaFacts, WorkerFacts},
     version::Version,
     view::{
-        DescriptionView, FailureView, FetcherView, FleetView, LoadView, ProgressPhase,
-        ProgressView, Role, RouterView, WorkerLoadView, WorkerPhase, WorkerView,
+        DescriptionView, FailureView, FetcherView, FleetView, LoadView, ProgressPhase, ProgressView, Role, RouterView,
+        WorkerLoadView, WorkerPhase, WorkerView,
     },
 };
 use state::State;
@@ -90,11 +90,7 @@ impl Fleet {
     ///
     /// # Errors
     /// If `wire` cannot serve the listener.
-    pub async fn serve(
-        &self,
-        listener: TcpListener,
-        shutdown: impl Future<Output = ()> + Send,
-    ) -> io::Result<()> {
+    pub async fn serve(&self, listener: TcpListener, shutdown: impl Future<Output = ()> + Send) -> io::Result<()> {
         let service = FleetServer::new(session::Service::new(self.clone()));
         let closed = async {
             shutdown.await;
@@ -202,9 +198,7 @@ impl Fleet {
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex
-        .lock()
-        .unwrap_or_else(std::sync::PoisonError::into_inner)
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
 #[cfg(test)]

@@ -12,9 +12,7 @@ use std::{
 
 use crds::{ModelDeployment, ModelDeploymentSpec, Reason};
 use futures::{FutureExt, StreamExt};
-use k8s_openapi::{
-    api::core::v1::PodCondition, apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp,
-};
+use k8s_openapi::{api::core::v1::PodCondition, apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
 use kube::{
     Api, Client, Resource,
     runtime::{
@@ -103,12 +101,7 @@ struct Context {
 ///
 /// # Guarantees
 /// One object that cannot be read, panics or fails holds up no other. Nothing is written while another leads.
-pub async fn run(
-    client: Client,
-    settings: Settings,
-    fleet: Fleet,
-    shutdown: impl Future<Output = ()>,
-) {
+pub async fn run(client: Client, settings: Settings, fleet: Fleet, shutdown: impl Future<Output = ()>) {
     let (claim, leadership) = lease::leadership();
     let candidate = Candidate {
         leases: Api::namespaced(client.clone(), &settings.namespace),
@@ -139,11 +132,7 @@ async fn control(
         None => Api::all(client),
     };
     let controller = Controller::new(api, watching())
-        .with_config(
-            controller::Config::default()
-                .debounce(DEBOUNCE)
-                .concurrency(CONCURRENCY),
-        )
+        .with_config(controller::Config::default().debounce(DEBOUNCE).concurrency(CONCURRENCY))
         .reconcile_on(ReceiverStream::new(woken));
     lock(&context.deployments).push(controller.store());
     let mut results = std::pin::pin!(controller.run(reconcile, error_policy, context.clone()));
@@ -151,10 +140,7 @@ async fn control(
         match result {
             Ok(_) => {}
             Err(controller::Error::ObjectNotFound(gone)) => {
-                let (namespace, name) = (
-                    gone.namespace.clone().unwrap_or_default(),
-                    gone.name.clone(),
-                );
+                let (namespace, name) = (gone.namespace.clone().unwrap_or_default(), gone.name.clone());
                 if context.forget(&namespace, &name) {
                     // a name that it held may be another's now
                     scopes.wake_all().await;
@@ -174,13 +160,9 @@ async fn reconcile(object: Arc<Guarded>, context: Arc<Context>) -> Result<Action
     if context.leadership.term().is_none() {
         return Ok(Action::await_change());
     }
-    let pass = AssertUnwindSafe(pass(&object, &context))
-        .catch_unwind()
-        .await;
+    let pass = AssertUnwindSafe(pass(&object, &context)).catch_unwind().await;
     let action = pass.unwrap_or_else(|panic| Err(Error::Panic(text(panic.as_ref()))))?;
-    context
-        .backoff
-        .succeeded(&ObjectRef::from_obj(object.as_ref()));
+    context.backoff.succeeded(&ObjectRef::from_obj(object.as_ref()));
     Ok(action)
 }
 
@@ -204,32 +186,14 @@ async fn pass(object: &Guarded, context: &Context) -> Result<Action, Error> {
         Err(refusals) => return refuse(&md, &names, &refusals, context).await,
     };
     let now = now();
-    let before = md
-        .status
-        .as_ref()
-        .and_then(|status| status.desired_replicas)
-        .map(|count| count.max(0).unsigned_abs());
+    let before = md.status.as_ref().and_then(|status| status.desired_replicas).map(|count| count.max(0).unsigned_abs());
     let decision = context.with_history(names.path(), |history| {
-        decide(
-            &names,
-            &accepted.model,
-            &context.install,
-            &seen,
-            before,
-            history,
-            now,
-        )
+        decide(&names, &accepted.model, &context.install, &seen, before, history, now)
     })?;
     log(&names, &decision);
 
     let created = md.metadata.creation_timestamp.as_ref().map(|time| time.0);
-    let told = facts(
-        &names,
-        &accepted.model,
-        accepted.served_names.clone(),
-        created,
-        &decision,
-    );
+    let told = facts(&names, &accepted.model, accepted.served_names.clone(), created, &decision);
     context.fleet.publish(names.path(), told);
 
     let desired = render::objects(&names, &accepted.model, &context.install, &decision);
@@ -255,9 +219,7 @@ async fn pass(object: &Guarded, context: &Context) -> Result<Action, Error> {
 
 /// When to look again, if nothing wakes us before.
 fn next(decision: &Decision, applied: Applied, written: StatusWrite) -> Result<Action, Error> {
-    let moving = decision.step.why != Why::Complete
-        || decision.running.is_none()
-        || decision.scaling.is_some();
+    let moving = decision.step.why != Why::Complete || decision.running.is_none() || decision.scaling.is_some();
     let pause = if applied.unconfirmed || written == StatusWrite::Postponed {
         CONFIRM
     } else if moving {
@@ -304,11 +266,8 @@ fn readable(object: &Guarded, context: &Context) -> (ModelDeployment, Option<Ref
                 spec: ModelDeploymentSpec::default(),
                 status: None,
             };
-            let refusal = Refusal {
-                reason: Reason::Unparsable,
-                field: "spec".to_owned(),
-                message: invalid.error.clone(),
-            };
+            let refusal =
+                Refusal { reason: Reason::Unparsable, field: "spec".to_owned(), message: invalid.error.clone() };
             (md, Some(refusal))
         }
     };
@@ -330,22 +289,14 @@ fn accept(
     let taken = served::taken(&md, others.iter().map(AsRef::as_ref));
     let free = |md: &ModelDeployment| {
         let taken = served::taken(md, others.iter().map(AsRef::as_ref));
-        served::asked(md)
-            .into_iter()
-            .filter(|name| !taken.iter().any(|one| one.name == *name))
-            .collect()
+        served::asked(md).into_iter().filter(|name| !taken.iter().any(|one| one.name == *name)).collect()
     };
     let refusals = match unreadable {
         Some(refusal) => vec![refusal],
         None => match validate(&md, Place::Cluster) {
             Ok(model) if served::refusals(&md, &taken).is_empty() => {
                 let remark = served::remark(&md, &taken);
-                let accepted = Accepted {
-                    model,
-                    served_names: free(&md),
-                    refusals: Vec::new(),
-                    remark,
-                };
+                let accepted = Accepted { model, served_names: free(&md), refusals: Vec::new(), remark };
                 return Ok((md, Ok(accepted)));
             }
             Ok(_) => served::refusals(&md, &taken),
@@ -358,32 +309,17 @@ fn accept(
     md.spec = spec;
     let served_names = free(&md);
     let verdict = match validate(&md, Place::Cluster) {
-        Ok(model) => Ok(Accepted {
-            model,
-            served_names,
-            refusals,
-            remark: None,
-        }),
+        Ok(model) => Ok(Accepted { model, served_names, refusals, remark: None }),
         Err(_) => Err(refusals),
     };
     Ok((md, verdict))
 }
 
 /// Shows why a spec of which no version was ever accepted is refused, and waits for a change. What exists stays.
-async fn refuse(
-    md: &ModelDeployment,
-    names: &Names,
-    refusals: &[Refusal],
-    context: &Context,
-) -> Result<Action, Error> {
+async fn refuse(md: &ModelDeployment, names: &Names, refusals: &[Refusal], context: &Context) -> Result<Action, Error> {
     context.fleet.publish(names.path(), nothing(md));
-    let messages: Vec<&str> = refusals
-        .iter()
-        .map(|refusal| refusal.message.as_str())
-        .collect();
-    let reason = refusals
-        .first()
-        .map_or(Reason::Unparsable, |refusal| refusal.reason);
+    let messages: Vec<&str> = refusals.iter().map(|refusal| refusal.message.as_str()).collect();
+    let reason = refusals.first().map_or(Reason::Unparsable, |refusal| refusal.reason);
     let status = refused(md, reason, &messages.join("; "), now());
     match write_status(md, &status, context).await? {
         StatusWrite::Postponed => Ok(Action::requeue(CONFIRM)),
@@ -395,11 +331,7 @@ async fn refuse(
 fn nothing(md: &ModelDeployment) -> ModelFacts {
     ModelFacts {
         served_names: Vec::new(),
-        created: md
-            .metadata
-            .creation_timestamp
-            .as_ref()
-            .map_or(0, |time| time.0.as_second()),
+        created: md.metadata.creation_timestamp.as_ref().map_or(0, |time| time.0.as_second()),
         availability: Availability::Off,
         max_pending: 0,
         max_wait: Duration::ZERO,
@@ -411,11 +343,7 @@ fn nothing(md: &ModelDeployment) -> ModelFacts {
 /// Opens the gate of each worker that every router knows, and shuts those of replicas that drain.
 async fn open_gates(decision: &Decision, context: &Context, now: Timestamp) -> Result<(), Error> {
     for replica in decision.replicas.iter().filter(|replica| replica.stands()) {
-        for worker in replica
-            .workers
-            .iter()
-            .filter(|worker| !worker.terminating())
-        {
+        for worker in replica.workers.iter().filter(|worker| !worker.terminating()) {
             if let Some(gate) = gate(replica, worker, decision, now) {
                 context.writer.write_gate(&worker.pod, &gate).await?;
             }
@@ -425,16 +353,8 @@ async fn open_gates(decision: &Decision, context: &Context, now: Timestamp) -> R
 }
 
 /// What the gate of a worker should be; `None`: as it is. Once open it stays so until the replica drains.
-fn gate(
-    replica: &Replica,
-    worker: &Worker,
-    decision: &Decision,
-    now: Timestamp,
-) -> Option<PodCondition> {
-    let target = decision
-        .targets
-        .iter()
-        .find(|one| one.revision == replica.revision && one.index == replica.index);
+fn gate(replica: &Replica, worker: &Worker, decision: &Decision, now: Timestamp) -> Option<PodCondition> {
+    let target = decision.targets.iter().find(|one| one.revision == replica.revision && one.index == replica.index);
     let drains = target.is_none_or(|target| target.draining_since.is_some());
     let routed = worker.view.as_ref().is_some_and(|view| view.routed);
     let (status, reason) = match (drains, routed) {
@@ -468,11 +388,7 @@ async fn write_status(
 /// Tells an Event. One that is lost is lost: the condition says the same.
 async fn publish(md: &ModelDeployment, note: Note, context: &Context) {
     let event = Event {
-        type_: if note.warning {
-            EventType::Warning
-        } else {
-            EventType::Normal
-        },
+        type_: if note.warning { EventType::Warning } else { EventType::Normal },
         reason: note.reason,
         note: Some(note.message.chars().take(1000).collect()),
         action: note.action,
@@ -488,10 +404,7 @@ async fn publish(md: &ModelDeployment, note: Note, context: &Context) {
 
 impl Context {
     fn readable_deployments(&self) -> Vec<Arc<ModelDeployment>> {
-        let all: Vec<Arc<Guarded>> = lock(&self.deployments)
-            .iter()
-            .flat_map(Store::state)
-            .collect();
+        let all: Vec<Arc<Guarded>> = lock(&self.deployments).iter().flat_map(Store::state).collect();
         let read = |object: &Arc<Guarded>| object.0.as_ref().ok().map(|md| Arc::new(md.clone()));
         all.iter().filter_map(read).collect()
     }
@@ -510,8 +423,7 @@ impl Context {
         let path = format!("{namespace}/{name}");
         self.fleet.remove(&path);
         lock(&self.histories).remove(&path);
-        self.backoff
-            .succeeded(&ObjectRef::new(name).within(namespace));
+        self.backoff.succeeded(&ObjectRef::new(name).within(namespace));
         self.roster.notify_one();
         self.writer.forget(namespace, name)
     }
@@ -519,16 +431,10 @@ impl Context {
 
 fn log(names: &Names, decision: &Decision) {
     let step = &decision.step;
-    if let Some(scaling) = decision
-        .scaling
-        .filter(|scaling| scaling.from != scaling.to)
-    {
+    if let Some(scaling) = decision.scaling.filter(|scaling| scaling.from != scaling.to) {
         info!(model = names.path(), from = scaling.from, to = scaling.to, why = ?scaling.why, "scaled");
     }
-    if ![&step.create, &step.drain, &step.take_back, &step.delete]
-        .iter()
-        .all(|ids| ids.is_empty())
-    {
+    if ![&step.create, &step.drain, &step.take_back, &step.delete].iter().all(|ids| ids.is_empty()) {
         info!(model = names.path(), %step, wanted = decision.wanted, "changes replicas");
     }
 }
@@ -541,9 +447,7 @@ fn now() -> Timestamp {
 
 fn text(panic: &(dyn std::any::Any + Send)) -> String {
     let message = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
-    message
-        .or_else(|| panic.downcast_ref::<String>().cloned())
-        .unwrap_or_else(|| "without a message".to_owned())
+    message.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "without a message".to_owned())
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {

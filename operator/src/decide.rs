@@ -102,39 +102,18 @@ pub fn decide(
     let mut records = recorded(names, &replicas, seen)?;
     let asked = Record::find(names, &revision, &seen.owned.config_maps)?;
     let (planning, asked) = plan_asked(names, model, install, &revision, asked, seen);
-    if let Some(record) = asked.filter(|record| {
-        !records
-            .iter()
-            .any(|known| known.revision == record.revision)
-    }) {
+    if let Some(record) = asked.filter(|record| !records.iter().any(|known| known.revision == record.revision)) {
         records.push(record);
     }
     let basis = basis(&revision, &planning, &replicas);
-    let (wanted, scaling) = wanted(
-        model,
-        seen.fleet.load.as_ref(),
-        desired_before,
-        history,
-        now,
-    );
-    let step = basis
-        .as_ref()
-        .map(|basis| next_step(model, basis, &replicas, seen, wanted, now))
-        .unwrap_or_default();
+    let (wanted, scaling) = wanted(model, seen.fleet.load.as_ref(), desired_before, history, now);
+    let step = basis.as_ref().map(|basis| next_step(model, basis, &replicas, seen, wanted, now)).unwrap_or_default();
     let targets = targets(&replicas, basis.as_ref(), &step, now);
-    let has_record = |replica: &&Replica| {
-        records
-            .iter()
-            .any(|record| record.revision == replica.revision)
-    };
-    let left_alone = replicas
-        .iter()
-        .filter(|replica| replica.set.is_some() && !has_record(replica));
+    let has_record = |replica: &&Replica| records.iter().any(|record| record.revision == replica.revision);
+    let left_alone = replicas.iter().filter(|replica| replica.set.is_some() && !has_record(replica));
     Ok(Decision {
         describe: planning == Planning::Describing && !described_in_vain(names, &revision, seen),
-        left_alone: left_alone
-            .map(|replica| names.replica(&replica.revision, replica.index))
-            .collect(),
+        left_alone: left_alone.map(|replica| names.replica(&replica.revision, replica.index)).collect(),
         running: basis.map(|basis| basis.revision),
         revision,
         planning,
@@ -151,17 +130,14 @@ pub fn decide(
 fn described_in_vain(names: &Names, revision: &Revision, seen: &Observed) -> bool {
     let name = names.describe(revision);
     let job = seen.owned.jobs.iter().find(|job| job.name_any() == name);
-    job.and_then(|job| job.status.as_ref())
-        .is_some_and(|status| status.succeeded.unwrap_or(0) > 0)
+    job.and_then(|job| job.status.as_ref()).is_some_and(|status| status.succeeded.unwrap_or(0) > 0)
 }
 
 /// The records of all revisions that have replicas.
 fn recorded(names: &Names, replicas: &[Replica], seen: &Observed) -> Result<Vec<Record>, Error> {
     let mut revisions: Vec<&Revision> = replicas.iter().map(|replica| &replica.revision).collect();
     revisions.dedup();
-    let found = revisions
-        .into_iter()
-        .map(|revision| Record::find(names, revision, &seen.owned.config_maps));
+    let found = revisions.into_iter().map(|revision| Record::find(names, revision, &seen.owned.config_maps));
     found.filter_map(Result::transpose).collect()
 }
 
@@ -174,10 +150,7 @@ fn plan_asked(
     seen: &Observed,
 ) -> (Planning, Option<Record>) {
     if let Some(record) = recorded {
-        return (
-            planned(planner::plan(&record.description, &model.request(None))),
-            Some(record),
-        );
+        return (planned(planner::plan(&record.description, &model.request(None))), Some(record));
     }
     let mut told = seen.fleet.descriptions.iter();
     let Some(told) = told.find(|description| description.revision == revision.as_str()) else {
@@ -190,12 +163,7 @@ fn plan_asked(
     let planning = planned(planner::plan(&description, &model.request(None)));
     let record = match &planning {
         Planning::Planned(plan) => {
-            let workload = Workload {
-                names,
-                model,
-                install,
-                revision,
-            };
+            let workload = Workload { names, model, install, revision };
             let template = template(&workload, &description, plan);
             Some(Record::new(revision.clone(), description, template))
         }
@@ -215,25 +183,14 @@ fn planned(outcome: Outcome) -> Planning {
 /// What replicas are made of now: the asked revision if it is planned, else the one with the most ready replicas.
 fn basis(asked: &Revision, planning: &Planning, replicas: &[Replica]) -> Option<Basis> {
     if let Planning::Planned(plan) = planning {
-        return Some(Basis {
-            revision: asked.clone(),
-            plan: plan.clone(),
-        });
+        return Some(Basis { revision: asked.clone(), plan: plan.clone() });
     }
-    let standing = replicas
-        .iter()
-        .filter(|replica| replica.stands() && replica.plan.is_some());
+    let standing = replicas.iter().filter(|replica| replica.stands() && replica.plan.is_some());
     let best = standing.max_by_key(|replica| {
         let ready = |one: &&Replica| one.revision == replica.revision && one.ready();
-        (
-            replica.draining_since.is_none(),
-            replicas.iter().filter(ready).count(),
-        )
+        (replica.draining_since.is_none(), replicas.iter().filter(ready).count())
     })?;
-    Some(Basis {
-        revision: best.revision.clone(),
-        plan: best.plan.clone()?,
-    })
+    Some(Basis { revision: best.revision.clone(), plan: best.plan.clone()? })
 }
 
 fn wanted(
@@ -245,31 +202,15 @@ fn wanted(
 ) -> (u32, Option<autoscale::Decision>) {
     let Some(policy) = &model.autoscaling else {
         *history = None;
-        return (
-            if model.spec.suspend {
-                0
-            } else {
-                model.replicas
-            },
-            None,
-        );
+        return (if model.spec.suspend { 0 } else { model.replicas }, None);
     };
     if model.spec.suspend {
         *history = None;
         return (0, None);
     }
-    let (now, current) = (
-        millis(now),
-        before
-            .unwrap_or(model.replicas)
-            .clamp(policy.min, policy.max),
-    );
+    let (now, current) = (millis(now), before.unwrap_or(model.replicas).clamp(policy.min, policy.max));
     // The control stream hands out no load that is stale.
-    let load = load.map(|load| autoscale::Load {
-        queued: load.queued,
-        running: load.running,
-        at: now,
-    });
+    let load = load.map(|load| autoscale::Load { queued: load.queued, running: load.running, at: now });
     let history = history.get_or_insert_with(|| autoscale::History::new(current, now));
     let decision = autoscale::decide(policy, current, load.as_ref(), history, now);
     (decision.to, Some(decision))
@@ -290,45 +231,26 @@ fn next_step(
         max_unavailable: model.max_unavailable,
         drain_timeout: Millis(u64::try_from(model.drain_timeout.as_millis()).unwrap_or(u64::MAX)),
     };
-    let known: Vec<_> = replicas
-        .iter()
-        .filter(|replica| replica.stands())
-        .map(|one| of(one, seen))
-        .collect();
+    let known: Vec<_> = replicas.iter().filter(|replica| replica.stands()).map(|one| of(one, seen)).collect();
     rollout::next_step(&wanted, &known, millis(now))
 }
 
 fn of(replica: &Replica, seen: &Observed) -> rollout::Replica {
     let state = match replica.draining_since {
-        Some(since) => State::Draining {
-            since: millis(since),
-            empty: routers_know(seen) && replica.empty(),
-        },
+        Some(since) => State::Draining { since: millis(since), empty: routers_know(seen) && replica.empty() },
         None if replica.ready() => State::Ready,
         None => State::Starting,
     };
-    rollout::Replica {
-        id: id(replica),
-        state,
-        running: replica.running(),
-    }
+    rollout::Replica { id: id(replica), state, running: replica.running() }
 }
 
 /// Every live router acts on the newest snapshot, so none sends anything to a replica that drains in it.
 fn routers_know(seen: &Observed) -> bool {
-    seen.fleet.version.is_some()
-        && seen
-            .fleet
-            .routers
-            .iter()
-            .all(|router| router.acknowledged == seen.fleet.version)
+    seen.fleet.version.is_some() && seen.fleet.routers.iter().all(|router| router.acknowledged == seen.fleet.version)
 }
 
 fn id(replica: &Replica) -> ReplicaId {
-    ReplicaId {
-        revision: kind(&replica.revision, replica.shards()),
-        index: replica.index,
-    }
+    ReplicaId { revision: kind(&replica.revision, replica.shards()), index: replica.index }
 }
 
 /// What makes two replicas alike for a rollout: what their workers run, and how many there are.
@@ -337,23 +259,11 @@ fn kind(revision: &Revision, shards: u32) -> String {
 }
 
 /// The replicas that should exist after `step`.
-fn targets(
-    replicas: &[Replica],
-    basis: Option<&Basis>,
-    step: &Step,
-    now: Timestamp,
-) -> Vec<Target> {
-    let mut targets: Vec<Target> = replicas
-        .iter()
-        .filter_map(|replica| kept(replica, step, now))
-        .collect();
+fn targets(replicas: &[Replica], basis: Option<&Basis>, step: &Step, now: Timestamp) -> Vec<Target> {
+    let mut targets: Vec<Target> = replicas.iter().filter_map(|replica| kept(replica, step, now)).collect();
     let Some(basis) = basis else { return targets };
     // An index is free once nothing of the replica that had it is left, its last pod included.
-    let taken = |index: &u32| {
-        replicas
-            .iter()
-            .any(|one| one.revision == basis.revision && one.index == *index)
-    };
+    let taken = |index: &u32| replicas.iter().any(|one| one.revision == basis.revision && one.index == *index);
     let free = (0..).filter(|index| !taken(index)).take(step.create.len());
     targets.extend(free.map(|index| Target {
         revision: basis.revision.clone(),
@@ -377,12 +287,7 @@ fn kept(replica: &Replica, step: &Step, now: Timestamp) -> Option<Target> {
         replica.draining_since
     };
     let (revision, index) = (replica.revision.clone(), replica.index);
-    Some(Target {
-        revision,
-        index,
-        plan: replica.plan.clone()?,
-        draining_since,
-    })
+    Some(Target { revision, index, plan: replica.plan.clone()?, draining_since })
 }
 
 fn millis(time: Timestamp) -> Millis {

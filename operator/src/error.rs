@@ -48,9 +48,7 @@ pub enum Error {
         after: Duration,
     },
     /// The name that an object of ours must have is taken by one that is not ours, and stays as it is.
-    #[error(
-        "{kind} {name} exists and does not belong to this ModelDeployment; rename or delete it"
-    )]
+    #[error("{kind} {name} exists and does not belong to this ModelDeployment; rename or delete it")]
     Foreign {
         /// The object's kind.
         kind: String,
@@ -101,9 +99,7 @@ impl Error {
     /// Says what happens next.
     pub fn class(&self) -> Class {
         match self {
-            Self::Apply { .. } | Self::Read { .. } | Self::Delete { .. } | Self::Timeout { .. } => {
-                Class::Transient
-            }
+            Self::Apply { .. } | Self::Read { .. } | Self::Delete { .. } | Self::Timeout { .. } => Class::Transient,
             // The other object may go away without waking us: it carries no label of ours.
             Self::Foreign { .. } => Class::Transient,
             // The new leader does the work; this process is woken if it leads again.
@@ -116,9 +112,7 @@ impl Error {
     /// A stable CamelCase reason for conditions and events.
     pub fn reason(&self) -> &'static str {
         match self {
-            Self::Apply { source, .. }
-            | Self::Read { source, .. }
-            | Self::Delete { source, .. } => api_reason(source),
+            Self::Apply { source, .. } | Self::Read { source, .. } | Self::Delete { source, .. } => api_reason(source),
             Self::Timeout { .. } => "ApiServerTimeout",
             Self::Foreign { .. } => "NameTaken",
             Self::NotLeading { .. } => "NotLeading",
@@ -131,12 +125,12 @@ impl Error {
     pub fn chain(&self) -> String {
         match self {
             // kube prints its status twice; the server's own words are enough.
-            Self::Apply { source, .. }
-            | Self::Read { source, .. }
-            | Self::Delete { source, .. } => match source.as_ref() {
-                kube::Error::Api(status) => format!("{self}: {}", status.message),
-                other => format!("{self}: {other}"),
-            },
+            Self::Apply { source, .. } | Self::Read { source, .. } | Self::Delete { source, .. } => {
+                match source.as_ref() {
+                    kube::Error::Api(status) => format!("{self}: {}", status.message),
+                    other => format!("{self}: {other}"),
+                }
+            }
             Self::Encode { source, .. } => format!("{self}: {source}"),
             _ => self.to_string(),
         }
@@ -164,11 +158,7 @@ mod tests {
     use super::*;
 
     fn refused(code: u16, message: &str) -> Error {
-        let status = Status {
-            code,
-            message: message.to_owned(),
-            ..Status::success()
-        };
+        let status = Status { code, message: message.to_owned(), ..Status::success() };
         Error::Apply {
             kind: "Pod".to_owned(),
             name: "a".to_owned(),
@@ -181,17 +171,11 @@ mod tests {
         let error = refused(403, "pods is forbidden: exceeded quota: small");
         assert_eq!(error.reason(), "QuotaExceeded");
         assert_eq!(error.class(), Class::Transient);
-        assert_eq!(
-            error.chain(),
-            "could not apply Pod a: pods is forbidden: exceeded quota: small"
-        );
+        assert_eq!(error.chain(), "could not apply Pod a: pods is forbidden: exceeded quota: small");
     }
 
     #[test]
     fn a_panic_is_a_bug() {
-        assert_eq!(
-            Error::Panic("index out of bounds".to_owned()).class(),
-            Class::Bug
-        );
+        assert_eq!(Error::Panic("index out of bounds".to_owned()).class(), Class::Bug);
     }
 }

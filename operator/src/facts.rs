@@ -33,19 +33,12 @@ pub fn facts(
         max_pending: model.max_pending,
         max_wait: model.max_wait,
         max_context_tokens: u32::try_from(context).unwrap_or(u32::MAX),
-        replicas: decision
-            .replicas
-            .iter()
-            .filter_map(|one| replica(names, one, decision))
-            .collect(),
+        replicas: decision.replicas.iter().filter_map(|one| replica(names, one, decision)).collect(),
     }
 }
 
 fn availability(model: &ValidModel, decision: &Decision) -> Availability {
-    let possible = matches!(
-        decision.planning,
-        Planning::Planned(_) | Planning::Describing
-    );
+    let possible = matches!(decision.planning, Planning::Planned(_) | Planning::Describing);
     match decision.wanted {
         0 if model.autoscaling.is_some() && !model.spec.suspend => Availability::Asleep,
         0 => Availability::Off,
@@ -56,25 +49,15 @@ fn availability(model: &ValidModel, decision: &Decision) -> Availability {
 }
 
 fn replica(names: &Names, replica: &Replica, decision: &Decision) -> Option<ReplicaFacts> {
-    let record = decision
-        .records
-        .iter()
-        .find(|record| record.revision == replica.revision)?;
-    let target = decision
-        .targets
-        .iter()
-        .find(|one| one.revision == replica.revision && one.index == replica.index);
+    let record = decision.records.iter().find(|record| record.revision == replica.revision)?;
+    let target = decision.targets.iter().find(|one| one.revision == replica.revision && one.index == replica.index);
     Some(ReplicaFacts {
         replica: replica.index,
         revision: replica.revision.to_string(),
         content_hash: record.description.content_hash.clone(),
         placement: replica.plan.as_ref()?.placement.clone(),
         draining: target.is_none_or(|target| target.draining_since.is_some()),
-        workers: replica
-            .workers
-            .iter()
-            .filter_map(|one| worker(names, one))
-            .collect(),
+        workers: replica.workers.iter().filter_map(|one| worker(names, one)).collect(),
     })
 }
 
@@ -84,10 +67,7 @@ fn worker(names: &Names, worker: &Worker) -> Option<WorkerFacts> {
     Some(WorkerFacts {
         id: worker.pod.uid()?,
         address: SocketAddr::new(ip, WORKER_PORT).to_string(),
-        dns_name: format!(
-            "{}:{WORKER_PORT}",
-            names.worker_host(&worker.pod.name_any())
-        ),
+        dns_name: format!("{}:{WORKER_PORT}", names.worker_host(&worker.pod.name_any())),
         ordinal: worker.ordinal,
         ready: worker.probed(),
     })

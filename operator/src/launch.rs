@@ -207,27 +207,16 @@ pub fn serve(serve: &Serve<'_>) -> Launch {
     arguments.extend(ends_with_parent(serve.site));
     let mut environment = identity(serve.site);
     if matches!(serve.site, Site::Pod) {
-        environment.push(pod_field(
-            "MODELFLEET_ORDINAL",
-            "metadata.labels['apps.kubernetes.io/pod-index']",
-        ));
+        environment.push(pod_field("MODELFLEET_ORDINAL", "metadata.labels['apps.kubernetes.io/pod-index']"));
         environment.push(pod_field("POD_IP", "status.podIP"));
     }
-    environment.extend(
-        serve
-            .telemetry
-            .iter()
-            .map(|(name, value)| text(name, value)),
-    );
+    environment.extend(serve.telemetry.iter().map(|(name, value)| text(name, value)));
     Launch {
         program: Program::Worker,
         arguments,
         environment,
         ports: ports(serve.site, &[("grpc", WORKER_PORT), ("admin", ADMIN_PORT)]),
-        files: vec![File {
-            path: serve.placement_path.to_owned(),
-            content: placement_json(serve.placement),
-        }],
+        files: vec![File { path: serve.placement_path.to_owned(), content: placement_json(serve.placement) }],
     }
 }
 
@@ -245,8 +234,7 @@ pub fn describe(read: &Read<'_>) -> Launch {
 pub fn router(route: &Route<'_>) -> Launch {
     let site = Site::Child { id: route.id };
     let mut arguments = Vec::new();
-    let mut flag =
-        |name: &str, value: &str| arguments.extend([format!("--{name}"), value.to_owned()]);
+    let mut flag = |name: &str, value: &str| arguments.extend([format!("--{name}"), value.to_owned()]);
     flag("http", route.http);
     flag("grpc", route.grpc);
     flag("admin", &listen(site, ADMIN_PORT));
@@ -254,20 +242,13 @@ pub fn router(route: &Route<'_>) -> Launch {
         flag("operator", operator);
     }
     arguments.extend(ends_with_parent(site));
-    Launch {
-        program: Program::Router,
-        arguments,
-        environment: identity(site),
-        ports: Vec::new(),
-        files: Vec::new(),
-    }
+    Launch { program: Program::Router, arguments, environment: identity(site), ports: Vec::new(), files: Vec::new() }
 }
 
 fn reading(command: &str, read: &Read<'_>, more: &[String]) -> Launch {
     let mut arguments = vec![command.to_owned(), read.source.to_owned()];
     arguments.extend_from_slice(more);
-    let mut flag =
-        |name: &str, value: &str| arguments.extend([format!("--{name}"), value.to_owned()]);
+    let mut flag = |name: &str, value: &str| arguments.extend([format!("--{name}"), value.to_owned()]);
     if let Some(revision) = read.revision {
         flag("revision", revision);
     }
@@ -284,18 +265,9 @@ fn reading(command: &str, read: &Read<'_>, more: &[String]) -> Launch {
         ("HTTPS_PROXY", &read.hub.proxy),
         ("NO_PROXY", &read.hub.no_proxy),
     ];
-    environment.extend(
-        hub.iter()
-            .filter_map(|(name, value)| value.as_deref().map(|value| text(name, value))),
-    );
+    environment.extend(hub.iter().filter_map(|(name, value)| value.as_deref().map(|value| text(name, value))));
     environment.extend(read.telemetry.iter().map(|(name, value)| text(name, value)));
-    Launch {
-        program: Program::Worker,
-        arguments,
-        environment,
-        ports: Vec::new(),
-        files: Vec::new(),
-    }
+    Launch { program: Program::Worker, arguments, environment, ports: Vec::new(), files: Vec::new() }
 }
 
 /// Kubernetes replaces the variable in a container's arguments.
@@ -326,26 +298,17 @@ fn identity(site: Site<'_>) -> Vec<Variable> {
 
 fn ports(site: Site<'_>, ports: &[(&'static str, u16)]) -> Vec<Port> {
     match site {
-        Site::Pod => ports
-            .iter()
-            .map(|&(name, number)| Port { name, number })
-            .collect(),
+        Site::Pod => ports.iter().map(|&(name, number)| Port { name, number }).collect(),
         Site::Child { .. } => Vec::new(),
     }
 }
 
 fn text(name: &str, value: &str) -> Variable {
-    Variable {
-        name: name.to_owned(),
-        value: Value::Text(value.to_owned()),
-    }
+    Variable { name: name.to_owned(), value: Value::Text(value.to_owned()) }
 }
 
 fn pod_field(name: &str, path: &str) -> Variable {
-    Variable {
-        name: name.to_owned(),
-        value: Value::PodField(path.to_owned()),
-    }
+    Variable { name: name.to_owned(), value: Value::PodField(path.to_owned()) }
 }
 
 /// The file that a worker reads when no operator tells it its placement.
@@ -362,10 +325,7 @@ pub fn placement_json(placement: &Placement) -> String {
         epoch: u64,
         sequence: u64,
     }
-    let version = Version {
-        epoch: 0,
-        sequence: 0,
-    };
+    let version = Version { epoch: 0, sequence: 0 };
     serde_json::to_string(&File { version, placement }).expect("numbers and lists always serialise")
 }
 
@@ -376,13 +336,7 @@ mod tests {
     use super::*;
 
     fn placement() -> Placement {
-        Placement {
-            shards: 2,
-            layers: vec![LayerPlacement {
-                layer: 1,
-                experts: vec![vec![0], vec![1]],
-            }],
-        }
+        Placement { shards: 2, layers: vec![LayerPlacement { layer: 1, experts: vec![vec![0], vec![1]] }] }
     }
 
     fn worker(site: Site<'_>) -> Launch {
@@ -400,43 +354,20 @@ mod tests {
             max_context_tokens: 1024,
             drain_timeout: Duration::from_secs(60),
             operators: &["one:9100".to_owned(), "two:9100".to_owned()],
-            telemetry: &[(
-                "OTEL_EXPORTER_OTLP_ENDPOINT".to_owned(),
-                "http://collector:4317".to_owned(),
-            )],
+            telemetry: &[("OTEL_EXPORTER_OTLP_ENDPOINT".to_owned(), "http://collector:4317".to_owned())],
         })
     }
 
     /// One line an argument, variable, port and file.
     fn text(launch: &Launch) -> String {
         let mut lines = vec![launch.program.file_name().to_owned()];
-        lines.extend(
-            launch
-                .arguments
-                .iter()
-                .map(|argument| format!("  {argument}")),
-        );
-        lines.extend(
-            launch
-                .environment
-                .iter()
-                .map(|variable| match &variable.value {
-                    Value::Text(text) => format!("{}={text}", variable.name),
-                    Value::PodField(path) => format!("{}<{path}", variable.name),
-                }),
-        );
-        lines.extend(
-            launch
-                .ports
-                .iter()
-                .map(|port| format!("{} {}", port.name, port.number)),
-        );
-        lines.extend(
-            launch
-                .files
-                .iter()
-                .map(|file| format!("{}: {}", file.path, file.content)),
-        );
+        lines.extend(launch.arguments.iter().map(|argument| format!("  {argument}")));
+        lines.extend(launch.environment.iter().map(|variable| match &variable.value {
+            Value::Text(text) => format!("{}={text}", variable.name),
+            Value::PodField(path) => format!("{}<{path}", variable.name),
+        }));
+        lines.extend(launch.ports.iter().map(|port| format!("{} {}", port.name, port.number)));
+        lines.extend(launch.files.iter().map(|file| format!("{}: {}", file.path, file.content)));
         lines.join("\n")
     }
 
@@ -488,31 +419,15 @@ admin 9400
 
     #[test]
     fn worker_as_a_child_differs_only_in_its_site() {
-        let (pod, child) = (
-            text(&worker(Site::Pod)),
-            text(&worker(Site::Child { id: "token" })),
-        );
+        let (pod, child) = (text(&worker(Site::Pod)), text(&worker(Site::Child { id: "token" })));
         let differs = |one: &str, other: &str| -> Vec<String> {
-            one.lines()
-                .filter(|line| !other.lines().any(|same| same == *line))
-                .map(str::to_owned)
-                .collect()
+            one.lines().filter(|line| !other.lines().any(|same| same == *line)).map(str::to_owned).collect()
         };
         assert_eq!(
             differs(&child, &pod),
-            [
-                "  1",
-                "  127.0.0.1:0",
-                "  127.0.0.1:0",
-                "  --exit-with-stdin",
-                "MODELFLEET_ID=token"
-            ]
+            ["  1", "  127.0.0.1:0", "  127.0.0.1:0", "  --exit-with-stdin", "MODELFLEET_ID=token"]
         );
-        assert_eq!(
-            differs(&pod, &child).len(),
-            8,
-            "ordinal, addresses, three variables, two ports"
-        );
+        assert_eq!(differs(&pod, &child).len(), 8, "ordinal, addresses, three variables, two ports");
     }
 
     #[test]
@@ -536,25 +451,15 @@ admin 9400
         let flags = "  --revision\n  main\n  --model\n  team/tiny\n  --operator\n  one:9100\n";
         let variables = "MODELFLEET_ID<metadata.uid\nHF_ENDPOINT=https://hub\nHF_TOKEN_PATH=/token/hf\n\
                          SSL_CERT_FILE=/ca.crt\nHTTPS_PROXY=http://proxy\nNO_PROXY=inside";
-        assert_eq!(
-            text(&describe(&read)),
-            format!("modelfleet-worker\n  describe\n  hf://a/b\n{flags}{variables}")
-        );
-        let expected = format!(
-            "modelfleet-worker\n  fetch\n  hf://a/b\n  --to\n  /models\n{flags}{variables}"
-        );
+        assert_eq!(text(&describe(&read)), format!("modelfleet-worker\n  describe\n  hf://a/b\n{flags}{variables}"));
+        let expected = format!("modelfleet-worker\n  fetch\n  hf://a/b\n  --to\n  /models\n{flags}{variables}");
         assert_eq!(text(&fetch(&read, "/models")), expected);
     }
 
     #[test]
     fn router_as_a_child() {
         let operators = ["127.0.0.1:9100".to_owned()];
-        let route = Route {
-            id: "token",
-            http: "127.0.0.1:8080",
-            grpc: "127.0.0.1:9090",
-            operators: &operators,
-        };
+        let route = Route { id: "token", http: "127.0.0.1:8080", grpc: "127.0.0.1:9090", operators: &operators };
         let expected = "modelfleet-router\n  --http\n  127.0.0.1:8080\n  --grpc\n  127.0.0.1:9090\n  --admin\n  \
                         127.0.0.1:0\n  --operator\n  127.0.0.1:9100\n  --exit-with-stdin\nMODELFLEET_ID=token";
         assert_eq!(text(&router(&route)), expected);

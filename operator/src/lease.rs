@@ -32,11 +32,7 @@ pub struct Timing {
 
 impl Default for Timing {
     fn default() -> Self {
-        Self {
-            duration: Duration::from_secs(15),
-            deadline: Duration::from_secs(10),
-            renew: Duration::from_secs(2),
-        }
+        Self { duration: Duration::from_secs(15), deadline: Duration::from_secs(10), renew: Duration::from_secs(2) }
     }
 }
 
@@ -86,9 +82,7 @@ impl Leadership {
     pub async fn changed_from(&mut self, epoch: Option<u64>) -> Option<u64> {
         loop {
             let term = *self.0.borrow_and_update();
-            let now = term
-                .filter(|term| Instant::now() < term.until)
-                .map(|term| term.epoch);
+            let now = term.filter(|term| Instant::now() < term.until).map(|term| term.epoch);
             if now != epoch {
                 return now;
             }
@@ -159,23 +153,13 @@ pub fn evaluate(me: &str, holds: bool, lease: Option<&Sighting>, now: Instant) -
     if holder == me && holds {
         return Step::Renew { transitions };
     }
-    let next = Step::Acquire {
-        transitions: transitions.saturating_add(1),
-    };
+    let next = Step::Acquire { transitions: transitions.saturating_add(1) };
     if holder.is_empty() || holder == me {
         return next;
     }
-    let seconds = spec
-        .lease_duration_seconds
-        .unwrap_or(0)
-        .max(0)
-        .unsigned_abs();
+    let seconds = spec.lease_duration_seconds.unwrap_or(0).max(0).unsigned_abs();
     let rest = (*since + Duration::from_secs(u64::from(seconds))).saturating_duration_since(now);
-    if rest.is_zero() {
-        next
-    } else {
-        Step::Wait(rest)
-    }
+    if rest.is_zero() { next } else { Step::Wait(rest) }
 }
 
 /// Where the Lease is, and who asks.
@@ -209,12 +193,7 @@ async fn compete(candidate: &Candidate, claim: &Claim, held: &mut Option<Lease>)
     let mut sighting = None;
     loop {
         let started = Instant::now();
-        match timeout(
-            candidate.timing.deadline / 2,
-            candidate.turn(held.is_some(), &mut sighting),
-        )
-        .await
-        {
+        match timeout(candidate.timing.deadline / 2, candidate.turn(held.is_some(), &mut sighting)).await {
             Ok(Ok(Some((lease, epoch)))) => {
                 if held.is_none() {
                     info!(epoch, identity = candidate.identity, "leading");
@@ -236,16 +215,11 @@ async fn compete(candidate: &Candidate, claim: &Claim, held: &mut Option<Lease>)
 
 impl Candidate {
     /// One look and, where due, one write. Returns the Lease and its epoch if it is ours now.
-    async fn turn(
-        &self,
-        holds: bool,
-        sighting: &mut Option<Sighting>,
-    ) -> Result<Option<(Lease, u64)>, kube::Error> {
+    async fn turn(&self, holds: bool, sighting: &mut Option<Sighting>) -> Result<Option<(Lease, u64)>, kube::Error> {
         let found = self.leases.get_opt(&self.name).await?;
         let now = Instant::now();
-        *sighting = found.as_ref().map(|lease| {
-            Sighting::of(sighting.take(), lease.spec.clone().unwrap_or_default(), now)
-        });
+        *sighting =
+            found.as_ref().map(|lease| Sighting::of(sighting.take(), lease.spec.clone().unwrap_or_default(), now));
         let transitions = match evaluate(&self.identity, holds, sighting.as_ref(), now) {
             Step::Wait(_) => return Ok(None),
             Step::Acquire { transitions } | Step::Renew { transitions } => transitions,
@@ -253,11 +227,7 @@ impl Candidate {
         let lease = self.claimed(found, transitions);
         let written = match &lease.metadata.resource_version {
             // The version makes the write fail if another wrote in between.
-            Some(_) => {
-                self.leases
-                    .replace(&self.name, &PostParams::default(), &lease)
-                    .await
-            }
+            Some(_) => self.leases.replace(&self.name, &PostParams::default(), &lease).await,
             None => self.leases.create(&PostParams::default(), &lease).await,
         };
         match written {
@@ -271,9 +241,7 @@ impl Candidate {
         let now = MicroTime(Timestamp::now());
         let before = found.as_ref().and_then(|lease| lease.spec.as_ref());
         let ours = before.and_then(|spec| spec.holder_identity.as_deref()) == Some(&self.identity);
-        let acquired = before
-            .filter(|_| ours)
-            .and_then(|spec| spec.acquire_time.clone());
+        let acquired = before.filter(|_| ours).and_then(|spec| spec.acquire_time.clone());
         let spec = LeaseSpec {
             holder_identity: Some(self.identity.clone()),
             lease_duration_seconds: i32::try_from(self.timing.duration.as_secs()).ok(),
@@ -282,14 +250,8 @@ impl Candidate {
             lease_transitions: Some(transitions),
             ..LeaseSpec::default()
         };
-        let named = ObjectMeta {
-            name: Some(self.name.clone()),
-            ..ObjectMeta::default()
-        };
-        Lease {
-            metadata: found.map_or(named, |lease| lease.metadata),
-            spec: Some(spec),
-        }
+        let named = ObjectMeta { name: Some(self.name.clone()), ..ObjectMeta::default() };
+        Lease { metadata: found.map_or(named, |lease| lease.metadata), spec: Some(spec) }
     }
 
     /// Lets the next one lead at once, instead of after `duration`.
@@ -329,46 +291,27 @@ mod tests {
     #[test]
     fn takes_what_nobody_holds() {
         let now = Instant::now();
-        assert_eq!(
-            evaluate("a", false, None, now),
-            Step::Acquire { transitions: 0 }
-        );
-        assert_eq!(
-            evaluate("a", false, Some(&seen("", 3, now)), now),
-            Step::Acquire { transitions: 4 }
-        );
+        assert_eq!(evaluate("a", false, None, now), Step::Acquire { transitions: 0 });
+        assert_eq!(evaluate("a", false, Some(&seen("", 3, now)), now), Step::Acquire { transitions: 4 });
     }
 
     #[test]
     fn renews_its_own_and_keeps_the_count() {
         let now = Instant::now();
-        assert_eq!(
-            evaluate("a", true, Some(&seen("a", 3, now)), now),
-            Step::Renew { transitions: 3 }
-        );
+        assert_eq!(evaluate("a", true, Some(&seen("a", 3, now)), now), Step::Renew { transitions: 3 });
     }
 
     #[test]
     fn a_restarted_process_takes_over_from_itself_with_a_higher_count() {
         let now = Instant::now();
-        assert_eq!(
-            evaluate("a", false, Some(&seen("a", 3, now)), now),
-            Step::Acquire { transitions: 4 }
-        );
+        assert_eq!(evaluate("a", false, Some(&seen("a", 3, now)), now), Step::Acquire { transitions: 4 });
     }
 
     #[test]
     fn waits_for_another_until_it_is_silent_for_the_duration() {
         let since = Instant::now();
         let lease = seen("b", 3, since);
-        let at = |seconds| {
-            evaluate(
-                "a",
-                false,
-                Some(&lease),
-                since + Duration::from_secs(seconds),
-            )
-        };
+        let at = |seconds| evaluate("a", false, Some(&lease), since + Duration::from_secs(seconds));
         assert_eq!(at(0), Step::Wait(Duration::from_secs(15)));
         assert_eq!(at(14), Step::Wait(Duration::from_secs(1)));
         assert_eq!(at(15), Step::Acquire { transitions: 4 });
@@ -378,19 +321,14 @@ mod tests {
     fn a_clock_of_another_host_decides_nothing() {
         let (first, later) = (Instant::now(), Instant::now() + Duration::from_secs(9));
         let renewed = |hours: i64| LeaseSpec {
-            renew_time: Some(MicroTime(
-                Timestamp::UNIX_EPOCH + Duration::from_secs(3600 * hours.unsigned_abs()),
-            )),
+            renew_time: Some(MicroTime(Timestamp::UNIX_EPOCH + Duration::from_secs(3600 * hours.unsigned_abs()))),
             ..seen("b", 0, first).spec
         };
         let one = Sighting::of(None, renewed(5), first);
         let same = Sighting::of(Some(one.clone()), renewed(5), later);
         assert_eq!(same.since, first, "nothing changed, so its time runs");
         let back = Sighting::of(Some(same), renewed(1), later);
-        assert_eq!(
-            back.since, later,
-            "a renewal counts, though its clock went back"
-        );
+        assert_eq!(back.since, later, "a renewal counts, though its clock went back");
     }
 
     #[tokio::test]

@@ -61,9 +61,7 @@ pub enum Error {
     #[error(transparent)]
     Prepare(#[from] PrepareError),
     /// Two models want one name.
-    #[error(
-        "{origin}: spec.model.servedNames has {name}; a model before it answers to {name} already"
-    )]
+    #[error("{origin}: spec.model.servedNames has {name}; a model before it answers to {name} already")]
     NameTaken {
         /// Where the second is.
         origin: Origin,
@@ -136,14 +134,9 @@ pub async fn run<'a>(
 ) -> Result<(), Error> {
     let fleet = Fleet::new();
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await;
-    let listener = listener.map_err(|source| Error::Own {
-        what: "listen for the control stream",
-        source,
-    })?;
-    let address = listener.local_addr().map_err(|source| Error::Own {
-        what: "listen for the control stream",
-        source,
-    })?;
+    let listener = listener.map_err(|source| Error::Own { what: "listen for the control stream", source })?;
+    let address =
+        listener.local_addr().map_err(|source| Error::Own { what: "listen for the control stream", source })?;
     let mut crew = Crew::new(options, fleet.clone(), address, output)?;
     let work = async {
         let result = tokio::select! {
@@ -176,9 +169,7 @@ async fn serve(options: &Options, crew: &mut Crew<'_>) -> Result<(), Error> {
 
 async fn prepare(options: &Options, crew: &mut Crew<'_>) -> Result<Vec<Started>, Error> {
     let declared = read(&options.files)?;
-    let accepted = declared
-        .iter()
-        .map(|declared| accept(declared, Place::Local));
+    let accepted = declared.iter().map(|declared| accept(declared, Place::Local));
     let accepted: Vec<Accepted> = accepted.collect::<Result<_, _>>()?;
     one_name_each(&accepted)?;
     let mut models = Vec::new();
@@ -195,10 +186,7 @@ fn one_name_each(models: &[Accepted]) -> Result<(), Error> {
     for accepted in models {
         for name in &accepted.model.served_names {
             if !taken.insert(name) {
-                return Err(Error::NameTaken {
-                    origin: accepted.origin.clone(),
-                    name: name.clone(),
-                });
+                return Err(Error::NameTaken { origin: accepted.origin.clone(), name: name.clone() });
             }
         }
     }

@@ -77,10 +77,7 @@ struct RunArguments {
     #[arg(long)]
     router: Option<String>,
     /// Selects the pods of the routers
-    #[arg(
-        long,
-        default_value = "app.kubernetes.io/name=modelfleet,app.kubernetes.io/component=router"
-    )]
+    #[arg(long, default_value = "app.kubernetes.io/name=modelfleet,app.kubernetes.io/component=router")]
     router_selector: String,
     /// Name of the Lease that the leader holds
     #[arg(long, default_value = "modelfleet-operator")]
@@ -128,9 +125,7 @@ struct PlanArguments {
 #[tokio::main]
 async fn main() -> ExitCode {
     let ended = match Arguments::parse().command {
-        Command::Run(arguments) => {
-            with_telemetry(async |telemetry| run(*arguments, telemetry).await).await
-        }
+        Command::Run(arguments) => with_telemetry(async |telemetry| run(*arguments, telemetry).await).await,
         Command::Local(arguments) => with_telemetry(async |_| run_local(arguments).await).await,
         Command::Plan(arguments) => print_plan(&arguments).await,
         Command::Crd => print_definition(),
@@ -145,9 +140,7 @@ async fn main() -> ExitCode {
 }
 
 /// Runs a command between the start and the flush of telemetry.
-async fn with_telemetry(
-    command: impl AsyncFnOnce(&Telemetry) -> anyhow::Result<()>,
-) -> anyhow::Result<()> {
+async fn with_telemetry(command: impl AsyncFnOnce(&Telemetry) -> anyhow::Result<()>) -> anyhow::Result<()> {
     let telemetry = telemetry::start("modelfleet")?;
     let ended = command(&telemetry).await;
     telemetry.shutdown().await;
@@ -158,18 +151,13 @@ async fn run(arguments: RunArguments, telemetry: &Telemetry) -> anyhow::Result<(
     let listener = bind(arguments.listen).await?;
     let admin_listener = bind(arguments.admin).await?;
     let settings = settings(arguments)?;
-    let client = kube::Client::try_default()
-        .await
-        .context("find the cluster")?;
+    let client = kube::Client::try_default().await.context("find the cluster")?;
     let fleet = Fleet::new();
     let served = tokio::spawn({
         let fleet = fleet.clone();
         async move { fleet.serve(listener, std::future::pending()).await }
     });
-    let admin = Admin {
-        ready: || Ok(()),
-        registry: telemetry.registry(),
-    };
+    let admin = Admin { ready: || Ok(()), registry: telemetry.registry() };
     let admin = tokio::spawn(admin::serve(admin_listener, admin, std::future::pending()));
     let ended = tokio::select! {
         () = controller::run(client, settings, fleet, terminated()?) => Ok(()),
@@ -181,11 +169,10 @@ async fn run(arguments: RunArguments, telemetry: &Telemetry) -> anyhow::Result<(
 
 fn settings(arguments: RunArguments) -> anyhow::Result<Settings> {
     let given = |text: Option<String>| text.filter(|text| !text.is_empty());
-    let certificates = arguments.hub_ca_file.map(|file| {
-        std::fs::read_to_string(&file).with_context(|| format!("read {}", file.display()))
-    });
-    let router = given(arguments.router)
-        .unwrap_or_else(|| format!("modelfleet-router.{}.svc", arguments.namespace));
+    let certificates = arguments
+        .hub_ca_file
+        .map(|file| std::fs::read_to_string(&file).with_context(|| format!("read {}", file.display())));
+    let router = given(arguments.router).unwrap_or_else(|| format!("modelfleet-router.{}.svc", arguments.namespace));
     Ok(Settings {
         namespaces: arguments.watch_namespaces,
         namespace: arguments.namespace,
@@ -213,9 +200,8 @@ fn settings(arguments: RunArguments) -> anyhow::Result<Settings> {
 /// The `OTEL_*` variables that workers get too: all but those that say who this process is.
 fn worker_telemetry() -> Vec<(String, String)> {
     let own = ["OTEL_SERVICE_NAME", "OTEL_RESOURCE_ATTRIBUTES"];
-    let mut variables: Vec<(String, String)> = std::env::vars()
-        .filter(|(name, _)| name.starts_with("OTEL_") && !own.contains(&name.as_str()))
-        .collect();
+    let mut variables: Vec<(String, String)> =
+        std::env::vars().filter(|(name, _)| name.starts_with("OTEL_") && !own.contains(&name.as_str())).collect();
     variables.sort();
     variables
 }
@@ -231,35 +217,23 @@ async fn run_local(arguments: LocalArguments) -> anyhow::Result<()> {
         programs: programs()?,
         cache: cache()?,
     };
-    let output = Output {
-        words: &mut stdout(),
-        notes: &mut stderr(),
-    };
+    let output = Output { words: &mut stdout(), notes: &mut stderr() };
     Ok(local::run(&options, output, terminated()?).await?)
 }
 
 async fn print_plan(arguments: &PlanArguments) -> anyhow::Result<()> {
     let (programs, cache) = (programs()?, cache()?);
-    let tools = Tools {
-        programs: &programs,
-        cache: &cache,
-    };
+    let tools = Tools { programs: &programs, cache: &cache };
     let text = preview::preview(&arguments.files, tools).await?;
-    stdout()
-        .write_all(text.as_bytes())
-        .context("write the plan")
+    stdout().write_all(text.as_bytes()).context("write the plan")
 }
 
 fn print_definition() -> anyhow::Result<()> {
-    stdout()
-        .write_all(crds::yaml().as_bytes())
-        .context("write the definition")
+    stdout().write_all(crds::yaml().as_bytes()).context("write the definition")
 }
 
 async fn bind(address: SocketAddr) -> anyhow::Result<TcpListener> {
-    TcpListener::bind(address)
-        .await
-        .with_context(|| format!("listen on {address}"))
+    TcpListener::bind(address).await.with_context(|| format!("listen on {address}"))
 }
 
 /// Our programs lie side by side.
@@ -270,15 +244,9 @@ fn programs() -> anyhow::Result<PathBuf> {
 
 /// `$XDG_CACHE_HOME/modelfleet`, or `~/.cache/modelfleet`.
 fn cache() -> anyhow::Result<PathBuf> {
-    let set = |name: &str| {
-        std::env::var_os(name)
-            .filter(|value| !value.is_empty())
-            .map(PathBuf::from)
-    };
+    let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     let folder = set("XDG_CACHE_HOME").or_else(|| set("HOME").map(|home| home.join(".cache")));
-    Ok(folder
-        .context("find a folder for fetched models: neither XDG_CACHE_HOME nor HOME is set")?
-        .join("modelfleet"))
+    Ok(folder.context("find a folder for fetched models: neither XDG_CACHE_HOME nor HOME is set")?.join("modelfleet"))
 }
 
 /// SIGTERM or an interrupt. A second one ends the process at once, and its children with it.

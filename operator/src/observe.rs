@@ -91,12 +91,7 @@ pub struct Stores {
 
 impl Stores {
     /// Begins to watch what is ours in `namespace` (`None`: everywhere). Each change wakes its ModelDeployment.
-    pub fn watch(
-        client: &Client,
-        namespace: Option<&str>,
-        wake: &Wake,
-        tasks: &mut JoinSet<()>,
-    ) -> Self {
+    pub fn watch(client: &Client, namespace: Option<&str>, wake: &Wake, tasks: &mut JoinSet<()>) -> Self {
         Self {
             service_accounts: watch(client, namespace, MODEL, wake, tasks),
             services: watch(client, namespace, MODEL, wake, tasks),
@@ -124,11 +119,7 @@ impl Stores {
 
     /// The processes of our pods: no other hello counts.
     pub fn identities(&self) -> Vec<Identity> {
-        self.pods
-            .state()
-            .iter()
-            .filter_map(|pod| identity(pod))
-            .collect()
+        self.pods.state().iter().filter_map(|pod| identity(pod)).collect()
     }
 }
 
@@ -156,8 +147,7 @@ pub fn observe(md: &ModelDeployment, stores: &Stores, fleet: &Fleet) -> Observed
             budgets: owned(&stores.budgets, md),
         },
         pods: stores.pods.state_filter(|pod| {
-            pod.metadata.namespace.as_deref() == Some(&namespace)
-                && pod.annotations().get(MODEL_NAME) == Some(&name)
+            pod.metadata.namespace.as_deref() == Some(&namespace) && pod.annotations().get(MODEL_NAME) == Some(&name)
         }),
         fleet: fleet.seen(&format!("{namespace}/{name}")),
     };
@@ -168,10 +158,7 @@ pub fn observe(md: &ModelDeployment, stores: &Stores, fleet: &Fleet) -> Observed
 /// The id and address that a pod's processes say hello with, once it has an address.
 pub fn identity(pod: &Pod) -> Option<Identity> {
     let ip: IpAddr = pod.status.as_ref()?.pod_ip.as_ref()?.parse().ok()?;
-    Some(Identity {
-        id: pod.uid()?,
-        ip: Some(ip),
-    })
+    Some(Identity { id: pod.uid()?, ip: Some(ip) })
 }
 
 fn owned<K>(store: &Store<K>, md: &ModelDeployment) -> Vec<Arc<K>>
@@ -183,13 +170,7 @@ where
     objects
 }
 
-fn watch<K>(
-    client: &Client,
-    namespace: Option<&str>,
-    selector: &str,
-    wake: &Wake,
-    tasks: &mut JoinSet<()>,
-) -> Store<K>
+fn watch<K>(client: &Client, namespace: Option<&str>, selector: &str, wake: &Wake, tasks: &mut JoinSet<()>) -> Store<K>
 where
     K: Resource<Scope = NamespaceResourceScope, DynamicType = ()>
         + Clone
@@ -237,9 +218,7 @@ where
 fn parent(object: &impl ResourceExt) -> Option<ObjectRef<Guarded>> {
     let kind = ModelDeployment::kind(&());
     let mut owners = object.owner_references().iter();
-    let owner = owners
-        .find(|owner| owner.controller == Some(true) && owner.kind == kind)
-        .map(|owner| &owner.name);
+    let owner = owners.find(|owner| owner.controller == Some(true) && owner.kind == kind).map(|owner| &owner.name);
     let name = owner.or_else(|| object.annotations().get(MODEL_NAME))?;
     Some(ObjectRef::new(name).within(&object.namespace()?))
 }

@@ -42,11 +42,7 @@ pub async fn preview(files: &[PathBuf], tools: Tools<'_>) -> Result<String, Erro
 
 /// Where the source can be read.
 fn place(declared: &Declared) -> Place {
-    if declared.deployment.spec.model.source.starts_with("hf://") {
-        Place::Cluster
-    } else {
-        Place::Local
-    }
+    if declared.deployment.spec.model.source.starts_with("hf://") { Place::Cluster } else { Place::Local }
 }
 
 fn describe(declared: &Declared, planned: &Planned) -> String {
@@ -60,11 +56,7 @@ fn describe(declared: &Declared, planned: &Planned) -> String {
     );
     let shards = match weighs.is_dense() {
         true => "no routed experts".to_owned(),
-        false => format!(
-            "{} experts a layer in {} layers",
-            weighs.experts,
-            weighs.moe_layers.len()
-        ),
+        false => format!("{} experts a layer in {} layers", weighs.experts, weighs.moe_layers.len()),
     };
     // writing to a String cannot fail
     let _ = writeln!(
@@ -80,28 +72,16 @@ fn describe(declared: &Declared, planned: &Planned) -> String {
 
 /// One line a worker of the first replica: all replicas are alike.
 fn workers(names: &Names, revision: &Revision, planned: &Planned) -> Vec<[String; 7]> {
-    let header = [
-        "WORKER",
-        "EXPERTS",
-        "DENSE",
-        "EXPERT WEIGHTS",
-        "CACHE",
-        "REST",
-        "MEMORY",
-    ]
-    .map(str::to_owned);
+    let header = ["WORKER", "EXPERTS", "DENSE", "EXPERT WEIGHTS", "CACHE", "REST", "MEMORY"].map(str::to_owned);
     let line = |(ordinal, need): (u32, &Need)| {
         let held = experts(&planned.plan.placement.held_by(ordinal));
         let rest = need.activations.plus(need.program);
         let name = format!("{}-{ordinal}", names.replica(revision, 0));
-        let bytes = [need.dense, need.experts, need.kv_cache, rest, need.total()]
-            .map(|bytes| bytes.to_string());
+        let bytes = [need.dense, need.experts, need.kv_cache, rest, need.total()].map(|bytes| bytes.to_string());
         let [dense, weights, cache, rest, memory] = bytes;
         [name, held, dense, weights, cache, rest, memory]
     };
-    std::iter::once(header)
-        .chain((0..).zip(&planned.plan.workers).map(line))
-        .collect()
+    std::iter::once(header).chain((0..).zip(&planned.plan.workers).map(line)).collect()
 }
 
 fn objects(desired: &Desired) -> Vec<[String; 2]> {
@@ -116,9 +96,5 @@ fn objects(desired: &Desired) -> Vec<[String; 2]> {
 }
 
 fn list<K: Resource<DynamicType = ()>>(objects: &[K], lines: &mut Vec<[String; 2]>) {
-    lines.extend(
-        objects
-            .iter()
-            .map(|object| [K::kind(&()).into_owned(), object.name_any()]),
-    );
+    lines.extend(objects.iter().map(|object| [K::kind(&()).into_owned(), object.name_any()]));
 }

@@ -82,47 +82,21 @@ pub struct Desired {
 }
 
 /// The objects of a model in the cluster.
-pub fn objects(
-    names: &Names,
-    model: &ValidModel,
-    install: &Install,
-    decision: &Decision,
-) -> Desired {
+pub fn objects(names: &Names, model: &ValidModel, install: &Install, decision: &Decision) -> Desired {
     let mut desired = around(names, model, install);
     desired.left_alone.clone_from(&decision.left_alone);
-    desired
-        .config_maps
-        .extend(decision.records.iter().map(|record| record.render(names)));
+    desired.config_maps.extend(decision.records.iter().map(|record| record.render(names)));
     for target in &decision.targets {
-        let record = decision
-            .records
-            .iter()
-            .find(|record| record.revision == target.revision);
+        let record = decision.records.iter().find(|record| record.revision == target.revision);
         if let Some(record) = record {
             desired.replica(names, record, target);
         }
     }
-    let with_replicas = |record: &&Record| {
-        decision
-            .targets
-            .iter()
-            .any(|target| target.revision == record.revision)
-    };
-    let revisions = decision
-        .records
-        .iter()
-        .filter(with_replicas)
-        .map(|record| &record.revision);
-    desired.budgets = revisions
-        .map(|revision| set::budget(names, revision))
-        .collect();
+    let with_replicas = |record: &&Record| decision.targets.iter().any(|target| target.revision == record.revision);
+    let revisions = decision.records.iter().filter(with_replicas).map(|record| &record.revision);
+    desired.budgets = revisions.map(|revision| set::budget(names, revision)).collect();
     if decision.describe {
-        desired.jobs.push(describe(&Workload {
-            names,
-            model,
-            install,
-            revision: &decision.revision,
-        }));
+        desired.jobs.push(describe(&Workload { names, model, install, revision: &decision.revision }));
     }
     desired
 }
@@ -136,26 +110,12 @@ pub fn fresh(
     plan: &Plan,
 ) -> Desired {
     let revision = Revision::of(model.revision_input.as_bytes());
-    let template = template(
-        &Workload {
-            names,
-            model,
-            install,
-            revision: &revision,
-        },
-        description,
-        plan,
-    );
+    let template = template(&Workload { names, model, install, revision: &revision }, description, plan);
     let record = Record::new(revision, description.clone(), template);
     let mut desired = around(names, model, install);
     desired.config_maps.push(record.render(names));
     for index in 0..model.replicas {
-        let target = Target {
-            revision: record.revision.clone(),
-            index,
-            plan: plan.clone(),
-            draining_since: None,
-        };
+        let target = Target { revision: record.revision.clone(), index, plan: plan.clone(), draining_since: None };
         desired.replica(names, &record, &target);
     }
     desired.budgets.push(set::budget(names, &record.revision));
@@ -177,19 +137,8 @@ fn around(names: &Names, model: &ValidModel, install: &Install) -> Desired {
 
 impl Desired {
     fn replica(&mut self, names: &Names, record: &Record, target: &Target) {
-        self.config_maps.push(record::placement(
-            names,
-            &record.revision,
-            target.index,
-            &target.plan,
-        ));
-        let set = set::replica(
-            names,
-            record,
-            target.index,
-            &target.plan,
-            target.draining_since,
-        );
+        self.config_maps.push(record::placement(names, &record.revision, target.index, &target.plan));
+        let set = set::replica(names, record, target.index, &target.plan, target.draining_since);
         self.stateful_sets.push(set);
     }
 }
@@ -197,11 +146,7 @@ impl Desired {
 /// The Job `NAME-REV-describe`: reads what the model weighs, once a revision.
 fn describe(workload: &Workload<'_>) -> Job {
     Job {
-        metadata: workload.names.metadata_of(
-            workload.names.describe(workload.revision),
-            DESCRIBE,
-            workload.revision,
-        ),
+        metadata: workload.names.metadata_of(workload.names.describe(workload.revision), DESCRIBE, workload.revision),
         spec: Some(JobSpec {
             backoff_limit: Some(DESCRIBE_TRIES),
             ttl_seconds_after_finished: Some(300),

@@ -17,9 +17,7 @@ use planner::Plan;
 use crate::{
     control::{FailureView, FetcherView, FleetView, WorkerPhase, WorkerView},
     observe::Observed,
-    render::{
-        DRAINING_SINCE, Names, POD_INDEX, REPLICA, REVISION, ROUTED, Revision, WORKER, read_plan,
-    },
+    render::{DRAINING_SINCE, Names, POD_INDEX, REPLICA, REVISION, ROUTED, Revision, WORKER, read_plan},
 };
 
 /// One replica of one revision.
@@ -56,12 +54,8 @@ pub struct Worker {
 
 /// Finds the replicas, by revision and index.
 pub fn replicas(names: &Names, seen: &Observed) -> Vec<Replica> {
-    let mut replicas: Vec<Replica> = seen
-        .owned
-        .stateful_sets
-        .iter()
-        .filter_map(|set| of_set(names, set, seen))
-        .collect();
+    let mut replicas: Vec<Replica> =
+        seen.owned.stateful_sets.iter().filter_map(|set| of_set(names, set, seen)).collect();
     for pod in seen.pods.iter().filter(|pod| is_worker(pod)) {
         let Some((revision, index)) = label(pod.as_ref()) else {
             continue;
@@ -69,9 +63,7 @@ pub fn replicas(names: &Names, seen: &Observed) -> Vec<Replica> {
         let Some(worker) = worker(pod, &seen.fleet) else {
             continue;
         };
-        let known = replicas
-            .iter_mut()
-            .find(|replica| replica.revision == revision && replica.index == index);
+        let known = replicas.iter_mut().find(|replica| replica.revision == revision && replica.index == index);
         match known {
             Some(replica) => replica.workers.push(worker),
             None => replicas.push(left_over(revision, index, worker)),
@@ -87,21 +79,13 @@ pub fn replicas(names: &Names, seen: &Observed) -> Vec<Replica> {
 impl Replica {
     /// Workers that it should have.
     pub fn shards(&self) -> u32 {
-        let sized = self
-            .set
-            .as_ref()
-            .and_then(|set| set.spec.as_ref())
-            .and_then(|spec| spec.replicas);
-        self.plan
-            .as_ref()
-            .map_or(sized.unwrap_or(0).max(0).unsigned_abs(), |plan| plan.shards)
+        let sized = self.set.as_ref().and_then(|set| set.spec.as_ref()).and_then(|spec| spec.replicas);
+        self.plan.as_ref().map_or(sized.unwrap_or(0).max(0).unsigned_abs(), |plan| plan.shards)
     }
 
     /// Its StatefulSet exists and is not being deleted.
     pub fn stands(&self) -> bool {
-        self.set
-            .as_ref()
-            .is_some_and(|set| set.metadata.deletion_timestamp.is_none())
+        self.set.as_ref().is_some_and(|set| set.metadata.deletion_timestamp.is_none())
     }
 
     /// All its workers are ready, and every router knows them.
@@ -111,8 +95,7 @@ impl Replica {
 
     /// Workers that are ready and that every router knows.
     pub fn ready_workers(&self) -> u32 {
-        u32::try_from(self.workers.iter().filter(|worker| worker.ready()).count())
-            .unwrap_or(u32::MAX)
+        u32::try_from(self.workers.iter().filter(|worker| worker.ready()).count()).unwrap_or(u32::MAX)
     }
 
     /// Nothing runs on it any more, as far as its own workers say.
@@ -122,39 +105,26 @@ impl Replica {
 
     /// Requests that its workers have.
     pub fn running(&self) -> u64 {
-        let loads = self
-            .workers
-            .iter()
-            .filter_map(|worker| worker.view.as_ref()?.load);
+        let loads = self.workers.iter().filter_map(|worker| worker.view.as_ref()?.load);
         loads.map(|load| load.waiting + load.running).sum()
     }
 
     /// The worker with this ordinal, rather one that stays.
     pub fn worker(&self, ordinal: u32) -> Option<&Worker> {
-        let mut all = self
-            .workers
-            .iter()
-            .filter(|worker| worker.ordinal == ordinal);
-        all.clone()
-            .find(|worker| !worker.terminating())
-            .or_else(|| all.next())
+        let mut all = self.workers.iter().filter(|worker| worker.ordinal == ordinal);
+        all.clone().find(|worker| !worker.terminating()).or_else(|| all.next())
     }
 
     /// Ordinals that worked before and do not now: gone, started again, or crashed.
     pub fn lost(&self) -> Vec<u32> {
-        let begun = self
-            .set
-            .as_ref()
-            .and_then(|set| set.metadata.creation_timestamp.as_ref());
+        let begun = self.set.as_ref().and_then(|set| set.metadata.creation_timestamp.as_ref());
         let some_ready = self.ready_workers() > 0;
         let lost = |ordinal: &u32| match self.worker(*ordinal) {
             None => some_ready,
             Some(worker) if worker.ready() => false,
             Some(worker) if worker.terminating() => true,
             // Pods are made together; a later one replaces one that was lost. Both times are the API server's.
-            Some(worker) => {
-                worker.crashed() || begun.is_some_and(|begun| worker.made_after(begun.0))
-            }
+            Some(worker) => worker.crashed() || begun.is_some_and(|begun| worker.made_after(begun.0)),
         };
         (0..self.shards()).filter(lost).collect()
     }
@@ -163,31 +133,18 @@ impl Replica {
 impl Worker {
     /// A pod of which nobody has spoken.
     pub fn bare(pod: &Arc<Pod>) -> Self {
-        Self {
-            ordinal: 0,
-            pod: pod.clone(),
-            view: None,
-            fetcher: None,
-            failure: None,
-        }
+        Self { ordinal: 0, pod: pod.clone(), view: None, fetcher: None, failure: None }
     }
 
     /// It takes requests, and every router knows it.
     pub fn ready(&self) -> bool {
-        !self.terminating()
-            && self
-                .condition("Ready")
-                .is_some_and(|one| one.status == "True")
+        !self.terminating() && self.condition("Ready").is_some_and(|one| one.status == "True")
     }
 
     /// Its experts can be asked.
     pub fn holds(&self) -> bool {
         let serving = |view: &WorkerView| {
-            let phases = [
-                WorkerPhase::Serving,
-                WorkerPhase::Draining,
-                WorkerPhase::Drained,
-            ];
+            let phases = [WorkerPhase::Serving, WorkerPhase::Draining, WorkerPhase::Drained];
             view.connected && phases.contains(&view.phase)
         };
         // one that has not spoken to this operator yet is judged by its own probe
@@ -206,37 +163,20 @@ impl Worker {
 
     /// One of the pod's conditions.
     pub fn condition(&self, kind: &str) -> Option<&PodCondition> {
-        self.pod
-            .status
-            .as_ref()?
-            .conditions
-            .as_ref()?
-            .iter()
-            .find(|one| one.type_ == kind)
+        self.pod.status.as_ref()?.conditions.as_ref()?.iter().find(|one| one.type_ == kind)
     }
 
     /// The readiness gate is open.
     pub fn gated(&self) -> bool {
-        self.condition(ROUTED)
-            .is_some_and(|one| one.status == "True")
+        self.condition(ROUTED).is_some_and(|one| one.status == "True")
     }
 
     /// Its model's files are there.
     pub fn fetched(&self) -> bool {
-        let status = self
-            .pod
-            .status
-            .as_ref()
-            .and_then(|status| status.init_container_statuses.as_ref());
-        let mut states = status
-            .into_iter()
-            .flatten()
-            .filter(|one| one.name == "fetch");
+        let status = self.pod.status.as_ref().and_then(|status| status.init_container_statuses.as_ref());
+        let mut states = status.into_iter().flatten().filter(|one| one.name == "fetch");
         let ended = |one: &ContainerStatus| {
-            let ended = one
-                .state
-                .as_ref()
-                .and_then(|state| state.terminated.as_ref());
+            let ended = one.state.as_ref().and_then(|state| state.terminated.as_ref());
             ended.is_some_and(|ended| ended.exit_code == 0)
         };
         states.any(ended)
@@ -255,8 +195,7 @@ impl Worker {
     }
 
     fn crashed(&self) -> bool {
-        self.container()
-            .is_some_and(|status| status.restart_count > 0)
+        self.container().is_some_and(|status| status.restart_count > 0)
     }
 
     fn made_after(&self, begun: Timestamp) -> bool {
@@ -276,11 +215,7 @@ impl Worker {
 fn of_set(names: &Names, set: &Arc<StatefulSet>, seen: &Observed) -> Option<Replica> {
     let (revision, index) = label(set.as_ref())?;
     let name = names.replica(&revision, index);
-    let config = seen
-        .owned
-        .config_maps
-        .iter()
-        .find(|config| config.name_any() == name);
+    let config = seen.owned.config_maps.iter().find(|config| config.name_any() == name);
     let draining = set.annotations().get(DRAINING_SINCE);
     Some(Replica {
         plan: config.and_then(|config| read_plan(config).ok()),
@@ -293,20 +228,8 @@ fn of_set(names: &Names, set: &Arc<StatefulSet>, seen: &Observed) -> Option<Repl
 }
 
 fn left_over(revision: Revision, index: u32, worker: Worker) -> Replica {
-    let draining_since = worker
-        .pod
-        .metadata
-        .deletion_timestamp
-        .as_ref()
-        .map(|time| time.0);
-    Replica {
-        revision,
-        index,
-        set: None,
-        plan: None,
-        draining_since,
-        workers: vec![worker],
-    }
+    let draining_since = worker.pod.metadata.deletion_timestamp.as_ref().map(|time| time.0);
+    Replica { revision, index, set: None, plan: None, draining_since, workers: vec![worker] }
 }
 
 fn worker(pod: &Arc<Pod>, fleet: &FleetView) -> Option<Worker> {
@@ -327,7 +250,5 @@ fn label(object: &impl ResourceExt) -> Option<(Revision, u32)> {
 }
 
 fn is_worker(pod: &Pod) -> bool {
-    pod.labels()
-        .get("app.kubernetes.io/component")
-        .is_some_and(|component| component == WORKER)
+    pod.labels().get("app.kubernetes.io/component").is_some_and(|component| component == WORKER)
 }

@@ -11,9 +11,8 @@ mod tests;
 mod trouble;
 
 use crds::{
-    AutoscalingStatus, ConditionType, Endpoint, ExpertCounts, ModelDeployment,
-    ModelDeploymentStatus, ModelStatus, PlanStatus, Printed, Reason, RolloutStatus,
-    ScalingDecision, ShardCounts,
+    AutoscalingStatus, ConditionType, Endpoint, ExpertCounts, ModelDeployment, ModelDeploymentStatus, ModelStatus,
+    PlanStatus, Printed, Reason, RolloutStatus, ScalingDecision, ShardCounts,
 };
 use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
 use planner::{Plan, autoscale};
@@ -70,10 +69,7 @@ pub fn report(case: &Case<'_>) -> ModelDeploymentStatus {
         updated_replicas: Some(signed(counts.updated)),
         desired_replicas: Some(signed(case.decision.wanted)),
         selector: Some(case.names.scale_selector()),
-        shards: Some(ShardCounts {
-            total: signed(counts.workers),
-            ready: signed(counts.ready_workers),
-        }),
+        shards: Some(ShardCounts { total: signed(counts.workers), ready: signed(counts.ready_workers) }),
         experts: counts.experts.clone(),
         plan: counts.plan.map(|plan| plan_status(case, plan)),
         model: record(case).map(model_status),
@@ -83,30 +79,16 @@ pub fn report(case: &Case<'_>) -> ModelDeploymentStatus {
     };
     status.rollout = rollout(case, &before, status.summary.as_deref());
     let findings = finding::findings(case, &counts, &trouble, status.rollout.as_ref());
-    status.conditions = finding::conditions(
-        before.conditions,
-        findings,
-        case.md.metadata.generation,
-        case.now,
-    );
+    status.conditions = finding::conditions(before.conditions, findings, case.md.metadata.generation, case.now);
     status
 }
 
 /// The status of an object of which no version was ever accepted.
-pub fn refused(
-    md: &ModelDeployment,
-    reason: Reason,
-    message: &str,
-    now: Timestamp,
-) -> ModelDeploymentStatus {
+pub fn refused(md: &ModelDeployment, reason: Reason, message: &str, now: Timestamp) -> ModelDeploymentStatus {
     let before = md.status.clone().unwrap_or_default();
     let findings = vec![
         Finding::no(ConditionType::Accepted, reason, message.to_owned()),
-        Finding::no(
-            ConditionType::Ready,
-            reason,
-            "the spec is not accepted".to_owned(),
-        ),
+        Finding::no(ConditionType::Ready, reason, "the spec is not accepted".to_owned()),
     ];
     let generation = md.metadata.generation;
     ModelDeploymentStatus {
@@ -136,16 +118,9 @@ struct Counts<'a> {
 impl<'a> Counts<'a> {
     fn of(case: &Case<'a>) -> Self {
         let decision = case.decision;
-        let staying: Vec<_> = decision
-            .targets
-            .iter()
-            .filter(|target| target.draining_since.is_none())
-            .collect();
-        let serving: Vec<&Replica> = decision
-            .replicas
-            .iter()
-            .filter(|one| one.stands() && one.draining_since.is_none())
-            .collect();
+        let staying: Vec<_> = decision.targets.iter().filter(|target| target.draining_since.is_none()).collect();
+        let serving: Vec<&Replica> =
+            decision.replicas.iter().filter(|one| one.stands() && one.draining_since.is_none()).collect();
         let is_current = |one: &&&Replica| Some(&one.revision) == decision.running.as_ref();
         let current: Vec<&Replica> = serving.iter().filter(is_current).copied().collect();
         let plan = plan(decision);
@@ -155,12 +130,7 @@ impl<'a> Counts<'a> {
         Self {
             replicas: unsigned(staying.len()),
             ready: unsigned(serving.iter().filter(|one| one.ready()).count()),
-            updated: unsigned(
-                staying
-                    .iter()
-                    .filter(|one| one.revision == decision.revision)
-                    .count(),
-            ),
+            updated: unsigned(staying.iter().filter(|one| one.revision == decision.revision).count()),
             workers,
             ready_workers: ready_workers.min(workers),
             experts: plan.and_then(|plan| experts(plan, &serving)),
@@ -171,10 +141,7 @@ impl<'a> Counts<'a> {
 
     /// All replicas that are wanted are there, ready, and of the revision that was asked for.
     fn complete(&self, decision: &Decision) -> bool {
-        let updated = self
-            .current
-            .iter()
-            .filter(|one| one.ready() && one.revision == decision.revision);
+        let updated = self.current.iter().filter(|one| one.ready() && one.revision == decision.revision);
         decision.wanted > 0 && unsigned(updated.count()) >= decision.wanted
     }
 }
@@ -184,11 +151,7 @@ fn plan(decision: &Decision) -> Option<&Plan> {
         return Some(plan);
     }
     let running = decision.running.as_ref()?;
-    decision
-        .targets
-        .iter()
-        .find(|target| &target.revision == running)
-        .map(|target| &target.plan)
+    decision.targets.iter().find(|target| &target.revision == running).map(|target| &target.plan)
 }
 
 /// The least, over the layers, of experts with a live holder in any replica.
@@ -197,47 +160,26 @@ fn experts(plan: &Plan, replicas: &[&Replica]) -> Option<ExpertCounts> {
     let held = |layer: u32, expert: usize| {
         replicas.iter().any(|replica| {
             let placement = replica.plan.as_ref().map(|plan| &plan.placement);
-            let layers = placement
-                .into_iter()
-                .flat_map(|placement| &placement.layers);
-            let holders = layers
-                .filter(|one| one.layer == layer)
-                .filter_map(|one| one.experts.get(expert));
+            let layers = placement.into_iter().flat_map(|placement| &placement.layers);
+            let holders = layers.filter(|one| one.layer == layer).filter_map(|one| one.experts.get(expert));
             let mut holders = holders.flatten();
-            holders.any(|ordinal| {
-                replica
-                    .worker(*ordinal)
-                    .is_some_and(super::replica::Worker::holds)
-            })
+            holders.any(|ordinal| replica.worker(*ordinal).is_some_and(super::replica::Worker::holds))
         })
     };
     let covered = |layer: &planner::placement::LayerPlacement| {
-        (0..layer.experts.len())
-            .filter(|expert| held(layer.layer, *expert))
-            .count()
+        (0..layer.experts.len()).filter(|expert| held(layer.layer, *expert)).count()
     };
     let covered = plan.placement.layers.iter().map(covered).min().unwrap_or(0);
-    Some(ExpertCounts {
-        total: signed(unsigned(first.experts.len())),
-        covered: signed(unsigned(covered)),
-    })
+    Some(ExpertCounts { total: signed(unsigned(first.experts.len())), covered: signed(unsigned(covered)) })
 }
 
 fn printed(case: &Case<'_>, counts: &Counts<'_>) -> Printed {
     let source = &case.model.spec.model.source;
     let known = counts.plan.is_some();
     Printed {
-        model: source
-            .rsplit('/')
-            .find(|part| !part.is_empty())
-            .unwrap_or(source)
-            .to_owned(),
+        model: source.rsplit('/').find(|part| !part.is_empty()).unwrap_or(source).to_owned(),
         ready: format!("{}/{}", counts.ready, case.decision.wanted),
-        shards: if known {
-            format!("{}/{}", counts.ready_workers, counts.workers)
-        } else {
-            "-".to_owned()
-        },
+        shards: if known { format!("{}/{}", counts.ready_workers, counts.workers) } else { "-".to_owned() },
         experts: match &counts.experts {
             Some(experts) => format!("{}/{}", experts.covered, experts.total),
             None => "-".to_owned(),
@@ -248,12 +190,7 @@ fn printed(case: &Case<'_>, counts: &Counts<'_>) -> Printed {
 fn plan_status(case: &Case<'_>, plan: &Plan) -> PlanStatus {
     let number = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
     PlanStatus {
-        revision: case
-            .decision
-            .running
-            .as_ref()
-            .unwrap_or(&case.decision.revision)
-            .to_string(),
+        revision: case.decision.running.as_ref().unwrap_or(&case.decision.revision).to_string(),
         shards: signed(plan.shards),
         worker_bytes: number(plan.fullest().total().0),
         kv_cache_tokens: number(plan.kv_cache_tokens.0),
@@ -263,10 +200,7 @@ fn plan_status(case: &Case<'_>, plan: &Plan) -> PlanStatus {
 
 fn record<'a>(case: &Case<'a>) -> Option<&'a Record> {
     let running = case.decision.running.as_ref()?;
-    case.decision
-        .records
-        .iter()
-        .find(|record| &record.revision == running)
+    case.decision.records.iter().find(|record| &record.revision == running)
 }
 
 fn model_status(record: &Record) -> ModelStatus {
@@ -278,50 +212,26 @@ fn model_status(record: &Record) -> ModelStatus {
 }
 
 fn endpoints(install: &Install) -> Vec<Endpoint> {
-    let (http, grpc) = (
-        crate::launch::ROUTER_HTTP_PORT,
-        crate::launch::ROUTER_GRPC_PORT,
-    );
+    let (http, grpc) = (crate::launch::ROUTER_HTTP_PORT, crate::launch::ROUTER_GRPC_PORT);
     vec![
-        Endpoint {
-            protocol: "OpenAI".to_owned(),
-            url: format!("http://{}:{http}/v1", install.router),
-        },
-        Endpoint {
-            protocol: "gRPC".to_owned(),
-            url: format!("{}:{grpc}", install.router),
-        },
+        Endpoint { protocol: "OpenAI".to_owned(), url: format!("http://{}:{http}/v1", install.router) },
+        Endpoint { protocol: "gRPC".to_owned(), url: format!("{}:{grpc}", install.router) },
     ]
 }
 
 /// The change that goes on. Its time moves when anything about it does, the download's progress included.
-fn rollout(
-    case: &Case<'_>,
-    before: &ModelDeploymentStatus,
-    summary: Option<&str>,
-) -> Option<RolloutStatus> {
+fn rollout(case: &Case<'_>, before: &ModelDeploymentStatus, summary: Option<&str>) -> Option<RolloutStatus> {
     let decision = case.decision;
-    let others = decision
-        .replicas
-        .iter()
-        .find(|one| one.stands() && one.revision != decision.revision);
+    let others = decision.replicas.iter().find(|one| one.stands() && one.revision != decision.revision);
     let mut rollout = RolloutStatus {
         revision: decision.revision.to_string(),
-        previous_revision: others
-            .map(|one| one.revision.to_string())
-            .unwrap_or_default(),
+        previous_revision: others.map(|one| one.revision.to_string()).unwrap_or_default(),
         step: decision.step.why.to_string(),
         last_progress_time: Some(Time(case.now)),
     };
-    if let Some(last) = before
-        .rollout
-        .as_ref()
-        .filter(|_| before.summary.as_deref() == summary)
-    {
+    if let Some(last) = before.rollout.as_ref().filter(|_| before.summary.as_deref() == summary) {
         let moved = Some(Time(case.now));
-        rollout
-            .last_progress_time
-            .clone_from(&last.last_progress_time);
+        rollout.last_progress_time.clone_from(&last.last_progress_time);
         if rollout != *last || rollout.last_progress_time.is_none() {
             rollout.last_progress_time = moved;
         }
@@ -351,9 +261,7 @@ fn autoscaling(case: &Case<'_>, before: Option<&AutoscalingStatus>) -> Option<Au
         running: decision.load.map(|load| number(load.running)),
         time: Some(Time(case.now)),
     };
-    Some(AutoscalingStatus {
-        last_decision: Some(last_decision),
-    })
+    Some(AutoscalingStatus { last_decision: Some(last_decision) })
 }
 
 fn signed(number: u32) -> i32 {

@@ -18,28 +18,15 @@ pub struct Taken {
 
 /// The names that `md` asks for.
 pub fn asked(md: &ModelDeployment) -> Vec<String> {
-    md.spec
-        .model
-        .served_names
-        .clone()
-        .unwrap_or_else(|| vec![md.name_any()])
+    md.spec.model.served_names.clone().unwrap_or_else(|| vec![md.name_any()])
 }
 
 /// Those of `md`'s names that an older one of `all` asks for too.
-pub fn taken<'a>(
-    md: &ModelDeployment,
-    all: impl Iterator<Item = &'a ModelDeployment> + Clone,
-) -> Vec<Taken> {
+pub fn taken<'a>(md: &ModelDeployment, all: impl Iterator<Item = &'a ModelDeployment> + Clone) -> Vec<Taken> {
     let older = all.filter(|other| other.uid() != md.uid() && age(other) < age(md));
     let held = |name: String| {
-        let holder = older
-            .clone()
-            .filter(|other| asked(other).contains(&name))
-            .min_by_key(|other| age(other))?;
-        Some(Taken {
-            name,
-            holder: (holder.namespace().unwrap_or_default(), holder.name_any()),
-        })
+        let holder = older.clone().filter(|other| asked(other).contains(&name)).min_by_key(|other| age(other))?;
+        Some(Taken { name, holder: (holder.namespace().unwrap_or_default(), holder.name_any()) })
     };
     asked(md).into_iter().filter_map(held).collect()
 }
@@ -52,35 +39,17 @@ pub fn refusals(md: &ModelDeployment, taken: &[Taken]) -> Vec<Refusal> {
     let refusal = |(at, taken): (usize, &Taken)| Refusal {
         reason: Reason::ServedNameTaken,
         field: format!("spec.model.servedNames[{at}]"),
-        message: format!(
-            "spec.model.servedNames has {}; {}, so use another name",
-            taken.name,
-            holder(md, taken)
-        ),
+        message: format!("spec.model.servedNames has {}; {}, so use another name", taken.name, holder(md, taken)),
     };
-    let at = |taken: &Taken| {
-        asked
-            .iter()
-            .position(|name| *name == taken.name)
-            .unwrap_or(0)
-    };
-    taken
-        .iter()
-        .map(|taken| refusal((at(taken), taken)))
-        .collect()
+    let at = |taken: &Taken| asked.iter().position(|name| *name == taken.name).unwrap_or(0);
+    taken.iter().map(|taken| refusal((at(taken), taken))).collect()
 }
 
 /// What to say where the name that nobody asked for by hand is another's.
 pub fn remark(md: &ModelDeployment, taken: &[Taken]) -> Option<String> {
-    let taken = taken
-        .first()
-        .filter(|_| md.spec.model.served_names.is_none())?;
+    let taken = taken.first().filter(|_| md.spec.model.served_names.is_none())?;
     let path = format!("{}/{}", md.namespace().unwrap_or_default(), md.name_any());
-    Some(format!(
-        "the name {} is taken: {}; requests use {path}",
-        taken.name,
-        holder(md, taken)
-    ))
+    Some(format!("the name {} is taken: {}; requests use {path}", taken.name, holder(md, taken)))
 }
 
 fn holder(md: &ModelDeployment, taken: &Taken) -> String {
@@ -92,10 +61,7 @@ fn holder(md: &ModelDeployment, taken: &Taken) -> String {
 }
 
 fn age(md: &ModelDeployment) -> (Option<k8s_openapi::jiff::Timestamp>, String) {
-    (
-        md.metadata.creation_timestamp.as_ref().map(|time| time.0),
-        md.uid().unwrap_or_default(),
-    )
+    (md.metadata.creation_timestamp.as_ref().map(|time| time.0), md.uid().unwrap_or_default())
 }
 
 #[cfg(test)]
@@ -104,12 +70,7 @@ mod tests {
 
     use super::*;
 
-    fn model(
-        namespace: &str,
-        name: &str,
-        created: &str,
-        names: Option<&[&str]>,
-    ) -> ModelDeployment {
+    fn model(namespace: &str, name: &str, created: &str, names: Option<&[&str]>) -> ModelDeployment {
         serde_json::from_value(json!({
             "apiVersion": "modelfleet.io/v1alpha1",
             "kind": "ModelDeployment",
@@ -124,10 +85,7 @@ mod tests {
 
     #[test]
     fn the_oldest_keeps_a_name_and_the_other_is_told_who_in_its_own_namespace() {
-        let all = [
-            model("a", "one", EARLY, Some(&["x"])),
-            model("a", "two", LATE, Some(&["x", "y"])),
-        ];
+        let all = [model("a", "one", EARLY, Some(&["x"])), model("a", "two", LATE, Some(&["x", "y"]))];
         assert_eq!(taken(&all[0], all.iter()), []);
         let refusals = refusals(&all[1], &taken(&all[1], all.iter()));
         assert_eq!(
@@ -138,16 +96,10 @@ mod tests {
 
     #[test]
     fn nobody_is_named_across_namespaces_and_a_default_name_refuses_nothing() {
-        let all = [
-            model("a", "one", EARLY, None),
-            model("b", "one", LATE, None),
-        ];
+        let all = [model("a", "one", EARLY, None), model("b", "one", LATE, None)];
         let taken = taken(&all[1], all.iter());
         assert_eq!(refusals(&all[1], &taken), []);
         let remark = remark(&all[1], &taken).unwrap();
-        assert!(
-            remark.ends_with("a model of another namespace serves it; requests use b/one"),
-            "{remark}"
-        );
+        assert!(remark.ends_with("a model of another namespace serves it; requests use b/one"), "{remark}");
     }
 }

@@ -4,20 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 /// Lines of cells in aligned columns; the last column is not padded.
 pub(crate) fn aligned<const COLUMNS: usize>(lines: &[[String; COLUMNS]]) -> String {
-    let width = |column: usize| {
-        lines
-            .iter()
-            .map(|line| line[column].chars().count())
-            .max()
-            .unwrap_or(0)
-    };
+    let width = |column: usize| lines.iter().map(|line| line[column].chars().count()).max().unwrap_or(0);
     let widths: [usize; COLUMNS] = std::array::from_fn(width);
     let line = |line: &[String; COLUMNS]| {
-        let padded: Vec<String> = line
-            .iter()
-            .zip(widths)
-            .map(|(cell, width)| format!("{cell:width$}"))
-            .collect();
+        let padded: Vec<String> = line.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}")).collect();
         format!("{}\n", padded.join("  ").trim_end())
     };
     lines.iter().map(line).collect()
@@ -28,9 +18,7 @@ pub(crate) fn experts(held: &BTreeMap<u32, Vec<u32>>) -> String {
     let sets: BTreeSet<&Vec<u32>> = held.values().collect();
     match sets.len() {
         0 => "-".to_owned(),
-        1 => sets
-            .first()
-            .map_or_else(String::new, |experts| ranges(experts)),
+        1 => sets.first().map_or_else(String::new, |experts| ranges(experts)),
         _ => by_layers(held),
     }
 }
@@ -43,9 +31,7 @@ fn by_layers(held: &BTreeMap<u32, Vec<u32>>) -> String {
             _ => parts.push((vec![*layer], experts)),
         }
     }
-    let part = |(layers, experts): &(Vec<u32>, &Vec<u32>)| {
-        format!("{}:{}", ranges(layers), ranges(experts))
-    };
+    let part = |(layers, experts): &(Vec<u32>, &Vec<u32>)| format!("{}:{}", ranges(layers), ranges(experts));
     parts.iter().map(part).collect::<Vec<_>>().join(" ")
 }
 
@@ -62,11 +48,7 @@ fn ranges(numbers: &[u32]) -> String {
         return "-".to_owned();
     }
     let range = |(first, last): &(u32, u32)| {
-        if first == last {
-            first.to_string()
-        } else {
-            format!("{first}-{last}")
-        }
+        if first == last { first.to_string() } else { format!("{first}-{last}") }
     };
     ranges.iter().map(range).collect::<Vec<_>>().join(",")
 }
@@ -76,18 +58,12 @@ mod tests {
     use super::*;
 
     fn held(layers: &[(u32, &[u32])]) -> BTreeMap<u32, Vec<u32>> {
-        layers
-            .iter()
-            .map(|(layer, experts)| (*layer, experts.to_vec()))
-            .collect()
+        layers.iter().map(|(layer, experts)| (*layer, experts.to_vec())).collect()
     }
 
     #[test]
     fn experts_in_a_row_are_a_range() {
-        assert_eq!(
-            experts(&held(&[(1, &[0, 1, 2, 3]), (2, &[0, 1, 2, 3])])),
-            "0-3"
-        );
+        assert_eq!(experts(&held(&[(1, &[0, 1, 2, 3]), (2, &[0, 1, 2, 3])])), "0-3");
         assert_eq!(experts(&held(&[(1, &[0, 2, 3, 9])])), "0,2-3,9");
     }
 
@@ -105,17 +81,10 @@ mod tests {
 
     #[test]
     fn columns_are_aligned() {
-        let lines = [
-            ["NAME", "PID", "EXPERTS"],
-            ["router", "12345", "-"],
-            ["tiny-r1-0-0", "7", "0-3"],
-        ];
+        let lines = [["NAME", "PID", "EXPERTS"], ["router", "12345", "-"], ["tiny-r1-0-0", "7", "0-3"]];
         let expected = "NAME         PID    EXPERTS\n\
                         router       12345  -\n\
                         tiny-r1-0-0  7      0-3\n";
-        assert_eq!(
-            aligned(&lines.map(|line| line.map(str::to_owned))),
-            expected
-        );
+        assert_eq!(aligned(&lines.map(|line| line.map(str::to_owned))), expected);
     }
 }

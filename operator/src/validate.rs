@@ -151,34 +151,18 @@ const IDLE_AFTER: Duration = Duration::from_secs(600);
 /// # Errors
 /// All refusals, in the order of the rules.
 pub fn validate(md: &ModelDeployment, place: Place) -> Result<ValidModel, Vec<Refusal>> {
-    let input = Input {
-        spec: &md.spec,
-        place,
-    };
+    let input = Input { spec: &md.spec, place };
     let refusals: Vec<Refusal> = RULES.iter().flat_map(|rule| rule(&input)).collect();
-    if refusals.is_empty() {
-        Ok(valid(md))
-    } else {
-        Err(refusals)
-    }
+    if refusals.is_empty() { Ok(valid(md)) } else { Err(refusals) }
 }
 
 fn valid(md: &ModelDeployment) -> ValidModel {
     let spec = &md.spec;
-    let queue = spec
-        .routing
-        .as_ref()
-        .and_then(|routing| routing.queue.as_ref());
+    let queue = spec.routing.as_ref().and_then(|routing| routing.queue.as_ref());
     let rollout = spec.rollout.clone().unwrap_or_default();
     let rolling = rollout.rolling_update.unwrap_or_default();
-    let shards = spec
-        .parallelism
-        .as_ref()
-        .and_then(|p| p.expert.as_ref()?.shards);
-    let cache = spec
-        .memory
-        .as_ref()
-        .and_then(|memory| memory.kv_cache_tokens);
+    let shards = spec.parallelism.as_ref().and_then(|p| p.expert.as_ref()?.shards);
+    let cache = spec.memory.as_ref().and_then(|memory| memory.kv_cache_tokens);
     ValidModel {
         served_names: served_names(md),
         replicas: unsigned(spec.replicas),
@@ -187,26 +171,12 @@ fn valid(md: &ModelDeployment) -> ValidModel {
         kv_cache_tokens: cache.map(tokens),
         max_context_tokens: spec.model.max_context_tokens.map(tokens),
         autoscaling: policy(spec),
-        max_pending: queue
-            .and_then(|q| q.max_pending)
-            .map_or(MAX_PENDING, unsigned),
-        max_wait: span(
-            rules::MAX_WAIT,
-            queue.and_then(|q| q.max_wait.as_deref()),
-            MAX_WAIT,
-        ),
+        max_pending: queue.and_then(|q| q.max_pending).map_or(MAX_PENDING, unsigned),
+        max_wait: span(rules::MAX_WAIT, queue.and_then(|q| q.max_wait.as_deref()), MAX_WAIT),
         max_surge: rolling.max_surge.map_or(MAX_SURGE, unsigned),
         max_unavailable: rolling.max_unavailable.map_or(MAX_UNAVAILABLE, unsigned),
-        drain_timeout: span(
-            rules::DRAIN,
-            rollout.drain_timeout.as_deref(),
-            DRAIN_TIMEOUT,
-        ),
-        progress_deadline: span(
-            rules::PROGRESS,
-            rollout.progress_deadline.as_deref(),
-            PROGRESS_DEADLINE,
-        ),
+        drain_timeout: span(rules::DRAIN, rollout.drain_timeout.as_deref(), DRAIN_TIMEOUT),
+        progress_deadline: span(rules::PROGRESS, rollout.progress_deadline.as_deref(), PROGRESS_DEADLINE),
         pod_template: pod::parse(spec),
         revision_input: revision::input(md),
         spec: spec.clone(),
@@ -219,14 +189,8 @@ fn served_names(md: &ModelDeployment) -> Vec<String> {
 }
 
 fn policy(spec: &ModelDeploymentSpec) -> Option<autoscale::Policy> {
-    let scaling = spec
-        .autoscaling
-        .as_ref()
-        .filter(|a| a.mode == AutoscalingMode::Internal)?;
-    let window = scaling
-        .behavior
-        .as_ref()
-        .and_then(|b| b.scale_down.as_ref());
+    let scaling = spec.autoscaling.as_ref().filter(|a| a.mode == AutoscalingMode::Internal)?;
+    let window = scaling.behavior.as_ref().and_then(|b| b.scale_down.as_ref());
     let window = window.and_then(|down| down.stabilization_window.as_deref());
     let idle = scaling.idle.as_ref().and_then(|idle| idle.after.as_deref());
     let target = scaling.metrics.as_ref().and_then(|metrics| metrics.first());
@@ -250,8 +214,7 @@ fn tokens(value: i64) -> Tokens {
 
 /// A duration that a rule found good, or the default.
 fn span(bound: rules::Span, text: Option<&str>, default: Duration) -> Duration {
-    text.and_then(|text| bound.parse(text).ok())
-        .unwrap_or(default)
+    text.and_then(|text| bound.parse(text).ok()).unwrap_or(default)
 }
 
 fn millis(span: Duration) -> Millis {
@@ -260,11 +223,7 @@ fn millis(span: Duration) -> Millis {
 
 impl Refusal {
     fn new(reason: Reason, field: impl Into<String>, message: impl Into<String>) -> Self {
-        Refusal {
-            reason,
-            field: field.into(),
-            message: message.into(),
-        }
+        Refusal { reason, field: field.into(), message: message.into() }
     }
 
     /// The refusal of a rule that the API server has too.
@@ -281,11 +240,7 @@ impl std::fmt::Display for Refusal {
 
 /// A refusal unless the rule holds.
 fn unless(holds: bool, check: &rules::Check, reason: Reason) -> Vec<Refusal> {
-    if holds {
-        Vec::new()
-    } else {
-        vec![Refusal::of(check, reason)]
-    }
+    if holds { Vec::new() } else { vec![Refusal::of(check, reason)] }
 }
 
 #[cfg(test)]

@@ -39,18 +39,9 @@ pub struct Message {
 impl Message {
     /// As a template sees it: what is not there is undefined.
     fn value(&self) -> Value {
-        let optional = [
-            ("name", &self.name),
-            ("reasoning_content", &self.reasoning_content),
-        ];
-        let optional = optional
-            .into_iter()
-            .filter_map(|(key, value)| Some((key, value.as_ref()?)));
-        Value::from_pairs(
-            [("role", &self.role), ("content", &self.content)]
-                .into_iter()
-                .chain(optional),
-        )
+        let optional = [("name", &self.name), ("reasoning_content", &self.reasoning_content)];
+        let optional = optional.into_iter().filter_map(|(key, value)| Some((key, value.as_ref()?)));
+        Value::from_pairs([("role", &self.role), ("content", &self.content)].into_iter().chain(optional))
     }
 }
 
@@ -94,20 +85,17 @@ impl ChatTemplate {
     /// # Errors
     /// If a file is unreadable or above its cap, or the template does not compile.
     pub fn load(dir: &Path) -> Result<Option<Self>, LoadError> {
-        let config: serde_json::Value =
-            match read_capped(dir, "tokenizer_config.json", TEMPLATE_BYTES) {
-                Ok(bytes) => serde_json::from_slice(&bytes)?,
-                Err(error) if missing(&error) => serde_json::Value::Null,
-                Err(error) => return Err(error.into()),
-            };
+        let config: serde_json::Value = match read_capped(dir, "tokenizer_config.json", TEMPLATE_BYTES) {
+            Ok(bytes) => serde_json::from_slice(&bytes)?,
+            Err(error) if missing(&error) => serde_json::Value::Null,
+            Err(error) => return Err(error.into()),
+        };
         let source = match read_capped(dir, "chat_template.jinja", TEMPLATE_BYTES) {
             Ok(bytes) => Some(String::from_utf8_lossy(&bytes).into_owned()),
             Err(error) if missing(&error) => named(&config["chat_template"]),
             Err(error) => return Err(error.into()),
         };
-        source
-            .map(|source| Self::compile(source, &config))
-            .transpose()
+        source.map(|source| Self::compile(source, &config)).transpose()
     }
 
     /// Compiles a template; `config` is the content of `tokenizer_config.json`.
@@ -123,25 +111,10 @@ impl ChatTemplate {
         environment.add_function("raise_exception", raise_exception);
         environment.add_function("strftime_now", strftime_now);
         environment.add_filter("tojson", to_json);
-        environment
-            .add_template_owned(NAME, source)
-            .map_err(LoadError::Compile)?;
-        let tokens = [
-            "bos_token",
-            "eos_token",
-            "pad_token",
-            "unk_token",
-            "sep_token",
-            "cls_token",
-        ];
-        let tokens = tokens
-            .into_iter()
-            .map(|name| (name, Value::from(spelling(&config[name]))))
-            .collect();
-        Ok(Self {
-            environment,
-            tokens,
-        })
+        environment.add_template_owned(NAME, source).map_err(LoadError::Compile)?;
+        let tokens = ["bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token"];
+        let tokens = tokens.into_iter().map(|name| (name, Value::from(spelling(&config[name])))).collect();
+        Ok(Self { environment, tokens })
     }
 
     /// Renders a conversation up to where the assistant speaks.
@@ -153,25 +126,18 @@ impl ChatTemplate {
         let messages: Vec<Value> = messages.iter().map(Message::value).collect();
         let context = context! { messages, add_generation_prompt => true, ..tokens };
         let template = self.environment.get_template(NAME).map_err(refused)?;
-        let mut output = Capped {
-            text: Vec::new(),
-            full: false,
-        };
+        let mut output = Capped { text: Vec::new(), full: false };
         match template.render_captured_to(context, &mut output) {
             _ if output.full => Err(RenderError::Output),
             Err(error) => Err(refused(error)),
-            Ok(_) => String::from_utf8(output.text)
-                .map_err(|_| RenderError::Refused("it makes no text".into())),
+            Ok(_) => String::from_utf8(output.text).map_err(|_| RenderError::Refused("it makes no text".into())),
         }
     }
 }
 
 /// Blocks take the white space around them, as where the templates come from.
 fn whitespace() -> SyntaxConfig {
-    let syntax = SyntaxConfig::builder()
-        .trim_blocks(true)
-        .lstrip_blocks(true)
-        .build();
+    let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
     syntax.expect("only delimiters can be wrong, and they are the usual ones")
 }
 
@@ -203,33 +169,19 @@ fn missing(error: &text::Error) -> bool {
 fn refused(error: Error) -> RenderError {
     match error.kind() {
         ErrorKind::OutOfFuel => RenderError::Fuel,
-        _ => RenderError::Refused(
-            error
-                .detail()
-                .map_or_else(|| error.kind().to_string(), str::to_owned),
-        ),
+        _ => RenderError::Refused(error.detail().map_or_else(|| error.kind().to_string(), str::to_owned)),
     }
 }
 
 /// The template in `tokenizer_config.json`: a string, or a list of named ones of which `default` is taken.
 fn named(value: &serde_json::Value) -> Option<String> {
-    let default = || {
-        value
-            .as_array()?
-            .iter()
-            .find(|entry| entry["name"] == "default")?["template"]
-            .as_str()
-    };
+    let default = || value.as_array()?.iter().find(|entry| entry["name"] == "default")?["template"].as_str();
     value.as_str().or_else(default).map(str::to_owned)
 }
 
 /// A special token is a string, or an object with its content.
 pub(crate) fn spelling(value: &serde_json::Value) -> String {
-    value
-        .as_str()
-        .or_else(|| value["content"].as_str())
-        .unwrap_or_default()
-        .to_owned()
+    value.as_str().or_else(|| value["content"].as_str()).unwrap_or_default().to_owned()
 }
 
 fn raise_exception(message: String) -> Result<Value, Error> {
@@ -238,15 +190,9 @@ fn raise_exception(message: String) -> Result<Value, Error> {
 
 /// The current day in UTC, by the directives that chat templates use.
 fn strftime_now(format: String) -> Result<String, Error> {
-    let days = SystemTime::UNIX_EPOCH
-        .elapsed()
-        .map_or(0, |since| since.as_secs() / 86_400);
-    strftime(&format, days).ok_or_else(|| {
-        Error::new(
-            ErrorKind::InvalidOperation,
-            "strftime_now knows %Y %m %d %e %B %b %A %a %y %j %%",
-        )
-    })
+    let days = SystemTime::UNIX_EPOCH.elapsed().map_or(0, |since| since.as_secs() / 86_400);
+    strftime(&format, days)
+        .ok_or_else(|| Error::new(ErrorKind::InvalidOperation, "strftime_now knows %Y %m %d %e %B %b %A %a %y %j %%"))
 }
 
 fn strftime(format: &str, days_since_1970: u64) -> Option<String> {
@@ -264,15 +210,7 @@ fn strftime(format: &str, days_since_1970: u64) -> Option<String> {
         "November",
         "December",
     ];
-    const WEEKDAYS: [&str; 7] = [
-        "Thursday",
-        "Friday",
-        "Saturday",
-        "Sunday",
-        "Monday",
-        "Tuesday",
-        "Wednesday",
-    ];
+    const WEEKDAYS: [&str; 7] = ["Thursday", "Friday", "Saturday", "Sunday", "Monday", "Tuesday", "Wednesday"];
     let (year, day_of_year, month, day) = civil(days_since_1970);
     let (month_name, weekday) = (MONTHS[month], WEEKDAYS[(days_since_1970 % 7) as usize]);
     let mut out = String::new();
@@ -302,28 +240,13 @@ fn strftime(format: &str, days_since_1970: u64) -> Option<String> {
 
 /// Year, day of the year from 1, month from 0, day of the month from 1.
 fn civil(mut days: u64) -> (u64, u64, usize, u64) {
-    let leap = |year: u64| {
-        year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400))
-    };
+    let leap = |year: u64| year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400));
     let mut year = 1970;
     while days >= 365 + u64::from(leap(year)) {
         days -= 365 + u64::from(leap(year));
         year += 1;
     }
-    let lengths = [
-        31,
-        28 + u64::from(leap(year)),
-        31,
-        30,
-        31,
-        30,
-        31,
-        31,
-        30,
-        31,
-        30,
-        31,
-    ];
+    let lengths = [31, 28 + u64::from(leap(year)), 31, 30, 31, 30, 31, 31, 30, 31, 30, 31];
     let day_of_year = days + 1;
     let mut month = 0;
     while days >= lengths[month] {
@@ -337,28 +260,15 @@ fn civil(mut days: u64) -> (u64, u64, usize, u64) {
 fn to_json(value: Value, options: minijinja::value::Kwargs) -> Result<String, Error> {
     let indent: Option<usize> = options.get("indent")?;
     let failed = |error: serde_json::Error| {
-        Error::new(
-            ErrorKind::InvalidOperation,
-            "tojson cannot write this value",
-        )
-        .with_source(error)
+        Error::new(ErrorKind::InvalidOperation, "tojson cannot write this value").with_source(error)
     };
     let mut out = Vec::new();
     if let Some(indent) = indent {
         let spaces = vec![b' '; indent.min(16)];
         let pretty = serde_json::ser::PrettyFormatter::with_indent(&spaces);
-        value
-            .serialize(&mut serde_json::Serializer::with_formatter(
-                &mut out, pretty,
-            ))
-            .map_err(failed)?;
+        value.serialize(&mut serde_json::Serializer::with_formatter(&mut out, pretty)).map_err(failed)?;
     } else {
-        value
-            .serialize(&mut serde_json::Serializer::with_formatter(
-                &mut out,
-                PythonSpacing,
-            ))
-            .map_err(failed)?;
+        value.serialize(&mut serde_json::Serializer::with_formatter(&mut out, PythonSpacing)).map_err(failed)?;
     }
     Ok(String::from_utf8_lossy(&out).into_owned())
 }
@@ -367,19 +277,11 @@ fn to_json(value: Value, options: minijinja::value::Kwargs) -> Result<String, Er
 struct PythonSpacing;
 
 impl serde_json::ser::Formatter for PythonSpacing {
-    fn begin_array_value<W: ?Sized + Write>(
-        &mut self,
-        writer: &mut W,
-        first: bool,
-    ) -> io::Result<()> {
+    fn begin_array_value<W: ?Sized + Write>(&mut self, writer: &mut W, first: bool) -> io::Result<()> {
         writer.write_all(if first { b"" } else { b", " })
     }
 
-    fn begin_object_key<W: ?Sized + Write>(
-        &mut self,
-        writer: &mut W,
-        first: bool,
-    ) -> io::Result<()> {
+    fn begin_object_key<W: ?Sized + Write>(&mut self, writer: &mut W, first: bool) -> io::Result<()> {
         writer.write_all(if first { b"" } else { b", " })
     }
 
@@ -395,29 +297,18 @@ mod tests {
     use super::*;
 
     fn message(role: &str, content: &str) -> Message {
-        Message {
-            role: role.into(),
-            content: content.into(),
-            name: None,
-            reasoning_content: None,
-        }
+        Message { role: role.into(), content: content.into(), name: None, reasoning_content: None }
     }
 
     fn render(source: &str, messages: &[Message]) -> Result<String, RenderError> {
-        ChatTemplate::compile(source.to_owned(), &json!({"bos_token": {"content": "<s>"}}))
-            .unwrap()
-            .render(messages)
+        ChatTemplate::compile(source.to_owned(), &json!({"bos_token": {"content": "<s>"}})).unwrap().render(messages)
     }
 
     #[test]
     fn the_template_of_the_small_model_ends_inside_a_thought() {
         let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../manifests/models/tiny-r1");
         let template = ChatTemplate::load(&dir).unwrap().unwrap();
-        let turns = [
-            message("user", "1 + 1?"),
-            message("assistant", "thought</think>\n2"),
-            message("user", "2 + 2?"),
-        ];
+        let turns = [message("user", "1 + 1?"), message("assistant", "thought</think>\n2"), message("user", "2 + 2?")];
         assert_eq!(
             template.render(&turns).unwrap(),
             "<｜begin▁of▁sentence｜><｜User｜>1 + 1?<｜Assistant｜>2<｜end▁of▁sentence｜><｜User｜>2 + 2?<｜Assistant｜><think>\n"
@@ -427,20 +318,15 @@ mod tests {
     #[test]
     fn a_template_in_the_tokenizer_config_is_found() {
         let dir = tempfile::tempdir().unwrap();
-        let template = |dir: &Path| {
-            ChatTemplate::load(dir)
-                .unwrap()
-                .map(|t| t.render(&[message("user", "x")]).unwrap())
-        };
+        let template =
+            |dir: &Path| ChatTemplate::load(dir).unwrap().map(|t| t.render(&[message("user", "x")]).unwrap());
         assert_eq!(template(dir.path()), None);
         let write = |config: serde_json::Value| {
             std::fs::write(dir.path().join("tokenizer_config.json"), config.to_string()).unwrap();
         };
         write(json!({"chat_template": "one {{ messages[0].content }}"}));
         assert_eq!(template(dir.path()).unwrap(), "one x");
-        write(
-            json!({"chat_template": [{"name": "tool_use", "template": "a"}, {"name": "default", "template": "b"}]}),
-        );
+        write(json!({"chat_template": [{"name": "tool_use", "template": "a"}, {"name": "default", "template": "b"}]}));
         assert_eq!(template(dir.path()).unwrap(), "b");
     }
 
@@ -448,32 +334,23 @@ mod tests {
     fn python_methods_and_json_are_as_templates_expect() {
         let turns = [message("user", " <b> & 'é' ")];
         assert_eq!(
-            render("{{ bos_token }}{{ messages[0]['content'].strip() | upper }} {{ messages | tojson }}", &turns).unwrap(),
+            render("{{ bos_token }}{{ messages[0]['content'].strip() | upper }} {{ messages | tojson }}", &turns)
+                .unwrap(),
             "<s><B> & 'É' [{\"role\": \"user\", \"content\": \" <b> & 'é' \"}]"
         );
-        assert_eq!(
-            render("{{ {'a': [1]} | tojson(indent=2) }}", &turns).unwrap(),
-            "{\n  \"a\": [\n    1\n  ]\n}"
-        );
-        assert_eq!(
-            render("{% for m in messages %}{% break %}{% endfor %}x", &turns).unwrap(),
-            "x"
-        );
+        assert_eq!(render("{{ {'a': [1]} | tojson(indent=2) }}", &turns).unwrap(), "{\n  \"a\": [\n    1\n  ]\n}");
+        assert_eq!(render("{% for m in messages %}{% break %}{% endfor %}x", &turns).unwrap(), "x");
     }
 
     #[test]
     fn a_template_that_refuses_is_quoted() {
         let error = render("{{ raise_exception('roles must alternate') }}", &[]).unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            "the model's chat template refuses this conversation: roles must alternate"
-        );
+        assert_eq!(error.to_string(), "the model's chat template refuses this conversation: roles must alternate");
     }
 
     #[test]
     fn a_template_that_does_not_end_runs_out_of_fuel() {
-        let endless =
-            "{% for a in range(10000) %}{% for b in range(10000) %}{% endfor %}{% endfor %}";
+        let endless = "{% for a in range(10000) %}{% for b in range(10000) %}{% endfor %}{% endfor %}";
         assert!(matches!(render(endless, &[]), Err(RenderError::Fuel)));
     }
 
@@ -481,11 +358,9 @@ mod tests {
     fn a_template_that_makes_a_gigabyte_is_cut() {
         let turns = [message("user", &"x".repeat(100_000))];
         let endless = "{% for a in range(10000) %}{{ messages[0].content }}{% endfor %}";
-        assert!(matches!(
-            render(endless, &turns),
-            Err(RenderError::Output | RenderError::Fuel)
-        ));
-        let doubling = "{% set ns = namespace(x='xxxxxxxx') %}{% for a in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}";
+        assert!(matches!(render(endless, &turns), Err(RenderError::Output | RenderError::Fuel)));
+        let doubling =
+            "{% set ns = namespace(x='xxxxxxxx') %}{% for a in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}";
         assert!(render(doubling, &[]).is_err());
     }
 
@@ -497,22 +372,13 @@ mod tests {
 
     #[test]
     fn a_template_that_is_none_is_refused_at_load() {
-        assert!(matches!(
-            ChatTemplate::compile("{% for %}".into(), &json!({})),
-            Err(LoadError::Compile(_))
-        ));
+        assert!(matches!(ChatTemplate::compile("{% for %}".into(), &json!({})), Err(LoadError::Compile(_))));
     }
 
     #[test]
     fn days_have_the_names_of_the_calendar() {
-        assert_eq!(
-            strftime("%d %b %Y, %A", 0).unwrap(),
-            "01 Jan 1970, Thursday"
-        );
-        assert_eq!(
-            strftime("%Y-%m-%d %j %a", 19_782).unwrap(),
-            "2024-02-29 060 Thu"
-        );
+        assert_eq!(strftime("%d %b %Y, %A", 0).unwrap(), "01 Jan 1970, Thursday");
+        assert_eq!(strftime("%Y-%m-%d %j %a", 19_782).unwrap(), "2024-02-29 060 Thu");
         assert_eq!(strftime("%e %B %y%%", 20_820).unwrap(), " 2 January 27%");
         assert_eq!(strftime("%H", 0), None);
     }

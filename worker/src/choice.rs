@@ -46,18 +46,12 @@ pub struct Beginning<'a> {
 impl Choice {
     /// Begins a choice.
     pub fn begin(text: &Text, beginning: Beginning<'_>) -> Self {
-        let tags: &[&str] = if beginning.conversation.is_some() {
-            &[OPEN, CLOSE]
-        } else {
-            &[]
-        };
+        let tags: &[&str] = if beginning.conversation.is_some() { &[OPEN, CLOSE] } else { &[] };
         Self {
             index: beginning.index,
             detokeniser: Detokeniser::new(text, beginning.prompt, tags),
             stop: StopStrings::new(beginning.stop),
-            thought: beginning
-                .conversation
-                .map_or_else(Thought::none, Thought::after),
+            thought: beginning.conversation.map_or_else(Thought::none, Thought::after),
             stop_tokens: beginning.stop_tokens,
             tokens: Vec::new(),
             scored: Vec::new(),
@@ -104,18 +98,8 @@ impl Choice {
     fn delta(&mut self, text: &Text, parted: Parted, finish: Option<&'static str>) -> Delta {
         let scored = std::mem::take(&mut self.scored);
         let offset = self.offset;
-        self.offset += scored
-            .iter()
-            .map(|scored| text.token(scored.id).chars().count())
-            .sum::<usize>();
-        Delta {
-            choice: self.index,
-            text: parted,
-            tokens: std::mem::take(&mut self.tokens),
-            scored,
-            offset,
-            finish,
-        }
+        self.offset += scored.iter().map(|scored| text.token(scored.id).chars().count()).sum::<usize>();
+        Delta { choice: self.index, text: parted, tokens: std::mem::take(&mut self.tokens), scored, offset, finish }
     }
 }
 
@@ -131,15 +115,8 @@ mod tests {
 
     fn choice(text: &Text, conversation: Option<&str>, stop: &[&str]) -> Choice {
         let stop = stop.iter().map(|&s| s.to_owned()).collect();
-        let beginning = Beginning {
-            index: 0,
-            prompt: &[],
-            conversation,
-            stop,
-            stop_tokens: vec![1],
-            score: false,
-            offset: 0,
-        };
+        let beginning =
+            Beginning { index: 0, prompt: &[], conversation, stop, stop_tokens: vec![1], score: false, offset: 0 };
         Choice::begin(text, beginning)
     }
 
@@ -169,29 +146,15 @@ mod tests {
         ids.push(1);
         let deltas = run(&mut choice(&text, Some("<think>\n"), &[]), &text, &ids);
         assert_eq!(joined(&deltas), ("7+5=12".into(), "132".into()));
-        assert_eq!(
-            deltas
-                .iter()
-                .flat_map(|d| d.tokens.clone())
-                .collect::<Vec<_>>(),
-            ids
-        );
+        assert_eq!(deltas.iter().flat_map(|d| d.tokens.clone()).collect::<Vec<_>>(), ids);
         assert_eq!(deltas.last().unwrap().finish, Some("stop"));
     }
 
     #[test]
     fn text_that_is_no_conversation_is_not_parted() {
         let text = tiny();
-        let ids = [
-            text.encode("a", false).unwrap(),
-            vec![6],
-            text.encode("b", false).unwrap(),
-        ]
-        .concat();
-        assert_eq!(
-            joined(&run(&mut choice(&text, None, &[]), &text, &ids)),
-            (String::new(), "ab".into())
-        );
+        let ids = [text.encode("a", false).unwrap(), vec![6], text.encode("b", false).unwrap()].concat();
+        assert_eq!(joined(&run(&mut choice(&text, None, &[]), &text, &ids)), (String::new(), "ab".into()));
     }
 
     #[test]

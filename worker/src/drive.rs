@@ -5,14 +5,9 @@
 //!
 //! Architecture Invariant: text, protocol and clients' deadlines are not known here.
 
-use std::{
-    collections::BTreeMap, future::Future, panic::AssertUnwindSafe, sync::Arc, thread,
-    time::Duration,
-};
+use std::{collections::BTreeMap, future::Future, panic::AssertUnwindSafe, sync::Arc, thread, time::Duration};
 
-use engine::{
-    Engine, Event, Exchange, Finish, Load, NoPeers, Refusal, Request, SequenceId, TokenLogprob,
-};
+use engine::{Engine, Event, Exchange, Finish, Load, NoPeers, Refusal, Request, SequenceId, TokenLogprob};
 use futures::FutureExt as _;
 use tokio::{
     runtime::Handle,
@@ -123,12 +118,7 @@ impl Driver {
         Self::start_with(engine, exchange, metrics, STALL_WAIT)
     }
 
-    fn start_with<E, X>(
-        engine: E,
-        exchange: X,
-        metrics: Arc<Metrics>,
-        stall_wait: Duration,
-    ) -> std::io::Result<Self>
+    fn start_with<E, X>(engine: E, exchange: X, metrics: Arc<Metrics>, stall_wait: Duration) -> std::io::Result<Self>
     where
         E: Engine + Send + 'static,
         X: Peers + Send + 'static,
@@ -137,42 +127,18 @@ impl Driver {
         let (load, loads) = watch::channel(engine.load());
         let limits = engine.limits();
         let runtime = Handle::current();
-        let steps = Steps {
-            engine,
-            exchange,
-            submissions,
-            load,
-            metrics,
-            stall_wait,
-            sequences: BTreeMap::new(),
-        };
-        thread::Builder::new()
-            .name("engine".into())
-            .spawn(move || runtime.block_on(steps.run()))?;
-        Ok(Self {
-            commands,
-            load: loads,
-            limits,
-        })
+        let steps = Steps { engine, exchange, submissions, load, metrics, stall_wait, sequences: BTreeMap::new() };
+        thread::Builder::new().name("engine".into()).spawn(move || runtime.block_on(steps.run()))?;
+        Ok(Self { commands, load: loads, limits })
     }
 
     /// Hands over the sequences of one request, all or none. How many wait is the caller's to bound.
     ///
     /// # Errors
     /// The engine's refusal, or that it has ended.
-    pub async fn submit(
-        &self,
-        requests: Vec<Request>,
-        span: Span,
-    ) -> Result<Vec<Sequence>, SubmitError> {
+    pub async fn submit(&self, requests: Vec<Request>, span: Span) -> Result<Vec<Sequence>, SubmitError> {
         let (accepted, answer) = oneshot::channel();
-        self.commands
-            .send(Submission {
-                requests,
-                span,
-                accepted,
-            })
-            .map_err(|_| SubmitError::Ended)?;
+        self.commands.send(Submission { requests, span, accepted }).map_err(|_| SubmitError::Ended)?;
         Ok(answer.await.map_err(|_| SubmitError::Ended)??)
     }
 
@@ -230,9 +196,7 @@ impl<E: Engine, X: Peers> Steps<E, X> {
             self.forget_unread();
             let span = self.span();
             self.exchange.begin_step(span);
-            let step = AssertUnwindSafe(self.engine.step(&mut self.exchange))
-                .catch_unwind()
-                .await;
+            let step = AssertUnwindSafe(self.engine.step(&mut self.exchange)).catch_unwind().await;
             let events = match step {
                 Ok(Ok(events)) => events,
                 Ok(Err(error)) => {
@@ -271,15 +235,7 @@ impl<E: Engine, X: Peers> Steps<E, X> {
                 Ok(id) => {
                     let (events, sequence) = mpsc::channel(EVENTS);
                     let span = submission.span.clone();
-                    self.sequences.insert(
-                        id,
-                        Entry {
-                            events,
-                            moved: Instant::now(),
-                            span,
-                            traced: 0,
-                        },
-                    );
+                    self.sequences.insert(id, Entry { events, moved: Instant::now(), span, traced: 0 });
                     ids.push(id);
                     sequences.push(sequence);
                 }
@@ -300,46 +256,28 @@ impl<E: Engine, X: Peers> Steps<E, X> {
     }
 
     fn forget_unread(&mut self) {
-        let unread: Vec<_> = self
-            .sequences
-            .iter()
-            .filter(|(_, e)| e.events.is_closed())
-            .map(|(&id, _)| id)
-            .collect();
+        let unread: Vec<_> = self.sequences.iter().filter(|(_, e)| e.events.is_closed()).map(|(&id, _)| id).collect();
         unread.into_iter().for_each(|id| self.cancel(id));
     }
 
     /// The span of a traced request whose calls to holders are still to be seen.
     fn span(&mut self) -> Span {
         let traced = |entry: &&mut Entry| entry.traced < TRACED_STEPS && !entry.span.is_none();
-        self.sequences
-            .values_mut()
-            .find(traced)
-            .map_or_else(Span::none, |entry| {
-                entry.traced += 1;
-                entry.span.clone()
-            })
+        self.sequences.values_mut().find(traced).map_or_else(Span::none, |entry| {
+            entry.traced += 1;
+            entry.span.clone()
+        })
     }
 
     fn deliver(&mut self, event: Event) {
         let last = event.ends();
         let (id, progress) = match event {
-            Event::Token {
-                sequence,
-                token,
-                logprob,
-            } => (sequence, Progress::Token(token, logprob)),
+            Event::Token { sequence, token, logprob } => (sequence, Progress::Token(token, logprob)),
             Event::Prompt { sequence, logprobs } => (sequence, Progress::Prompt(logprobs)),
             Event::Finished { sequence, reason } => (sequence, Progress::Finished(reason)),
             Event::Failed { sequence, error } => {
-                error!(
-                    error = &error as &dyn std::error::Error,
-                    "a sequence failed"
-                );
-                (
-                    sequence,
-                    Progress::Failed("the model could not go on with this request".into()),
-                )
+                error!(error = &error as &dyn std::error::Error, "a sequence failed");
+                (sequence, Progress::Failed("the model could not go on with this request".into()))
             }
         };
         let Some(entry) = self.sequences.get_mut(&id) else {
@@ -359,17 +297,10 @@ impl<E: Engine, X: Peers> Steps<E, X> {
         if since.elapsed() < wait {
             return;
         }
-        let stalled: Vec<_> = self
-            .sequences
-            .iter()
-            .filter(|(_, e)| e.moved.elapsed() >= wait)
-            .map(|(&id, _)| id)
-            .collect();
+        let stalled: Vec<_> =
+            self.sequences.iter().filter(|(_, e)| e.moved.elapsed() >= wait).map(|(&id, _)| id).collect();
         if !stalled.is_empty() {
-            warn!(
-                sequences = stalled.len(),
-                "no holder of experts came back in time"
-            );
+            warn!(sequences = stalled.len(), "no holder of experts came back in time");
         }
         for id in stalled {
             self.fail(id, "a part of the model is not reachable; try again later");

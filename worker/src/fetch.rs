@@ -111,15 +111,11 @@ impl Error {
             Self::RevisionNotFound { .. } => "RevisionNotFound",
             Self::GatedModel { .. } => "GatedModel",
             Self::ChecksumMismatch { .. } => "ChecksumMismatch",
-            Self::Model(engine::Error::File { .. } | engine::Error::Tensor { .. }) => {
-                "InvalidModelFile"
-            }
+            Self::Model(engine::Error::File { .. } | engine::Error::Tensor { .. }) => "InvalidModelFile",
             Self::UnsupportedModel(_) | Self::Model(_) => "UnsupportedModel",
             Self::HubUnreachable { .. } => "HubUnreachable",
             Self::NoSpace(_) => "NoSpace",
-            Self::File { source, .. } if source.kind() == io::ErrorKind::NotFound => {
-                "SourceNotFound"
-            }
+            Self::File { source, .. } if source.kind() == io::ErrorKind::NotFound => "SourceNotFound",
             Self::File { .. } => "FileUnusable",
         }
     }
@@ -142,29 +138,18 @@ impl Source {
     /// # Errors
     /// [`Error::InvalidSource`] with what is accepted.
     pub fn parse(text: &str, pvc_root: &Path) -> Result<Self, Error> {
-        let invalid = |accepted| Error::InvalidSource {
-            source_text: text.chars().take(256).collect(),
-            accepted,
-        };
+        let invalid = |accepted| Error::InvalidSource { source_text: text.chars().take(256).collect(), accepted };
         match text.split_once("://") {
-            Some(("hf", repository)) if is_repository(repository) => {
-                Ok(Self::Hub(repository.to_owned()))
-            }
-            Some(("hf", _)) => Err(invalid(
-                "hf://OWNER/NAME with letters, digits, '-', '_' and '.'",
-            )),
-            Some(("file", path)) if is_plain(Path::new(path)) && !path.is_empty() => {
-                Ok(Self::Folder(path.into()))
-            }
+            Some(("hf", repository)) if is_repository(repository) => Ok(Self::Hub(repository.to_owned())),
+            Some(("hf", _)) => Err(invalid("hf://OWNER/NAME with letters, digits, '-', '_' and '.'")),
+            Some(("file", path)) if is_plain(Path::new(path)) && !path.is_empty() => Ok(Self::Folder(path.into())),
             Some(("file", _)) => Err(invalid("file://PATH without '..'")),
             Some(("pvc", rest)) => {
                 let (claim, path) = rest.split_once('/').unwrap_or((rest, ""));
                 if claim.is_empty() || claim == "." || !is_plain(Path::new(rest)) {
                     return Err(invalid("pvc://CLAIM/PATH without '..'"));
                 }
-                Ok(Self::Claim(
-                    pvc_root.join(claim).join(path.trim_start_matches('/')),
-                ))
+                Ok(Self::Claim(pvc_root.join(claim).join(path.trim_start_matches('/'))))
             }
             _ => Err(invalid("hf://OWNER/NAME, file://PATH or pvc://CLAIM/PATH")),
         }
@@ -172,38 +157,23 @@ impl Source {
 }
 
 fn is_plain(path: &Path) -> bool {
-    path.components().all(|part| {
-        matches!(
-            part,
-            Component::Normal(_) | Component::RootDir | Component::CurDir
-        )
-    })
+    path.components().all(|part| matches!(part, Component::Normal(_) | Component::RootDir | Component::CurDir))
 }
 
 fn is_repository(text: &str) -> bool {
     let name = |part: &str| {
         let allowed = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.');
-        (1..=96).contains(&part.len())
-            && part.bytes().all(allowed)
-            && !part.starts_with('.')
-            && !part.contains("..")
+        (1..=96).contains(&part.len()) && part.bytes().all(allowed) && !part.starts_with('.') && !part.contains("..")
     };
     matches!(text.split('/').collect::<Vec<_>>()[..], [owner, repo] if name(owner) && name(repo))
 }
 
 /// Whether a file of a source is part of the model: weights as safetensors, configuration, tokenizer, template.
 pub fn is_needed(path: &str) -> bool {
-    let exact = [
-        "config.json",
-        "generation_config.json",
-        "special_tokens_map.json",
-        "model.safetensors.index.json",
-    ];
+    let exact = ["config.json", "generation_config.json", "special_tokens_map.json", "model.safetensors.index.json"];
     let weights = path.ends_with(".safetensors");
-    let text =
-        path.starts_with("tokenizer") && (path.ends_with(".json") || path.ends_with(".model"));
-    let template =
-        path.starts_with("chat_template") && (path.ends_with(".jinja") || path.ends_with(".json"));
+    let text = path.starts_with("tokenizer") && (path.ends_with(".json") || path.ends_with(".model"));
+    let template = path.starts_with("chat_template") && (path.ends_with(".jinja") || path.ends_with(".json"));
     !path.contains('/') && (exact.contains(&path) || weights || text || template)
 }
 
@@ -211,14 +181,9 @@ pub fn is_needed(path: &str) -> bool {
 fn check_listing(what: &str, paths: &[&str]) -> Result<(), Error> {
     let has = |suffix: &str| paths.iter().any(|path| path.ends_with(suffix));
     let accepted = "a model has config.json, tokenizer.json and *.safetensors";
-    for (suffix, missing) in [
-        ("config.json", "config.json"),
-        (".safetensors", "*.safetensors"),
-    ] {
+    for (suffix, missing) in [("config.json", "config.json"), (".safetensors", "*.safetensors")] {
         if !has(suffix) {
-            return Err(Error::UnsupportedModel(format!(
-                "{what} has no {missing}; {accepted}"
-            )));
+            return Err(Error::UnsupportedModel(format!("{what} has no {missing}; {accepted}")));
         }
     }
     Ok(())
@@ -258,12 +223,8 @@ pub async fn fetch(
 /// Removes what an earlier fetch left of other files, or the loader would find them.
 fn prune(dir: &Path, files: &[DescribedFile]) -> Result<(), Error> {
     let listed = |name: &str| files.iter().any(|file| file.path == name);
-    let entries =
-        std::fs::read_dir(dir).map_err(|error| Error::file(dir.display().to_string(), error))?;
-    for name in entries
-        .flatten()
-        .filter_map(|entry| entry.file_name().into_string().ok())
-    {
+    let entries = std::fs::read_dir(dir).map_err(|error| Error::file(dir.display().to_string(), error))?;
+    for name in entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()) {
         if is_needed(&name) && !listed(&name) {
             std::fs::remove_file(dir.join(&name)).map_err(|error| Error::file(&name, error))?;
         }

@@ -157,32 +157,21 @@ async fn run(arguments: Arguments) -> ExitCode {
     };
     let ended = match arguments.command {
         Command::Serve(arguments) => serve(*arguments, &telemetry).await,
-        Command::Fetch(arguments) => {
-            read(&arguments.source, Role::Fetch, Some(&arguments.to)).await
-        }
+        Command::Fetch(arguments) => read(&arguments.source, Role::Fetch, Some(&arguments.to)).await,
         Command::Describe(arguments) => read(&arguments.source, Role::Describe, None).await,
     };
     if let Err(error) = &ended {
         error!("{error:#}");
     }
     telemetry.shutdown().await;
-    if ended.is_ok() {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    }
+    if ended.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 async fn serve(arguments: ServeArguments, telemetry: &Telemetry) -> anyhow::Result<()> {
     let bind = |address: SocketAddr| async move {
-        TcpListener::bind(address)
-            .await
-            .with_context(|| format!("cannot listen on {address}"))
+        TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))
     };
-    let listeners = Listeners {
-        grpc: bind(arguments.listen).await?,
-        admin: bind(arguments.admin).await?,
-    };
+    let listeners = Listeners { grpc: bind(arguments.listen).await?, admin: bind(arguments.admin).await? };
     let bound = listeners.grpc.local_addr()?;
     let options = serve::Options {
         model: arguments.model,
@@ -229,50 +218,28 @@ async fn fetch_or_describe(
     let source = Source::parse(&arguments.source, &arguments.pvc_root)?;
     let hub = Hub::new(&hub_options(&source, reporter).await?)?;
     if let Some(to) = to {
-        fetch::fetch(
-            &source,
-            &arguments.revision,
-            to,
-            &hub,
-            reporter.on_progress(),
-        )
-        .await?;
+        fetch::fetch(&source, &arguments.revision, to, &hub, reporter.on_progress()).await?;
         return Ok(());
     }
     let description = fetch::describe(&source, &arguments.revision, &hub).await?;
-    let json = serde_json::to_vec(&description)
-        .map_err(|error| fetch::Error::UnsupportedModel(error.to_string()))?;
+    let json = serde_json::to_vec(&description).map_err(|error| fetch::Error::UnsupportedModel(error.to_string()))?;
     println!("{}", String::from_utf8_lossy(&json));
     reporter.description(json).await;
     Ok(())
 }
 
 /// The hub of the environment. Its token is read from a file, or from the variable, and only for a hub.
-async fn hub_options(
-    source: &Source,
-    reporter: &Reporter,
-) -> Result<fetch::hub::Options, fetch::Error> {
-    let variable = |name| {
-        env::var(name)
-            .ok()
-            .filter(|value: &String| !value.is_empty())
-    };
+async fn hub_options(source: &Source, reporter: &Reporter) -> Result<fetch::hub::Options, fetch::Error> {
+    let variable = |name| env::var(name).ok().filter(|value: &String| !value.is_empty());
     let token = match (variable("HF_TOKEN"), variable("HF_TOKEN_PATH")) {
         _ if !matches!(source, Source::Hub(_)) => None,
         (Some(token), _) => Some(token),
         (None, Some(path)) => Some(fetch::report::token(Path::new(&path), reporter).await?),
         (None, None) => None,
     };
-    let certificates = variable("SSL_CERT_FILE")
-        .and_then(|path| fs::read(path).ok())
-        .unwrap_or_default();
+    let certificates = variable("SSL_CERT_FILE").and_then(|path| fs::read(path).ok()).unwrap_or_default();
     let endpoint = variable("HF_ENDPOINT").unwrap_or_default();
-    Ok(fetch::hub::Options {
-        endpoint,
-        token,
-        certificates,
-        pause: None,
-    })
+    Ok(fetch::hub::Options { endpoint, token, certificates, pause: None })
 }
 
 /// Who this is to the operator: the pod's UID, or the token that local mode gave.

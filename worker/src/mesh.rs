@@ -67,9 +67,7 @@ impl Placement {
     /// Ordinals that hold an expert; none if the placement does not know it.
     pub fn holders(&self, layer: u32, expert: u32) -> &[u32] {
         let experts = self.layers.get(&layer);
-        experts
-            .and_then(|experts| experts.get(expert as usize))
-            .map_or(&[], Vec::as_slice)
+        experts.and_then(|experts| experts.get(expert as usize)).map_or(&[], Vec::as_slice)
     }
 
     /// What the worker with this ordinal keeps in memory: everything, if it is alone.
@@ -78,10 +76,7 @@ impl Placement {
             return Held::all();
         }
         Held::from_layers(
-            self.layers
-                .iter()
-                .map(|(&layer, experts)| (layer as usize, mine(experts, ordinal)))
-                .collect(),
+            self.layers.iter().map(|(&layer, experts)| (layer as usize, mine(experts, ordinal))).collect(),
         )
     }
 
@@ -92,33 +87,21 @@ impl Placement {
 
     /// Experts that a worker keeps, over all layers.
     pub fn count(&self, ordinal: u32) -> usize {
-        self.layers
-            .values()
-            .map(|experts| mine(experts, ordinal).len())
-            .sum()
+        self.layers.values().map(|experts| mine(experts, ordinal).len()).sum()
     }
 }
 
 fn mine(experts: &[Vec<u32>], ordinal: u32) -> BTreeSet<usize> {
-    let held = experts
-        .iter()
-        .enumerate()
-        .filter(|(_, holders)| holders.contains(&ordinal));
+    let held = experts.iter().enumerate().filter(|(_, holders)| holders.contains(&ordinal));
     held.map(|(expert, _)| expert).collect()
 }
 
 impl From<&proto::Placement> for Placement {
     fn from(placement: &proto::Placement) -> Self {
-        let experts = |layer: &proto::LayerPlacement| {
-            layer.experts.iter().map(|e| e.ordinals.clone()).collect()
-        };
+        let experts = |layer: &proto::LayerPlacement| layer.experts.iter().map(|e| e.ordinals.clone()).collect();
         Self {
             shards: placement.shards,
-            layers: placement
-                .layers
-                .iter()
-                .map(|layer| (layer.layer, experts(layer)))
-                .collect(),
+            layers: placement.layers.iter().map(|layer| (layer.layer, experts(layer))).collect(),
         }
     }
 }
@@ -134,20 +117,10 @@ impl Mesh {
 
     fn from_json(json: &[u8]) -> Result<Self, serde_json::Error> {
         let file: File = serde_json::from_slice(json)?;
-        let layers = file
-            .layers
-            .into_iter()
-            .map(|layer| (layer.layer, layer.experts))
-            .collect();
+        let layers = file.layers.into_iter().map(|layer| (layer.layer, layer.experts)).collect();
         Ok(Self {
-            version: proto::Version {
-                epoch: file.version.epoch,
-                sequence: file.version.sequence,
-            },
-            placement: Placement {
-                shards: file.shards,
-                layers,
-            },
+            version: proto::Version { epoch: file.version.epoch, sequence: file.version.sequence },
+            placement: Placement { shards: file.shards, layers },
             peers: Vec::new(),
             drain: false,
         })
@@ -157,10 +130,7 @@ impl Mesh {
     pub fn from_snapshot(snapshot: proto::MeshSnapshot, known: &Self) -> Self {
         Self {
             version: snapshot.version.unwrap_or_default(),
-            placement: snapshot
-                .placement
-                .as_ref()
-                .map_or_else(|| known.placement.clone(), Placement::from),
+            placement: snapshot.placement.as_ref().map_or_else(|| known.placement.clone(), Placement::from),
             peers: snapshot.peers,
             drain: snapshot.drain,
         }
@@ -174,9 +144,7 @@ impl Mesh {
 
     /// Whether any worker but this one may still need experts from it.
     pub fn others_run(&self, own_id: &str) -> bool {
-        self.peers
-            .iter()
-            .any(|peer| peer.running && peer.id != own_id)
+        self.peers.iter().any(|peer| peer.running && peer.id != own_id)
     }
 }
 
@@ -190,17 +158,9 @@ mod tests {
     #[test]
     fn the_file_says_who_holds_what() {
         let mesh = Mesh::from_json(FILE.as_bytes()).unwrap();
-        assert_eq!(
-            mesh.version,
-            proto::Version {
-                epoch: 2,
-                sequence: 7
-            }
-        );
+        assert_eq!(mesh.version, proto::Version { epoch: 2, sequence: 7 });
         assert_eq!(mesh.placement.holders(1, 2), [0, 1]);
-        assert!(
-            mesh.placement.holders(1, 3).is_empty() && mesh.placement.holders(1, 99).is_empty()
-        );
+        assert!(mesh.placement.holders(1, 3).is_empty() && mesh.placement.holders(1, 99).is_empty());
         assert!(mesh.placement.holders(9, 0).is_empty());
         assert_eq!((mesh.placement.count(0), mesh.placement.count(1)), (2, 6));
         let held = BTreeMap::from([(1, BTreeSet::from([0, 2])), (2, BTreeSet::new())]);
@@ -216,25 +176,15 @@ mod tests {
 
     #[test]
     fn newer_means_a_higher_epoch_or_a_later_sequence() {
-        let at = |epoch, sequence| Mesh {
-            version: proto::Version { epoch, sequence },
-            ..Mesh::default()
-        };
+        let at = |epoch, sequence| Mesh { version: proto::Version { epoch, sequence }, ..Mesh::default() };
         assert!(at(2, 0).is_newer_than(&at(1, 9)) && at(1, 2).is_newer_than(&at(1, 1)));
         assert!(!at(1, 1).is_newer_than(&at(1, 1)) && !at(1, 9).is_newer_than(&at(2, 0)));
     }
 
     #[test]
     fn only_running_peers_other_than_us_count() {
-        let peer = |id: &str, running| proto::Peer {
-            id: id.into(),
-            running,
-            ..proto::Peer::default()
-        };
-        let mesh = |peers| Mesh {
-            peers,
-            ..Mesh::default()
-        };
+        let peer = |id: &str, running| proto::Peer { id: id.into(), running, ..proto::Peer::default() };
+        let mesh = |peers| Mesh { peers, ..Mesh::default() };
         assert!(mesh(vec![peer("a", true), peer("b", false)]).others_run("b"));
         assert!(!mesh(vec![peer("a", true), peer("b", false)]).others_run("a"));
     }

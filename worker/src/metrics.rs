@@ -86,69 +86,29 @@ impl Metrics {
     /// Makes the instruments of `meter`.
     pub fn new(meter: &Meter) -> Arc<Self> {
         let gauges: Arc<Gauges> = Arc::default();
-        let gauge = |name: &'static str,
-                     unit: &'static str,
-                     description: &'static str,
-                     read: fn(&Gauges) -> &AtomicU64| {
-            let gauges = gauges.clone();
-            let observe = move |observer: &dyn opentelemetry::metrics::AsyncInstrument<u64>| {
-                observer.observe(read(&gauges).load(Ordering::Relaxed), &[]);
+        let gauge =
+            |name: &'static str, unit: &'static str, description: &'static str, read: fn(&Gauges) -> &AtomicU64| {
+                let gauges = gauges.clone();
+                let observe = move |observer: &dyn opentelemetry::metrics::AsyncInstrument<u64>| {
+                    observer.observe(read(&gauges).load(Ordering::Relaxed), &[]);
+                };
+                meter
+                    .u64_observable_gauge(name)
+                    .with_unit(unit)
+                    .with_description(description)
+                    .with_callback(observe)
+                    .build();
             };
-            meter
-                .u64_observable_gauge(name)
-                .with_unit(unit)
-                .with_description(description)
-                .with_callback(observe)
-                .build();
-        };
-        gauge(
-            "modelfleet_worker_running_sequences",
-            "",
-            "Sequences that have a place in a step",
-            |g| &g.running,
-        );
-        gauge(
-            "modelfleet_worker_waiting_sequences",
-            "",
-            "Sequences that wait for a place in a step",
-            |g| &g.waiting,
-        );
-        gauge(
-            "modelfleet_worker_kv_tokens",
-            "",
-            "Tokens of KV cache in use",
-            |g| &g.kv_tokens,
-        );
-        gauge(
-            "modelfleet_worker_dense_weights_bytes",
-            "",
-            "Bytes of dense weights in memory",
-            |g| &g.dense_bytes,
-        );
-        gauge(
-            "modelfleet_worker_expert_weights_bytes",
-            "",
-            "Bytes of experts in memory",
-            |g| &g.expert_bytes,
-        );
-        gauge(
-            "modelfleet_worker_experts_held",
-            "",
-            "Experts in memory, over all layers",
-            |g| &g.experts,
-        );
-        let counter = |name, description| {
-            meter
-                .u64_counter(name)
-                .with_description(description)
-                .build()
-        };
+        gauge("modelfleet_worker_running_sequences", "", "Sequences that have a place in a step", |g| &g.running);
+        gauge("modelfleet_worker_waiting_sequences", "", "Sequences that wait for a place in a step", |g| &g.waiting);
+        gauge("modelfleet_worker_kv_tokens", "", "Tokens of KV cache in use", |g| &g.kv_tokens);
+        gauge("modelfleet_worker_dense_weights_bytes", "", "Bytes of dense weights in memory", |g| &g.dense_bytes);
+        gauge("modelfleet_worker_expert_weights_bytes", "", "Bytes of experts in memory", |g| &g.expert_bytes);
+        gauge("modelfleet_worker_experts_held", "", "Experts in memory, over all layers", |g| &g.experts);
+        let counter = |name, description| meter.u64_counter(name).with_description(description).build();
         Arc::new(Self {
             requests: Instruments::new(meter),
-            calls: counter(
-                "modelfleet_worker_expert_calls",
-                "Calls to holders of experts, by result",
-            ),
+            calls: counter("modelfleet_worker_expert_calls", "Calls to holders of experts, by result"),
             rows: counter(
                 "modelfleet_worker_expert_rows",
                 "Rows sent to holders of experts, and rows computed for peers",
@@ -167,34 +127,25 @@ impl Metrics {
 
     /// What is in memory.
     pub fn weights(&self, weights: &Weights) {
-        self.gauges
-            .dense_bytes
-            .store(weights.dense_bytes, Ordering::Relaxed);
-        self.gauges
-            .expert_bytes
-            .store(weights.expert_bytes, Ordering::Relaxed);
-        self.gauges
-            .experts
-            .store(weights.experts, Ordering::Relaxed);
+        self.gauges.dense_bytes.store(weights.dense_bytes, Ordering::Relaxed);
+        self.gauges.expert_bytes.store(weights.expert_bytes, Ordering::Relaxed);
+        self.gauges.experts.store(weights.experts, Ordering::Relaxed);
     }
 
     /// Counts calls to holders.
     pub fn calls(&self, result: CallResult, count: usize) {
         if count > 0 {
-            self.calls
-                .add(count as u64, &[KeyValue::new("result", result.name())]);
+            self.calls.add(count as u64, &[KeyValue::new("result", result.name())]);
         }
     }
 
     /// Counts rows sent to holders.
     pub fn rows_sent(&self, rows: usize) {
-        self.rows
-            .add(rows as u64, &[KeyValue::new("direction", "sent")]);
+        self.rows.add(rows as u64, &[KeyValue::new("direction", "sent")]);
     }
 
     /// Counts rows computed for peers.
     pub fn rows_served(&self, rows: usize) {
-        self.rows
-            .add(rows as u64, &[KeyValue::new("direction", "served")]);
+        self.rows.add(rows as u64, &[KeyValue::new("direction", "served")]);
     }
 }

@@ -49,12 +49,7 @@ pub struct Refusal {
 impl Refusal {
     /// A value that is not accepted: 400.
     pub fn invalid(param: impl Into<String>, message: impl Into<String>) -> Self {
-        Self {
-            status: 400,
-            message: message.into(),
-            param: Some(param.into()),
-            code: Some("invalid_value"),
-        }
+        Self { status: 400, message: message.into(), param: Some(param.into()), code: Some("invalid_value") }
     }
 
     /// The error object as clients read it.
@@ -136,12 +131,7 @@ fn object(body: &[u8]) -> Result<Map<String, Value>, Refusal> {
 }
 
 fn not_json(message: String) -> Refusal {
-    Refusal {
-        status: 400,
-        message,
-        param: None,
-        code: Some("invalid_json"),
-    }
+    Refusal { status: 400, message, param: None, code: Some("invalid_json") }
 }
 
 /// What both endpoints have in common.
@@ -149,9 +139,7 @@ fn common(fields: &Fields<'_>, defaults: &Defaults, input: Input) -> Result<Call
     unsupported::check_common(fields)?;
     fields.boolean("stream")?;
     stream_options(fields)?;
-    let seed = fields
-        .integer("seed", i64::MIN..=i64::MAX)?
-        .map(i64::cast_unsigned);
+    let seed = fields.integer("seed", i64::MIN..=i64::MAX)?.map(i64::cast_unsigned);
     let sampling = sampling(fields, defaults)?;
     Ok(Call {
         input,
@@ -177,32 +165,20 @@ fn stream_options(fields: &Fields<'_>) -> Result<(), Refusal> {
     };
     match options.get("include_usage") {
         None | Some(Value::Bool(_) | Value::Null) => Ok(()),
-        Some(value) => Err(field::wrong_value(
-            "stream_options.include_usage",
-            value,
-            "true or false",
-        )),
+        Some(value) => Err(field::wrong_value("stream_options.include_usage", value, "true or false")),
     }
 }
 
 fn sampling(fields: &Fields<'_>, defaults: &Defaults) -> Result<engine::Sampling, Refusal> {
-    let number = |name, range, default: f32| {
-        fields
-            .number(name, range)
-            .map(|value| value.unwrap_or(default))
-    };
+    let number = |name, range, default: f32| fields.number(name, range).map(|value| value.unwrap_or(default));
     // -1 means all tokens in vLLM, 0 in Hugging Face
-    let top_k = fields
-        .integer("top_k", -1..=i64::from(u32::MAX))?
-        .map(|k| field::count(k.max(0)));
+    let top_k = fields.integer("top_k", -1..=i64::from(u32::MAX))?.map(|k| field::count(k.max(0)));
     Ok(engine::Sampling {
         temperature: number("temperature", 0.0..=2.0, defaults.temperature)?,
         top_k: top_k.unwrap_or(defaults.top_k),
         top_p: fields.above_zero("top_p", 1.0)?.unwrap_or(defaults.top_p),
         min_p: number("min_p", 0.0..=1.0, defaults.min_p)?,
-        repetition_penalty: fields
-            .above_zero("repetition_penalty", 2.0)?
-            .unwrap_or(defaults.repetition_penalty),
+        repetition_penalty: fields.above_zero("repetition_penalty", 2.0)?.unwrap_or(defaults.repetition_penalty),
         presence_penalty: number("presence_penalty", -2.0..=2.0, 0.0)?,
         frequency_penalty: number("frequency_penalty", -2.0..=2.0, 0.0)?,
         logit_bias: logit_bias(fields)?,
@@ -215,26 +191,16 @@ fn logit_bias(fields: &Fields<'_>) -> Result<Vec<(u32, f32)>, Refusal> {
     let Some(value) = fields.get("logit_bias") else {
         return Ok(Vec::new());
     };
-    let accepted =
-        format!("an object of at most {MAX_BIAS} token ids, each with a number from -100 to 100");
-    let Some(entries) = value
-        .as_object()
-        .filter(|entries| entries.len() <= MAX_BIAS)
-    else {
+    let accepted = format!("an object of at most {MAX_BIAS} token ids, each with a number from -100 to 100");
+    let Some(entries) = value.as_object().filter(|entries| entries.len() <= MAX_BIAS) else {
         return Err(fields.wrong("logit_bias", &accepted));
     };
     let mut bias = Vec::with_capacity(entries.len());
     for (id, value) in entries {
         let name = || format!("logit_bias.{}", field::shortened(id));
-        let id: u32 = id
-            .parse()
-            .map_err(|_| Refusal::invalid(name(), format!("{} is no token id", name())))?;
+        let id: u32 = id.parse().map_err(|_| Refusal::invalid(name(), format!("{} is no token id", name())))?;
         let by = value.as_f64().filter(|by| (-100.0..=100.0).contains(by));
-        bias.push((
-            id,
-            by.ok_or_else(|| field::wrong_value(&name(), value, "a number from -100 to 100"))?
-                as f32,
-        ));
+        bias.push((id, by.ok_or_else(|| field::wrong_value(&name(), value, "a number from -100 to 100"))? as f32));
     }
     bias.sort_by_key(|&(id, _)| id);
     Ok(bias)
@@ -249,18 +215,11 @@ fn stop(fields: &Fields<'_>) -> Result<Vec<String>, Refusal> {
         Some(Value::String(string)) => Ok(vec![string.clone()]),
         Some(Value::Array(strings)) if strings.len() <= MAX_STOP => strings
             .iter()
-            .map(|string| {
-                string
-                    .as_str()
-                    .filter(|s| !s.is_empty())
-                    .map(str::to_owned)
-                    .ok_or_else(wrong)
-            })
+            .map(|string| string.as_str().filter(|s| !s.is_empty()).map(str::to_owned).ok_or_else(wrong))
             .collect(),
-        Some(Value::Array(strings)) => Err(Refusal::invalid(
-            "stop",
-            format!("stop has {} strings; use at most {MAX_STOP}", strings.len()),
-        )),
+        Some(Value::Array(strings)) => {
+            Err(Refusal::invalid("stop", format!("stop has {} strings; use at most {MAX_STOP}", strings.len())))
+        }
         Some(_) => Err(wrong()),
     }
 }

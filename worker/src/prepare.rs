@@ -86,25 +86,13 @@ impl Model {
         for (index, prompt) in prompts.iter().enumerate() {
             let max_tokens = self.max_tokens(&call, prompt.ids.len())?;
             for choice in index * call.n..(index + 1) * call.n {
-                requests.push(self.request(
-                    &call,
-                    request_id,
-                    &prompt.ids,
-                    max_tokens,
-                    choice as u64,
-                ));
+                requests.push(self.request(&call, request_id, &prompt.ids, max_tokens, choice as u64));
             }
         }
         for request in &requests {
-            request
-                .check(&self.limits)
-                .map_err(|refusal| refused(&refusal))?;
+            request.check(&self.limits).map_err(|refusal| refused(&refusal))?;
         }
-        Ok(Prepared {
-            call,
-            prompts,
-            requests,
-        })
+        Ok(Prepared { call, prompts, requests })
     }
 
     fn prompts(&self, input: &Input) -> Result<Vec<PromptTokens>, Refusal> {
@@ -114,9 +102,7 @@ impl Model {
                     let message = "this model has no chat template; use /v1/completions";
                     return Err(Refusal::invalid("messages", message));
                 };
-                let text = template
-                    .render(messages)
-                    .map_err(|e| Refusal::invalid("messages", e.to_string()))?;
+                let text = template.render(messages).map_err(|e| Refusal::invalid("messages", e.to_string()))?;
                 Ok(vec![self.tokens("messages", text, false)?])
             }
             Input::Prompts(prompts) => prompts.iter().map(|prompt| self.prompt(prompt)).collect(),
@@ -127,37 +113,21 @@ impl Model {
         match prompt {
             Prompt::Text(text) => self.tokens("prompt", text.clone(), true),
             Prompt::Ids(ids) => {
-                let beyond = ids
-                    .iter()
-                    .find(|&&id| id as usize >= self.limits.vocab_size);
+                let beyond = ids.iter().find(|&&id| id as usize >= self.limits.vocab_size);
                 if let Some(id) = beyond {
-                    let message = format!(
-                        "prompt has token {id}; the vocabulary has {}",
-                        self.limits.vocab_size
-                    );
+                    let message = format!("prompt has token {id}; the vocabulary has {}", self.limits.vocab_size);
                     return Err(Refusal::invalid("prompt", message));
                 }
                 self.fits("prompt", ids.len())?;
-                Ok(PromptTokens {
-                    ids: ids.clone(),
-                    text: self.text.decode(ids),
-                })
+                Ok(PromptTokens { ids: ids.clone(), text: self.text.decode(ids) })
             }
         }
     }
 
-    fn tokens(
-        &self,
-        param: &'static str,
-        text: String,
-        special: bool,
-    ) -> Result<PromptTokens, Refusal> {
+    fn tokens(&self, param: &'static str, text: String, special: bool) -> Result<PromptTokens, Refusal> {
         // so that what cannot fit is refused before it is tokenized
         self.fits(param, self.text.at_least(&text))?;
-        let ids = self
-            .text
-            .encode(&text, special)
-            .map_err(|error| Refusal::invalid(param, error.to_string()))?;
+        let ids = self.text.encode(&text, special).map_err(|error| Refusal::invalid(param, error.to_string()))?;
         self.fits(param, ids.len())?;
         Ok(PromptTokens { ids, text })
     }
@@ -167,8 +137,7 @@ impl Model {
         if tokens <= context {
             return Ok(());
         }
-        let message =
-            format!("{param} has at least {tokens} tokens; the context is {context} tokens");
+        let message = format!("{param} has at least {tokens} tokens; the context is {context} tokens");
         Err(over_context(param, message))
     }
 
@@ -184,32 +153,18 @@ impl Model {
                 let message = format!(
                     "{param} has {prompt} tokens and max_tokens is {asked}; the context is {context} tokens, so use at most {left}"
                 );
-                Err(over_context(
-                    if left == 0 { param } else { "max_tokens" },
-                    message,
-                ))
+                Err(over_context(if left == 0 { param } else { "max_tokens" }, message))
             }
             Some(asked) => Ok(asked),
             None if left == 0 => {
-                let message = format!(
-                    "{param} has {prompt} tokens, as many as the context of {context} tokens"
-                );
+                let message = format!("{param} has {prompt} tokens, as many as the context of {context} tokens");
                 Err(over_context(param, message))
             }
-            None => Ok(call
-                .default_max_tokens
-                .map_or(left, |tokens| tokens.min(left))),
+            None => Ok(call.default_max_tokens.map_or(left, |tokens| tokens.min(left))),
         }
     }
 
-    fn request(
-        &self,
-        call: &Call,
-        request_id: &str,
-        prompt: &[u32],
-        max_tokens: usize,
-        choice: u64,
-    ) -> Request {
+    fn request(&self, call: &Call, request_id: &str, prompt: &[u32], max_tokens: usize, choice: u64) -> Request {
         let mut stop_tokens = call.stop_token_ids.clone();
         if !call.ignore_eos {
             stop_tokens.extend(&self.defaults.end_tokens);
@@ -219,11 +174,7 @@ impl Model {
             prompt: prompt.to_vec(),
             max_tokens,
             stop_tokens,
-            sampling: Sampling {
-                seed,
-                stream: choice,
-                ..call.sampling.clone()
-            },
+            sampling: Sampling { seed, stream: choice, ..call.sampling.clone() },
             logprobs: call.logprobs,
             prompt_logprobs: call.echo && call.logprobs.is_some(),
         }
@@ -231,10 +182,7 @@ impl Model {
 }
 
 fn over_context(param: &str, message: String) -> Refusal {
-    Refusal {
-        code: Some("context_length_exceeded"),
-        ..Refusal::invalid(param, message)
-    }
+    Refusal { code: Some("context_length_exceeded"), ..Refusal::invalid(param, message) }
 }
 
 /// What the engine refuses, as the client reads it.
@@ -246,19 +194,13 @@ pub fn refused(refusal: &engine::Refusal) -> Refusal {
         Engine::Context { .. } | Engine::Cache { .. } => ("max_tokens", "context_length_exceeded"),
         Engine::Sampling { name, .. } => (*name, "invalid_value"),
     };
-    Refusal {
-        code: Some(code),
-        ..Refusal::invalid(param, refusal.to_string())
-    }
+    Refusal { code: Some(code), ..Refusal::invalid(param, refusal.to_string()) }
 }
 
 /// A seed for a request that brings none: the same on whichever worker it runs.
 fn seed_of(request_id: &str) -> u64 {
     let digest = Sha256::digest(request_id.as_bytes());
-    digest
-        .iter()
-        .take(8)
-        .fold(0, |seed, &byte| seed << 8 | u64::from(byte))
+    digest.iter().take(8).fold(0, |seed, &byte| seed << 8 | u64::from(byte))
 }
 
 #[cfg(test)]

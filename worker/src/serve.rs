@@ -20,8 +20,7 @@ use tonic::service::Routes;
 use tonic_health::server::HealthReporter;
 use tracing::{info, warn};
 use wire::proto::{
-    Failure, Progress, Report, experts_server::ExpertsServer, progress, report,
-    worker_server::WorkerServer,
+    Failure, Progress, Report, experts_server::ExpertsServer, progress, report, worker_server::WorkerServer,
 };
 
 use crate::{
@@ -114,8 +113,9 @@ impl Error {
             Self::Placement(_) | Self::System(_) | Self::Engine => "WorkerFailed",
             Self::Files(record::Error::OtherContent { .. }) => "ChecksumMismatch",
             Self::Files(_) => "SourceNotFound",
-            Self::Weights(engine::Error::File { .. } | engine::Error::Tensor { .. })
-            | Self::Model(_) => "InvalidModelFile",
+            Self::Weights(engine::Error::File { .. } | engine::Error::Tensor { .. }) | Self::Model(_) => {
+                "InvalidModelFile"
+            }
             Self::Weights(_) => "UnsupportedModel",
         }
     }
@@ -156,41 +156,15 @@ pub async fn serve(
     let mesh = Mesh::from_file(&options.placement)?;
     let state = State::new(mesh, &options);
     let (reports, receiver) = mpsc::channel(256);
-    tokio::spawn(control::follow(
-        control::stream(&options, receiver),
-        state.clone(),
-        reports.clone(),
-    ));
+    tokio::spawn(control::follow(control::stream(&options, receiver), state.clone(), reports.clone()));
     let ready = state.clone();
-    let admin = wire::admin::Admin {
-        ready: move || ready.ready(),
-        registry,
-    };
-    tokio::spawn(wire::admin::serve(
-        listeners.admin,
-        admin,
-        std::future::pending(),
-    ));
+    let admin = wire::admin::Admin { ready: move || ready.ready(), registry };
+    tokio::spawn(wire::admin::serve(listeners.admin, admin, std::future::pending()));
 
-    let served = run(
-        &options,
-        listeners.grpc,
-        &state,
-        metrics,
-        &reports,
-        shutdown,
-    )
-    .await;
+    let served = run(&options, listeners.grpc, &state, metrics, &reports, shutdown).await;
     if let Err(error) = &served {
-        let failure = Failure {
-            reason: error.reason().to_owned(),
-            message: chain(error),
-        };
-        let _ = reports
-            .send(Report {
-                report: Some(report::Report::Failure(failure)),
-            })
-            .await; // best effort
+        let failure = Failure { reason: error.reason().to_owned(), message: chain(error) };
+        let _ = reports.send(Report { report: Some(report::Report::Failure(failure)) }).await; // best effort
         tokio::time::sleep(LAST_WORDS).await;
     }
     served
@@ -219,20 +193,13 @@ async fn run(
     };
     let exchange = MeshExchange::new(own, state.mesh(), metrics.clone());
     let driver = Driver::start(loaded.engine, exchange, metrics.clone())?;
-    let threads = std::thread::available_parallelism()
-        .map_or(1, usize::from)
-        .min(4);
+    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(4);
     let pool = Pool::start(&loaded.experts, threads, metrics.clone())?;
     let experts = ExpertsService::new(loaded.experts, pool, &options.content_hash);
     let service = GenerateService::new(loaded.model, driver.clone(), state.clone(), metrics);
     let (routes, health) = routes(service, experts).await;
     state.serving(driver.clone(), loaded.weights);
-    info!(
-        model = options.model,
-        replica = options.replica,
-        ordinal = options.ordinal,
-        "serving"
-    );
+    info!(model = options.model, replica = options.replica, ordinal = options.ordinal, "serving");
 
     let (stop, mut stopped) = watch::channel(None);
     let closing = async move {
@@ -248,33 +215,20 @@ async fn run(
         () = driver.ended() => Err(Error::Engine),
     };
     stop.send_replace(Some(()));
-    let grace = if ended.is_ok() {
-        wire::connections::GRACE
-    } else {
-        Duration::ZERO
-    };
+    let grace = if ended.is_ok() { wire::connections::GRACE } else { Duration::ZERO };
     let _ = tokio::time::timeout(grace, server).await; // what is open then is closed with the process
     ended
 }
 
 /// The services of a worker: requests, experts, health.
-pub async fn routes(
-    generate: GenerateService,
-    experts: ExpertsService,
-) -> (Routes, HealthReporter) {
+pub async fn routes(generate: GenerateService, experts: ExpertsService) -> (Routes, HealthReporter) {
     let limit = wire::MAX_MESSAGE_BYTES;
     let (health, health_service) = tonic_health::server::health_reporter();
-    let worker = WorkerServer::new(generate)
-        .max_decoding_message_size(limit)
-        .max_encoding_message_size(limit);
-    let experts = ExpertsServer::new(experts)
-        .max_decoding_message_size(limit)
-        .max_encoding_message_size(limit);
+    let worker = WorkerServer::new(generate).max_decoding_message_size(limit).max_encoding_message_size(limit);
+    let experts = ExpertsServer::new(experts).max_decoding_message_size(limit).max_encoding_message_size(limit);
     health.set_serving::<WorkerServer<GenerateService>>().await;
     health.set_serving::<ExpertsServer<ExpertsService>>().await;
-    let routes = Routes::new(health_service)
-        .add_service(worker)
-        .add_service(experts);
+    let routes = Routes::new(health_service).add_service(worker).add_service(experts);
     (routes, health)
 }
 
@@ -286,11 +240,7 @@ struct Loaded {
 }
 
 /// Loads on a thread that may block, and tells the operators how far it is.
-async fn load(
-    options: &Options,
-    state: &Arc<State>,
-    reports: &mpsc::Sender<Report>,
-) -> Result<Loaded, Error> {
+async fn load(options: &Options, state: &Arc<State>, reports: &mpsc::Sender<Report>) -> Result<Loaded, Error> {
     let (options, reports) = (options.clone(), reports.clone());
     let placement = state.mesh().borrow().placement.clone();
     let loading = tokio::task::spawn_blocking(move || {
@@ -311,8 +261,7 @@ async fn load(
                 let _ = reports.try_send(loading_report(done, total)); // the next one says more
             }
         };
-        let (engine, experts) =
-            engine::load(&options.model_dir, &held, &engine_options, &mut progress)?;
+        let (engine, experts) = engine::load(&options.model_dir, &held, &engine_options, &mut progress)?;
         let limits = engine.limits();
         let model = Model::load(&options.model_dir, limits)?;
         let weights = Weights {
@@ -320,12 +269,7 @@ async fn load(
             expert_bytes: experts.bytes(),
             experts: placement.count(options.ordinal) as u64,
         };
-        Ok(Loaded {
-            engine,
-            experts,
-            model,
-            weights,
-        })
+        Ok(Loaded { engine, experts, model, weights })
     });
     loading.await.unwrap_or_else(|panic| {
         warn!(%panic, "loading the model panicked");
@@ -334,14 +278,8 @@ async fn load(
 }
 
 fn loading_report(done_bytes: u64, total_bytes: u64) -> Report {
-    let progress = Progress {
-        phase: progress::Phase::Loading.into(),
-        done_bytes,
-        total_bytes,
-    };
-    Report {
-        report: Some(report::Report::Progress(progress)),
-    }
+    let progress = Progress { phase: progress::Phase::Loading.into(), done_bytes, total_bytes };
+    Report { report: Some(report::Report::Progress(progress)) }
 }
 
 /// 1. No new requests from here on.
@@ -355,19 +293,12 @@ async fn drain(state: &State, timeout: Duration, how: Shutdown) {
     let deadline = tokio::time::Instant::now() + timeout;
     state.drain();
     info!(seconds = timeout.as_secs(), "draining");
-    if tokio::time::timeout_at(deadline, state.finished())
-        .await
-        .is_err()
-    {
+    if tokio::time::timeout_at(deadline, state.finished()).await.is_err() {
         warn!("cut requests that did not finish in time");
         state.cut();
         return;
     }
-    if how == Shutdown::Drain
-        && tokio::time::timeout_at(deadline, state.alone())
-            .await
-            .is_err()
-    {
+    if how == Shutdown::Drain && tokio::time::timeout_at(deadline, state.alone()).await.is_err() {
         info!("peers may still need experts of this worker; the time is over");
     }
 }

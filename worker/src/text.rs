@@ -64,10 +64,7 @@ impl Text {
     /// # Errors
     /// If it is missing, larger than the cap, not a tokenizer, or has ids at or above `vocab_size`.
     pub fn load(dir: &Path, vocab_size: usize) -> Result<Self, Error> {
-        Self::from_bytes(
-            &read_capped(dir, "tokenizer.json", TOKENIZER_BYTES)?,
-            vocab_size,
-        )
+        Self::from_bytes(&read_capped(dir, "tokenizer.json", TOKENIZER_BYTES)?, vocab_size)
     }
 
     /// As [`Text::load`], from the file's content.
@@ -75,37 +72,20 @@ impl Text {
     /// # Errors
     /// If the content is not a tokenizer, or has ids at or above `vocab_size`.
     pub fn from_bytes(bytes: &[u8], vocab_size: usize) -> Result<Self, Error> {
-        let mut tokenizer =
-            Tokenizer::from_bytes(bytes).map_err(|error| Error::Parse(error.to_string()))?;
+        let mut tokenizer = Tokenizer::from_bytes(bytes).map_err(|error| Error::Parse(error.to_string()))?;
         // Requests are never cut or padded silently, whatever the file says.
-        tokenizer
-            .with_truncation(None)
-            .map_err(|error| Error::Parse(error.to_string()))?;
+        tokenizer.with_truncation(None).map_err(|error| Error::Parse(error.to_string()))?;
         tokenizer.with_padding(None);
         let vocabulary = tokenizer.get_vocab(true);
-        if let Some(&id) = vocabulary
-            .values()
-            .max()
-            .filter(|&&id| id as usize >= vocab_size)
-        {
+        if let Some(&id) = vocabulary.values().max().filter(|&&id| id as usize >= vocab_size) {
             return Err(Error::BeyondVocabulary { id, vocab_size });
         }
         let longest_token = vocabulary.keys().map(String::len).max().unwrap_or(1).max(1);
         let added_tokens = tokenizer.get_added_tokens_decoder();
         let added = added_tokens.keys().copied().collect();
-        let special = added_tokens
-            .iter()
-            .filter(|(_, token)| token.special)
-            .map(|(&id, _)| id)
-            .collect();
+        let special = added_tokens.iter().filter(|(_, token)| token.special).map(|(&id, _)| id).collect();
         let byte_level = matches!(tokenizer.get_decoder(), Some(DecoderWrapper::ByteLevel(_)));
-        Ok(Self {
-            tokenizer,
-            added,
-            special,
-            longest_token,
-            bytes_of_chars: byte_level.then(byte_level_alphabet),
-        })
+        Ok(Self { tokenizer, added, special, longest_token, bytes_of_chars: byte_level.then(byte_level_alphabet) })
     }
 
     /// Token ids of `text`; `special` adds what the tokenizer puts around a text of its own, as a first token.
@@ -113,10 +93,7 @@ impl Text {
     /// # Errors
     /// If the tokenizer has no token for some of the text.
     pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>, Error> {
-        let encoding = self
-            .tokenizer
-            .encode_fast(text, special)
-            .map_err(|error| Error::Encode(error.to_string()))?;
+        let encoding = self.tokenizer.encode_fast(text, special).map_err(|error| Error::Encode(error.to_string()))?;
         Ok(encoding.get_ids().to_vec())
     }
 
@@ -132,19 +109,10 @@ impl Text {
 
     /// Bytes of one token by itself, exact even where they are a part of a character.
     pub fn token_bytes(&self, id: u32) -> Vec<u8> {
-        let exact = self
-            .bytes_of_chars
-            .as_ref()
-            .filter(|_| !self.added.contains(&id))
-            .and_then(|alphabet| {
-                let byte = |char| {
-                    alphabet
-                        .binary_search_by_key(&char, |&(char, _)| char)
-                        .ok()
-                        .map(|at| alphabet[at].1)
-                };
-                self.tokenizer.id_to_token(id)?.chars().map(byte).collect()
-            });
+        let exact = self.bytes_of_chars.as_ref().filter(|_| !self.added.contains(&id)).and_then(|alphabet| {
+            let byte = |char| alphabet.binary_search_by_key(&char, |&(char, _)| char).ok().map(|at| alphabet[at].1);
+            self.tokenizer.id_to_token(id)?.chars().map(byte).collect()
+        });
         exact.unwrap_or_else(|| self.token(id).into_bytes())
     }
 
@@ -171,9 +139,7 @@ impl Text {
 pub fn read_capped(dir: &Path, file: &'static str, limit: u64) -> Result<Vec<u8>, Error> {
     let open = File::open(dir.join(file)).map_err(|source| Error::Read { file, source })?;
     let mut bytes = Vec::new();
-    open.take(limit + 1)
-        .read_to_end(&mut bytes)
-        .map_err(|source| Error::Read { file, source })?;
+    open.take(limit + 1).read_to_end(&mut bytes).map_err(|source| Error::Read { file, source })?;
     if bytes.len() as u64 > limit {
         return Err(Error::TooLarge { file, limit });
     }
@@ -188,10 +154,7 @@ fn byte_level_alphabet() -> Vec<(char, u8)> {
     let printable = |byte: u8| matches!(byte, b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF);
     let others = (0..=u8::MAX).filter(|&byte| !printable(byte));
     let shifted = (0x100..).filter_map(char::from_u32).zip(others);
-    let mut alphabet: Vec<_> = (0..=u8::MAX)
-        .filter(|&byte| printable(byte))
-        .map(|b| (b.into(), b))
-        .collect();
+    let mut alphabet: Vec<_> = (0..=u8::MAX).filter(|&byte| printable(byte)).map(|b| (b.into(), b)).collect();
     alphabet.extend(shifted);
     alphabet.sort_unstable();
     alphabet
@@ -209,13 +172,7 @@ pub(crate) mod tests {
     #[test]
     fn text_survives_the_way_there_and_back() {
         let text = tiny();
-        for sample in [
-            "What is 47 + 85?",
-            "héllo, wörld",
-            "中文 and 🦀",
-            "",
-            "\u{0}\u{7f}\n\t ",
-        ] {
+        for sample in ["What is 47 + 85?", "héllo, wörld", "中文 and 🦀", "", "\u{0}\u{7f}\n\t "] {
             assert_eq!(text.decode(&text.encode(sample, false).unwrap()), sample);
         }
     }
@@ -233,10 +190,7 @@ pub(crate) mod tests {
     fn ids_beyond_the_vocabulary_are_refused_with_both_numbers() {
         let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../manifests/models/tiny-r1");
         let error = Text::load(&dir, 100).err().unwrap().to_string();
-        assert!(
-            error.contains("token id 511") && error.contains("100 tokens"),
-            "{error}"
-        );
+        assert!(error.contains("token id 511") && error.contains("100 tokens"), "{error}");
     }
 
     #[test]
@@ -249,15 +203,7 @@ pub(crate) mod tests {
     fn a_file_above_its_cap_is_not_read() {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("tokenizer.json"), "x".repeat(100)).unwrap();
-        assert!(matches!(
-            read_capped(dir.path(), "tokenizer.json", 99),
-            Err(Error::TooLarge { .. })
-        ));
-        assert_eq!(
-            read_capped(dir.path(), "tokenizer.json", 100)
-                .unwrap()
-                .len(),
-            100
-        );
+        assert!(matches!(read_capped(dir.path(), "tokenizer.json", 99), Err(Error::TooLarge { .. })));
+        assert_eq!(read_capped(dir.path(), "tokenizer.json", 100).unwrap().len(), 100);
     }
 }

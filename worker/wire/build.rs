@@ -6,10 +6,7 @@ use prost::Message as _;
 
 fn main() -> Result<(), Box<dyn Error>> {
     const FILES: [&str; 4] = ["inference", "worker", "experts", "fleet"];
-    let paths: Vec<String> = FILES
-        .iter()
-        .map(|file| format!("proto/modelfleet/v1/{file}.proto"))
-        .collect();
+    let paths: Vec<String> = FILES.iter().map(|file| format!("proto/modelfleet/v1/{file}.proto")).collect();
     for path in &paths {
         println!("cargo:rerun-if-changed={path}");
     }
@@ -18,8 +15,6 @@ fn main() -> Result<(), Box<dyn Error>> {
     std::fs::write(out.join("modelfleet.bin"), descriptors.encode_to_vec())?;
     let inference = protox::compile([&paths[0]], ["proto"])?;
     std::fs::write(out.join("inference.bin"), inference.encode_to_vec())?;
-    tonic_prost_build::configure()
-        .bytes(".modelfleet.v1")
-        .compile_fds(descriptors)?;
+    tonic_prost_build::configure().bytes(".modelfleet.v1").compile_fds(descriptors)?;
     Ok(())
 }

@@ -86,27 +86,15 @@ impl History {
     /// What is remembered at first: that `current` was wanted until now. So nothing shrinks before a whole window was
     /// watched.
     pub fn new(current: u32, now: Millis) -> Self {
-        History {
-            wanted: VecDeque::from([(now, current)]),
-            busy: now,
-        }
+        History { wanted: VecDeque::from([(now, current)]), busy: now }
     }
 
     fn remember(&mut self, wanted: u32, now: Millis, window: Millis) {
-        while self
-            .wanted
-            .back()
-            .is_some_and(|(_, earlier)| *earlier <= wanted)
-        {
+        while self.wanted.back().is_some_and(|(_, earlier)| *earlier <= wanted) {
             self.wanted.pop_back();
         }
         self.wanted.push_back((now, wanted));
-        while self.wanted.len() > 1
-            && self
-                .wanted
-                .front()
-                .is_some_and(|(at, _)| now.since(*at) >= window)
-        {
+        while self.wanted.len() > 1 && self.wanted.front().is_some_and(|(at, _)| now.since(*at) >= window) {
             self.wanted.pop_front();
         }
     }
@@ -127,13 +115,7 @@ impl History {
 /// # Guarantees
 /// The answer lies within `min` and `max`. Missing or stale load never makes it smaller, but for `max`. The history
 /// holds at most `max` entries.
-pub fn decide(
-    policy: &Policy,
-    current: u32,
-    load: Option<&Load>,
-    history: &mut History,
-    now: Millis,
-) -> Decision {
+pub fn decide(policy: &Policy, current: u32, load: Option<&Load>, history: &mut History, now: Millis) -> Decision {
     let (to, why) = match fresh(load, now) {
         Ok(load) => wanted(policy, current, load, history, now),
         Err(why) => {
@@ -147,58 +129,27 @@ pub fn decide(
         _ if to > policy.max => (policy.max, Why::AtMaximum),
         _ => (to, why),
     };
-    Decision {
-        from: current,
-        to,
-        why,
-        load: load.copied(),
-    }
+    Decision { from: current, to, why, load: load.copied() }
 }
 
 fn fresh(load: Option<&Load>, now: Millis) -> Result<&Load, Why> {
     let load = load.ok_or(Why::LoadMissing)?;
-    if now.since(load.at) > STALE_AFTER {
-        Err(Why::LoadStale)
-    } else {
-        Ok(load)
-    }
+    if now.since(load.at) > STALE_AFTER { Err(Why::LoadStale) } else { Ok(load) }
 }
 
-fn wanted(
-    policy: &Policy,
-    current: u32,
-    load: &Load,
-    history: &mut History,
-    now: Millis,
-) -> (u32, Why) {
+fn wanted(policy: &Policy, current: u32, load: &Load, history: &mut History, now: Millis) -> (u32, Why) {
     let work = load.queued.saturating_add(load.running);
     let target = u64::from(policy.target.max(1));
     if work > 0 {
         history.busy = now;
     }
-    let enough = u32::try_from(work.div_ceil(target))
-        .unwrap_or(u32::MAX)
-        .min(policy.max);
+    let enough = u32::try_from(work.div_ceil(target)).unwrap_or(u32::MAX).min(policy.max);
     history.remember(enough, now, policy.window);
     if enough > current {
-        return (
-            enough,
-            if current == 0 {
-                Why::Woken
-            } else {
-                Why::ScaledUp
-            },
-        );
+        return (enough, if current == 0 { Why::Woken } else { Why::ScaledUp });
     }
     if current == 0 || work > target.saturating_mul(u64::from(current)) {
-        return (
-            current,
-            if work > 0 {
-                Why::AtMaximum
-            } else {
-                Why::Steady
-            },
-        );
+        return (current, if work > 0 { Why::AtMaximum } else { Why::Steady });
     }
     fewer(policy, current, work, history, now)
 }
@@ -208,11 +159,7 @@ fn fewer(policy: &Policy, current: u32, work: u64, history: &History, now: Milli
     let least = policy.min.max(1);
     if current == 1 && policy.min == 0 {
         let idle = work == 0 && now.since(history.busy) >= policy.idle_after;
-        return if idle {
-            (0, Why::ScaledToZero)
-        } else {
-            (1, Why::Steady)
-        };
+        return if idle { (0, Why::ScaledToZero) } else { (1, Why::Steady) };
     }
     if current <= least {
         return (current, Why::Steady);

@@ -63,11 +63,7 @@ pub struct Plan {
 impl Plan {
     /// The need of the fullest worker.
     pub fn fullest(&self) -> Need {
-        self.workers
-            .iter()
-            .copied()
-            .max_by_key(Need::total)
-            .unwrap_or_default()
+        self.workers.iter().copied().max_by_key(Need::total).unwrap_or_default()
     }
 }
 
@@ -90,32 +86,14 @@ pub struct Need {
 impl Need {
     /// All of it.
     pub fn total(&self) -> Bytes {
-        [
-            self.dense,
-            self.experts,
-            self.kv_cache,
-            self.activations,
-            self.program,
-        ]
-        .into_iter()
-        .sum()
+        [self.dense, self.experts, self.kv_cache, self.activations, self.program].into_iter().sum()
     }
 }
 
 impl fmt::Display for Need {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Need {
-            dense,
-            experts,
-            kv_cache,
-            activations,
-            program,
-        } = self;
-        write!(
-            f,
-            "{} (dense {dense}, experts {experts}, cache {kv_cache}, ",
-            self.total()
-        )?;
+        let Need { dense, experts, kv_cache, activations, program } = self;
+        write!(f, "{} (dense {dense}, experts {experts}, cache {kv_cache}, ", self.total())?;
         write!(f, "activations {activations}, program {program})")
     }
 }
@@ -132,9 +110,7 @@ pub enum NoRoom {
         experts: u32,
     },
     /// The model was not made for so long a context.
-    #[error(
-        "spec.model.maxContextTokens is {asked}; the model takes {model}, so use at most {model}"
-    )]
+    #[error("spec.model.maxContextTokens is {asked}; the model takes {model}, so use at most {model}")]
     ContextTooLong {
         /// Tokens that were asked for.
         asked: Tokens,
@@ -193,48 +169,27 @@ fn try_plan(model: &ModelDescription, request: &Request) -> Result<Plan, NoRoom>
         Some(asked) => checked_shards(model, asked)?,
         None => fewest_shards(model, request.worker_memory, least_cache),
     };
-    let problem = Problem {
-        layers: layers(model),
-        experts: model.experts,
-        shards,
-    };
+    let problem = Problem { layers: layers(model), experts: model.experts, shards };
     let placement = place(&problem, request.previous.as_ref());
     let needs = |cache| {
         let experts = placement.expert_bytes(problem.layers).into_iter();
-        experts
-            .map(|experts| need(model, experts, cache))
-            .collect::<Vec<Need>>()
+        experts.map(|experts| need(model, experts, cache)).collect::<Vec<Need>>()
     };
     let fullest = fullest(&needs(least_cache));
-    if let Some(limit) = request
-        .worker_memory
-        .filter(|limit| fullest.total() > *limit)
-    {
-        return Err(NoRoom::MemoryTooSmall {
-            limit,
-            shards,
-            need: fullest,
-        });
+    if let Some(limit) = request.worker_memory.filter(|limit| fullest.total() > *limit) {
+        return Err(NoRoom::MemoryTooSmall { limit, shards, need: fullest });
     }
-    let kv_cache_tokens = request
-        .kv_cache_tokens
-        .unwrap_or_else(|| cache_that_fits(model, context, request.worker_memory, fullest));
+    let kv_cache_tokens =
+        request.kv_cache_tokens.unwrap_or_else(|| cache_that_fits(model, context, request.worker_memory, fullest));
     let workers = needs(kv_cache_tokens);
-    Ok(Plan {
-        shards,
-        max_context_tokens: context,
-        kv_cache_tokens,
-        placement,
-        workers,
-    })
+    Ok(Plan { shards, max_context_tokens: context, kv_cache_tokens, placement, workers })
 }
 
 fn context(model: &ModelDescription, request: &Request) -> Result<Tokens, NoRoom> {
     match request.max_context_tokens {
-        Some(asked) if asked > model.max_context_tokens => Err(NoRoom::ContextTooLong {
-            asked,
-            model: model.max_context_tokens,
-        }),
+        Some(asked) if asked > model.max_context_tokens => {
+            Err(NoRoom::ContextTooLong { asked, model: model.max_context_tokens })
+        }
         Some(asked) => Ok(asked),
         None => Ok(model.max_context_tokens),
     }
@@ -263,17 +218,11 @@ fn fewest_shards(model: &ModelDescription, limit: Option<Bytes>, cache: Tokens) 
     let most = if model.is_dense() { 1 } else { model.experts };
     let Some(limit) = limit else { return 1 };
     let room = limit.minus(need(model, Bytes(0), cache).total());
-    let all = layers(model)
-        .iter()
-        .map(|l| l.expert_bytes.times(u64::from(model.experts)));
+    let all = layers(model).iter().map(|l| l.expert_bytes.times(u64::from(model.experts)));
     let mean = all.sum::<Bytes>().0.div_ceil(room.0.max(1));
     let least = u32::try_from(mean).unwrap_or(most).clamp(1, most);
     let fits = |shards: &u32| {
-        let problem = Problem {
-            layers: layers(model),
-            experts: model.experts,
-            shards: *shards,
-        };
+        let problem = Problem { layers: layers(model), experts: model.experts, shards: *shards };
         let bytes = place(&problem, None).expert_bytes(problem.layers);
         bytes.into_iter().all(|bytes| bytes <= room)
     };
@@ -282,18 +231,11 @@ fn fewest_shards(model: &ModelDescription, limit: Option<Bytes>, cache: Tokens) 
 
 /// A dense model has nothing to place.
 fn layers(model: &ModelDescription) -> &[crate::model::MoeLayer] {
-    if model.is_dense() {
-        &[]
-    } else {
-        &model.moe_layers
-    }
+    if model.is_dense() { &[] } else { &model.moe_layers }
 }
 
 fn need(model: &ModelDescription, experts: Bytes, cache: Tokens) -> Need {
-    let row = model
-        .hidden_size
-        .saturating_mul(VECTORS_A_ROW)
-        .saturating_add(model.vocab_size);
+    let row = model.hidden_size.saturating_mul(VECTORS_A_ROW).saturating_add(model.vocab_size);
     Need {
         dense: model.dense_bytes,
         experts,
@@ -304,29 +246,15 @@ fn need(model: &ModelDescription, experts: Bytes, cache: Tokens) -> Need {
 }
 
 fn fullest(needs: &[Need]) -> Need {
-    needs
-        .iter()
-        .copied()
-        .max_by_key(Need::total)
-        .unwrap_or_default()
+    needs.iter().copied().max_by_key(Need::total).unwrap_or_default()
 }
 
 /// What the limit leaves for the cache, or the default size; a whole number of tokens, at least one context.
-fn cache_that_fits(
-    model: &ModelDescription,
-    context: Tokens,
-    limit: Option<Bytes>,
-    fullest: Need,
-) -> Tokens {
+fn cache_that_fits(model: &ModelDescription, context: Tokens, limit: Option<Bytes>, fullest: Need) -> Tokens {
     let a_token = model.kv_bytes_per_token.0.max(1);
     let (room, contexts) = match limit {
-        Some(limit) => (
-            limit.minus(fullest.total()).plus(fullest.kv_cache),
-            CONTEXTS_AT_MOST,
-        ),
+        Some(limit) => (limit.minus(fullest.total()).plus(fullest.kv_cache), CONTEXTS_AT_MOST),
         None => (CACHE_UNASKED, CONTEXTS),
     };
-    Tokens(room.0 / a_token)
-        .min(context.times(contexts))
-        .max(context)
+    Tokens(room.0 / a_token).min(context.times(contexts)).max(context)
 }

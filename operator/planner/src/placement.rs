@@ -53,10 +53,7 @@ impl Placement {
 
     /// The weights of the experts that each worker holds, by ordinal.
     pub fn expert_bytes(&self, layers: &[MoeLayer]) -> Vec<Bytes> {
-        let weights: BTreeMap<u32, Bytes> = layers
-            .iter()
-            .map(|layer| (layer.layer, layer.expert_bytes))
-            .collect();
+        let weights: BTreeMap<u32, Bytes> = layers.iter().map(|layer| (layer.layer, layer.expert_bytes)).collect();
         let mut bytes = vec![Bytes(0); self.shards as usize];
         for layer in &self.layers {
             let weight = weights.get(&layer.layer).copied().unwrap_or_default();
@@ -72,10 +69,7 @@ impl Placement {
     /// The least, over the layers, of experts with a holder that `live` knows. `None` for a dense model.
     pub fn covered(&self, live: impl Fn(u32) -> bool) -> Option<u32> {
         let of = |layer: &LayerPlacement| {
-            let covered = layer
-                .experts
-                .iter()
-                .filter(|holders| holders.iter().any(|h| live(*h)));
+            let covered = layer.experts.iter().filter(|holders| holders.iter().any(|h| live(*h)));
             covered.count() as u32
         };
         self.layers.iter().map(of).min()
@@ -83,18 +77,12 @@ impl Placement {
 
     /// How many experts, over all layers, have a holder here that they had not in `before`.
     pub fn moved_from(&self, before: &Placement) -> usize {
-        let then: BTreeMap<u32, &LayerPlacement> = before
-            .layers
-            .iter()
-            .map(|layer| (layer.layer, layer))
-            .collect();
+        let then: BTreeMap<u32, &LayerPlacement> = before.layers.iter().map(|layer| (layer.layer, layer)).collect();
         let moved_in = |layer: &LayerPlacement| {
             let old = then.get(&layer.layer);
             let came = |(expert, holders): &(usize, &Vec<u32>)| {
                 let had = old.and_then(|old| old.experts.get(*expert));
-                holders
-                    .iter()
-                    .any(|holder| !had.is_some_and(|had| had.contains(holder)))
+                holders.iter().any(|holder| !had.is_some_and(|had| had.contains(holder)))
             };
             layer.experts.iter().enumerate().filter(came).count()
         };
@@ -116,69 +104,33 @@ impl Placement {
 /// `shards` is at least 1. `previous` may be of any other problem; what does not fit is ignored.
 pub fn place(problem: &Problem<'_>, previous: Option<&Placement>) -> Placement {
     let shards = problem.shards.max(1) as usize;
-    let largest = problem
-        .layers
-        .iter()
-        .map(|layer| layer.expert_bytes)
-        .max()
-        .unwrap_or_default();
+    let largest = problem.layers.iter().map(|layer| layer.expert_bytes).max().unwrap_or_default();
     let mut bytes = vec![Bytes(0); shards];
     let mut layers = Vec::with_capacity(problem.layers.len());
     for layer in problem.layers {
         let before = holders_before(problem, layer.layer, previous);
-        let shares = share(
-            problem.experts,
-            &before,
-            layer.expert_bytes,
-            &mut bytes,
-            largest,
-        );
+        let shares = share(problem.experts, &before, layer.expert_bytes, &mut bytes, largest);
         let homes = fill(keep(before, &shares), &shares);
-        debug_assert!(
-            homes.iter().all(|home| (*home as usize) < shards),
-            "every expert has a home"
-        );
+        debug_assert!(homes.iter().all(|home| (*home as usize) < shards), "every expert has a home");
         let experts = homes.into_iter().map(|home| vec![home]).collect();
-        layers.push(LayerPlacement {
-            layer: layer.layer,
-            experts,
-        });
+        layers.push(LayerPlacement { layer: layer.layer, experts });
     }
-    debug_assert!(
-        spread(&bytes) <= largest,
-        "the bytes of two workers differ by one expert at most"
-    );
-    Placement {
-        shards: shards as u32,
-        layers,
-    }
+    debug_assert!(spread(&bytes) <= largest, "the bytes of two workers differ by one expert at most");
+    Placement { shards: shards as u32, layers }
 }
 
 /// For each expert of a layer its holder, if that worker still exists.
-fn holders_before(
-    problem: &Problem<'_>,
-    layer: u32,
-    previous: Option<&Placement>,
-) -> Vec<Option<u32>> {
+fn holders_before(problem: &Problem<'_>, layer: u32, previous: Option<&Placement>) -> Vec<Option<u32>> {
     let before = previous.and_then(|p| p.layers.iter().find(|l| l.layer == layer));
     let holder = |expert: u32| {
         let holders = before?.experts.get(expert as usize)?;
-        holders
-            .iter()
-            .copied()
-            .find(|holder| *holder < problem.shards)
+        holders.iter().copied().find(|holder| *holder < problem.shards)
     };
     (0..problem.experts).map(holder).collect()
 }
 
 /// How many experts of a layer each worker gets, and what that adds to its bytes.
-fn share(
-    experts: u32,
-    before: &[Option<u32>],
-    expert_bytes: Bytes,
-    bytes: &mut [Bytes],
-    largest: Bytes,
-) -> Vec<u32> {
+fn share(experts: u32, before: &[Option<u32>], expert_bytes: Bytes, bytes: &mut [Bytes], largest: Bytes) -> Vec<u32> {
     let shards = bytes.len() as u32;
     let (base, left_over) = (experts / shards, (experts % shards) as usize);
     let mut held = vec![0; bytes.len()];
@@ -190,25 +142,14 @@ fn share(
     for (total, lucky) in bytes.iter_mut().zip(&lucky) {
         *total = total.plus(expert_bytes.times(u64::from(base) + u64::from(*lucky)));
     }
-    lucky
-        .into_iter()
-        .map(|lucky| base + u32::from(lucky))
-        .collect()
+    lucky.into_iter().map(|lucky| base + u32::from(lucky)).collect()
 }
 
 /// The `count` workers that get one expert more: the emptiest, unless one that has it may keep it in balance.
-fn choose(
-    bytes: &[Bytes],
-    has_more: &[bool],
-    count: usize,
-    expert_bytes: Bytes,
-    largest: Bytes,
-) -> Vec<bool> {
+fn choose(bytes: &[Bytes], has_more: &[bool], count: usize, expert_bytes: Bytes, largest: Bytes) -> Vec<bool> {
     let balanced = |chosen: &[bool]| {
         let after = bytes.iter().zip(chosen);
-        let after: Vec<Bytes> = after
-            .map(|(b, lucky)| b.plus(expert_bytes.times(u64::from(*lucky))))
-            .collect();
+        let after: Vec<Bytes> = after.map(|(b, lucky)| b.plus(expert_bytes.times(u64::from(*lucky)))).collect();
         spread(&after) <= largest
     };
     if has_more.iter().filter(|more| **more).count() == count && balanced(has_more) {
@@ -221,10 +162,7 @@ fn choose(
         chosen[*shard] = true;
     }
     for keeper in emptiest.iter().filter(|shard| has_more[**shard]) {
-        let given_up = emptiest
-            .iter()
-            .rev()
-            .find(|shard| chosen[**shard] && !has_more[**shard]);
+        let given_up = emptiest.iter().rev().find(|shard| chosen[**shard] && !has_more[**shard]);
         let (false, Some(given_up)) = (chosen[*keeper], given_up) else {
             continue;
         };
@@ -257,13 +195,9 @@ fn fill(homes: Vec<Option<u32>>, shares: &[u32]) -> Vec<u32> {
     for holder in homes.iter().flatten() {
         room[*holder as usize] -= 1;
     }
-    let free = (0..)
-        .zip(room)
-        .flat_map(|(shard, room)| std::iter::repeat_n(shard, room as usize));
+    let free = (0..).zip(room).flat_map(|(shard, room)| std::iter::repeat_n(shard, room as usize));
     let mut free = free.collect::<Vec<u32>>().into_iter();
-    let next = |home: Option<u32>| {
-        home.unwrap_or_else(|| free.next().expect("the shares add up to the experts"))
-    };
+    let next = |home: Option<u32>| home.unwrap_or_else(|| free.next().expect("the shares add up to the experts"));
     homes.into_iter().map(next).collect()
 }
 

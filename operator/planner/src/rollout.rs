@@ -109,10 +109,7 @@ pub enum Why {
 /// Ids are distinct; `max_surge + max_unavailable > 0`.
 pub fn next_step(wanted: &Wanted, replicas: &[Replica], now: Millis) -> Step {
     let mut seen = Seen::new(wanted, replicas, now);
-    let mut step = Step {
-        delete: seen.delete_drained(),
-        ..Step::default()
-    };
+    let mut step = Step { delete: seen.delete_drained(), ..Step::default() };
     step.take_back = seen.take_back();
     step.create = seen.create();
     step.drain = seen.drain_surplus();
@@ -143,15 +140,7 @@ impl<'a> Seen<'a> {
         let (draining, active): (Vec<_>, Vec<_>) = replicas.iter().partition(is_draining);
         let (new, old) = active.into_iter().partition(is_new);
         let indices = replicas.iter().filter(is_new).map(|r| r.id.index).collect();
-        Seen {
-            wanted,
-            now,
-            new,
-            old,
-            draining,
-            created: 0,
-            indices,
-        }
+        Seen { wanted, now, new, old, draining, created: 0, indices }
     }
 
     fn delete_drained(&mut self) -> Vec<ReplicaId> {
@@ -160,9 +149,7 @@ impl<'a> Seen<'a> {
             State::Draining { since, empty } => empty || now.since(since) >= timeout,
             State::Starting | State::Ready => false,
         };
-        let (gone, draining) = std::mem::take(&mut self.draining)
-            .into_iter()
-            .partition(done);
+        let (gone, draining) = std::mem::take(&mut self.draining).into_iter().partition(done);
         self.draining = draining;
         ids(gone)
     }
@@ -170,9 +157,7 @@ impl<'a> Seen<'a> {
     fn take_back(&mut self) -> Vec<ReplicaId> {
         let missing = self.wanted.replicas.saturating_sub(count(&self.new)) as usize;
         let is_new = |r: &&Replica| r.id.revision == self.wanted.revision;
-        let (mut back, mut rest): (Vec<_>, Vec<_>) = std::mem::take(&mut self.draining)
-            .into_iter()
-            .partition(is_new);
+        let (mut back, mut rest): (Vec<_>, Vec<_>) = std::mem::take(&mut self.draining).into_iter().partition(is_new);
         back.sort_by_key(|r| r.id.index);
         rest.extend(back.split_off(missing.min(back.len())));
         self.draining = rest;
@@ -186,10 +171,7 @@ impl<'a> Seen<'a> {
         let missing = self.wanted.replicas.saturating_sub(count(&self.new));
         self.created = missing.min(ceiling.saturating_sub(all));
         let free = (0..).filter(|index| !self.indices.contains(index));
-        let id = |index| ReplicaId {
-            revision: self.wanted.revision.clone(),
-            index,
-        };
+        let id = |index| ReplicaId { revision: self.wanted.revision.clone(), index };
         free.take(self.created as usize).map(id).collect()
     }
 
@@ -224,9 +206,7 @@ impl<'a> Seen<'a> {
             let spared = match replica.state {
                 State::Ready => ready > floor,
                 // Not ready, it may come back; it goes once enough is left that could serve without it.
-                State::Starting | State::Draining { .. } => {
-                    ready >= floor || new_ready + left > floor
-                }
+                State::Starting | State::Draining { .. } => ready >= floor || new_ready + left > floor,
             };
             if !spared {
                 continue;
@@ -241,9 +221,7 @@ impl<'a> Seen<'a> {
 
     /// The ready replicas that must stay.
     fn floor(&self) -> u32 {
-        self.wanted
-            .replicas
-            .saturating_sub(self.wanted.max_unavailable)
+        self.wanted.replicas.saturating_sub(self.wanted.max_unavailable)
     }
 
     fn why(&self, step: &Step) -> Why {
@@ -255,9 +233,7 @@ impl<'a> Seen<'a> {
         } else if loading > 0 {
             Why::Loading { replicas: loading }
         } else if !self.draining.is_empty() {
-            Why::Draining {
-                replicas: count(&self.draining),
-            }
+            Why::Draining { replicas: count(&self.draining) }
         } else {
             Why::Complete
         }
@@ -266,11 +242,7 @@ impl<'a> Seen<'a> {
 
 /// What costs least goes first: not ready, then idle, then the highest index.
 fn least_loss(replica: &Replica) -> (bool, u64, std::cmp::Reverse<u32>) {
-    (
-        replica.state == State::Ready,
-        replica.running,
-        std::cmp::Reverse(replica.id.index),
-    )
+    (replica.state == State::Ready, replica.running, std::cmp::Reverse(replica.id.index))
 }
 
 fn count(replicas: &[&Replica]) -> u32 {
@@ -306,26 +278,14 @@ impl fmt::Display for Why {
 impl fmt::Display for Step {
     /// `delete a-0, make b-1 (growing)`, or `wait (1 loading)`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let parts = [
-            ("delete", &self.delete),
-            ("take back", &self.take_back),
-            ("make", &self.create),
-            ("drain", &self.drain),
-        ];
+        let parts =
+            [("delete", &self.delete), ("take back", &self.take_back), ("make", &self.create), ("drain", &self.drain)];
         let text = |(verb, ids): &(&str, &Vec<ReplicaId>)| {
             let ids: Vec<String> = ids.iter().map(ReplicaId::to_string).collect();
             format!("{verb} {}", ids.join(" "))
         };
-        let done: Vec<String> = parts
-            .iter()
-            .filter(|(_, ids)| !ids.is_empty())
-            .map(text)
-            .collect();
-        let done = if done.is_empty() {
-            "wait".to_owned()
-        } else {
-            done.join(", ")
-        };
+        let done: Vec<String> = parts.iter().filter(|(_, ids)| !ids.is_empty()).map(text).collect();
+        let done = if done.is_empty() { "wait".to_owned() } else { done.join(", ") };
         write!(f, "{done} ({})", self.why)
     }
 }

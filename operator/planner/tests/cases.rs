@@ -2,9 +2,7 @@
 
 use planner::autoscale::{Decision, History, Load, Policy, Why, decide};
 use planner::rollout::{self, Replica, ReplicaId, State, Wanted, next_step};
-use planner::{
-    Bytes, Millis, ModelDescription, MoeLayer, NoRoom, Outcome, Plan, Request, Tokens, plan,
-};
+use planner::{Bytes, Millis, ModelDescription, MoeLayer, NoRoom, Outcome, Plan, Request, Tokens, plan};
 
 /// Like tiny-r1: one dense layer, three with 16 experts.
 fn tiny() -> ModelDescription {
@@ -17,12 +15,7 @@ fn tiny() -> ModelDescription {
         layers: 4,
         experts: 16,
         experts_per_token: 4,
-        moe_layers: (1..4)
-            .map(|layer| MoeLayer {
-                layer,
-                expert_bytes: Bytes(98_304),
-            })
-            .collect(),
+        moe_layers: (1..4).map(|layer| MoeLayer { layer, expert_bytes: Bytes(98_304) }).collect(),
         ..ModelDescription::default()
     }
 }
@@ -43,13 +36,7 @@ fn refused(model: &ModelDescription, request: &Request) -> String {
 
 #[test]
 fn four_shards_hold_four_experts_a_layer_each() {
-    let plan = planned(
-        &tiny(),
-        &Request {
-            shards: Some(4),
-            ..Request::default()
-        },
-    );
+    let plan = planned(&tiny(), &Request { shards: Some(4), ..Request::default() });
     for ordinal in 0..4 {
         let held = plan.placement.held_by(ordinal);
         let experts: Vec<u32> = (4 * ordinal..4 * ordinal + 4).collect();
@@ -62,23 +49,10 @@ fn four_shards_hold_four_experts_a_layer_each() {
 
 #[test]
 fn a_placement_is_the_file_that_workers_read() {
-    let model = ModelDescription {
-        experts: 2,
-        moe_layers: tiny().moe_layers[..1].to_vec(),
-        ..tiny()
-    };
-    let plan = planned(
-        &model,
-        &Request {
-            shards: Some(2),
-            ..Request::default()
-        },
-    );
+    let model = ModelDescription { experts: 2, moe_layers: tiny().moe_layers[..1].to_vec(), ..tiny() };
+    let plan = planned(&model, &Request { shards: Some(2), ..Request::default() });
     let text = serde_json::to_string(&plan.placement).unwrap();
-    assert_eq!(
-        text,
-        r#"{"shards":2,"layers":[{"layer":1,"experts":[[0],[1]]}]}"#
-    );
+    assert_eq!(text, r#"{"shards":2,"layers":[{"layer":1,"experts":[[0],[1]]}]}"#);
 }
 
 #[test]
@@ -89,57 +63,23 @@ fn nothing_asked_is_one_worker_with_a_cache_of_eight_contexts() {
 
 #[test]
 fn a_limit_gives_the_fewest_workers_that_fit_and_the_rest_to_the_cache() {
-    let whole = planned(
-        &tiny(),
-        &Request {
-            kv_cache_tokens: Some(Tokens(1024)),
-            ..Request::default()
-        },
-    );
+    let whole = planned(&tiny(), &Request { kv_cache_tokens: Some(Tokens(1024)), ..Request::default() });
     let limit = Bytes(whole.fullest().total().0 - 1);
-    let plan = planned(
-        &tiny(),
-        &Request {
-            worker_memory: Some(limit),
-            ..Request::default()
-        },
-    );
+    let plan = planned(&tiny(), &Request { worker_memory: Some(limit), ..Request::default() });
     assert_eq!(plan.shards, 2);
     assert!(plan.kv_cache_tokens > Tokens(1024));
     assert!(plan.fullest().total() <= limit);
-    assert!(
-        plan.fullest().total().plus(Bytes(1152)) > limit,
-        "one token more would not fit"
-    );
+    assert!(plan.fullest().total().plus(Bytes(1152)) > limit, "one token more would not fit");
 }
 
 #[test]
 fn a_dense_model_is_one_worker() {
-    let dense = ModelDescription {
-        experts: 0,
-        moe_layers: Vec::new(),
-        ..tiny()
-    };
-    let plan = planned(
-        &dense,
-        &Request {
-            worker_memory: Some(Bytes(1 << 30)),
-            ..Request::default()
-        },
-    );
+    let dense = ModelDescription { experts: 0, moe_layers: Vec::new(), ..tiny() };
+    let plan = planned(&dense, &Request { worker_memory: Some(Bytes(1 << 30)), ..Request::default() });
     assert_eq!((plan.shards, plan.placement.layers.len()), (1, 0));
     assert_eq!(plan.placement.covered(|_| true), None);
-    let text = refused(
-        &dense,
-        &Request {
-            shards: Some(2),
-            ..Request::default()
-        },
-    );
-    assert_eq!(
-        text,
-        "spec.parallelism.expert.shards is 2; the model has no routed experts, so use 1"
-    );
+    let text = refused(&dense, &Request { shards: Some(2), ..Request::default() });
+    assert_eq!(text, "spec.parallelism.expert.shards is 2; the model has no routed experts, so use 1");
 }
 
 #[test]
@@ -147,33 +87,20 @@ fn what_does_not_fit_is_told_with_numbers() {
     let ask = Request::default();
     let cases = [
         (
-            Request {
-                shards: Some(32),
-                ..ask.clone()
-            },
+            Request { shards: Some(32), ..ask.clone() },
             "spec.parallelism.expert.shards is 32; the model has 16 experts a layer, so use at most 16",
         ),
         (
-            Request {
-                max_context_tokens: Some(Tokens(4096)),
-                ..ask.clone()
-            },
+            Request { max_context_tokens: Some(Tokens(4096)), ..ask.clone() },
             "spec.model.maxContextTokens is 4096; the model takes 1024, so use at most 1024",
         ),
         (
-            Request {
-                kv_cache_tokens: Some(Tokens(512)),
-                ..ask.clone()
-            },
+            Request { kv_cache_tokens: Some(Tokens(512)), ..ask.clone() },
             "spec.memory.kvCacheTokens is 512; one request may be 1024 tokens long, so use at least 1024 or lower \
              spec.model.maxContextTokens",
         ),
         (
-            Request {
-                worker_memory: Some(Bytes(32 << 20)),
-                shards: Some(4),
-                ..ask
-            },
+            Request { worker_memory: Some(Bytes(32 << 20)), shards: Some(4), ..ask },
             "spec.resources.limits.memory is 32Mi; with 4 shards a worker needs 62.3Mi (dense 3Mi, experts 1.2Mi, \
              cache 1.2Mi, activations 9Mi, program 48Mi)",
         ),
@@ -185,40 +112,19 @@ fn what_does_not_fit_is_told_with_numbers() {
 
 #[test]
 fn a_limit_that_never_fits_names_the_widest_try() {
-    let request = Request {
-        worker_memory: Some(Bytes(1 << 20)),
-        ..Request::default()
-    };
-    let Outcome::NoRoom(NoRoom::MemoryTooSmall { shards, .. }) = plan(&tiny(), &request) else {
-        panic!()
-    };
+    let request = Request { worker_memory: Some(Bytes(1 << 20)), ..Request::default() };
+    let Outcome::NoRoom(NoRoom::MemoryTooSmall { shards, .. }) = plan(&tiny(), &request) else { panic!() };
     assert_eq!(shards, 16);
 }
 
-const POLICY: Policy = Policy {
-    min: 0,
-    max: 5,
-    target: 4,
-    window: Millis(60_000),
-    idle_after: Millis(30_000),
-};
+const POLICY: Policy = Policy { min: 0, max: 5, target: 4, window: Millis(60_000), idle_after: Millis(30_000) };
 
 fn load(queued: u64, running: u64, at: u64) -> Load {
-    Load {
-        queued,
-        running,
-        at: Millis::from_secs(at),
-    }
+    Load { queued, running, at: Millis::from_secs(at) }
 }
 
 fn decided(current: u32, load: Option<Load>, history: &mut History, now: u64) -> (u32, Why) {
-    let Decision { to, why, .. } = decide(
-        &POLICY,
-        current,
-        load.as_ref(),
-        history,
-        Millis::from_secs(now),
-    );
+    let Decision { to, why, .. } = decide(&POLICY, current, load.as_ref(), history, Millis::from_secs(now));
     (to, why)
 }
 
@@ -240,89 +146,42 @@ fn one_decision_at_a_time_has_the_reason_that_a_person_expects() {
     ];
     for (current, load, expected) in cases {
         let mut history = History::new(current, Millis::from_secs(100));
-        assert_eq!(
-            decided(current, load, &mut history, 100),
-            expected,
-            "{current} {load:?}"
-        );
+        assert_eq!(decided(current, load, &mut history, 100), expected, "{current} {load:?}");
     }
 }
 
 #[test]
 fn it_shrinks_to_the_largest_number_wanted_over_the_window() {
     let mut history = History::new(4, Millis(0));
-    assert_eq!(
-        decided(4, Some(load(0, 10, 30)), &mut history, 30),
-        (4, Why::Stabilizing)
-    );
-    assert_eq!(
-        decided(4, Some(load(0, 1, 59)), &mut history, 59),
-        (4, Why::Stabilizing)
-    );
-    assert_eq!(
-        decided(4, Some(load(0, 1, 60)), &mut history, 60),
-        (3, Why::ScaledDown)
-    );
-    assert_eq!(
-        decided(3, Some(load(0, 1, 90)), &mut history, 90),
-        (1, Why::ScaledDown)
-    );
+    assert_eq!(decided(4, Some(load(0, 10, 30)), &mut history, 30), (4, Why::Stabilizing));
+    assert_eq!(decided(4, Some(load(0, 1, 59)), &mut history, 59), (4, Why::Stabilizing));
+    assert_eq!(decided(4, Some(load(0, 1, 60)), &mut history, 60), (3, Why::ScaledDown));
+    assert_eq!(decided(3, Some(load(0, 1, 90)), &mut history, 90), (1, Why::ScaledDown));
 }
 
 #[test]
 fn it_sleeps_only_after_the_idle_time_and_a_gap_in_the_load_begins_it_anew() {
     let mut history = History::new(1, Millis(0));
-    assert_eq!(
-        decided(1, Some(load(0, 1, 10)), &mut history, 10),
-        (1, Why::Steady)
-    );
-    assert_eq!(
-        decided(1, Some(load(0, 0, 39)), &mut history, 39),
-        (1, Why::Steady)
-    );
+    assert_eq!(decided(1, Some(load(0, 1, 10)), &mut history, 10), (1, Why::Steady));
+    assert_eq!(decided(1, Some(load(0, 0, 39)), &mut history, 39), (1, Why::Steady));
     assert_eq!(decided(1, None, &mut history, 40), (1, Why::LoadMissing));
-    assert_eq!(
-        decided(1, Some(load(0, 0, 69)), &mut history, 69),
-        (1, Why::Steady)
-    );
-    assert_eq!(
-        decided(1, Some(load(0, 0, 70)), &mut history, 70),
-        (0, Why::ScaledToZero)
-    );
+    assert_eq!(decided(1, Some(load(0, 0, 69)), &mut history, 69), (1, Why::Steady));
+    assert_eq!(decided(1, Some(load(0, 0, 70)), &mut history, 70), (0, Why::ScaledToZero));
 }
 
 #[test]
 fn a_new_leader_watches_a_whole_window_before_it_shrinks() {
     let mut history = History::new(4, Millis::from_secs(1000));
-    assert_eq!(
-        decided(4, Some(load(0, 1, 1059)), &mut history, 1059),
-        (4, Why::Stabilizing)
-    );
-    assert_eq!(
-        decided(4, Some(load(0, 1, 1060)), &mut history, 1060),
-        (1, Why::ScaledDown)
-    );
+    assert_eq!(decided(4, Some(load(0, 1, 1059)), &mut history, 1059), (4, Why::Stabilizing));
+    assert_eq!(decided(4, Some(load(0, 1, 1060)), &mut history, 1060), (1, Why::ScaledDown));
 }
 
 fn replica(revision: &str, index: u32, state: State, running: u64) -> Replica {
-    Replica {
-        id: ReplicaId {
-            revision: revision.to_owned(),
-            index,
-        },
-        state,
-        running,
-    }
+    Replica { id: ReplicaId { revision: revision.to_owned(), index }, state, running }
 }
 
 fn wanted(replicas: u32) -> Wanted {
-    Wanted {
-        revision: "a".to_owned(),
-        replicas,
-        max_surge: 1,
-        max_unavailable: 0,
-        drain_timeout: Millis(60_000),
-    }
+    Wanted { revision: "a".to_owned(), replicas, max_surge: 1, max_unavailable: 0, drain_timeout: Millis(60_000) }
 }
 
 #[test]
@@ -339,42 +198,21 @@ fn the_replica_with_the_least_to_do_goes_first() {
 
 #[test]
 fn growth_takes_back_what_drains_before_it_makes_anything() {
-    let draining = State::Draining {
-        since: Millis(0),
-        empty: false,
-    };
-    let replicas = [
-        replica("a", 0, State::Ready, 1),
-        replica("a", 1, draining, 1),
-    ];
+    let draining = State::Draining { since: Millis(0), empty: false };
+    let replicas = [replica("a", 0, State::Ready, 1), replica("a", 1, draining, 1)];
     let step = next_step(&wanted(3), &replicas, Millis(1_000));
     assert_eq!(step.to_string(), "take back a-1, make a-2 (growing)");
 }
 
 #[test]
 fn nothing_is_deleted_before_it_is_empty_or_out_of_time() {
-    let draining = State::Draining {
-        since: Millis(0),
-        empty: false,
-    };
-    let replicas = [
-        replica("a", 0, State::Ready, 1),
-        replica("a", 1, draining, 1),
-    ];
+    let draining = State::Draining { since: Millis(0), empty: false };
+    let replicas = [replica("a", 0, State::Ready, 1), replica("a", 1, draining, 1)];
     assert_eq!(next_step(&wanted(1), &replicas, Millis(59_999)).delete, []);
-    assert_eq!(
-        next_step(&wanted(1), &replicas, Millis(60_000)).to_string(),
-        "delete a-1 (shrinking)"
-    );
-    let empty = State::Draining {
-        since: Millis(0),
-        empty: true,
-    };
+    assert_eq!(next_step(&wanted(1), &replicas, Millis(60_000)).to_string(), "delete a-1 (shrinking)");
+    let empty = State::Draining { since: Millis(0), empty: true };
     let replicas = [replica("a", 0, State::Ready, 1), replica("a", 1, empty, 0)];
-    assert_eq!(
-        next_step(&wanted(1), &replicas, Millis(1)).to_string(),
-        "delete a-1 (shrinking)"
-    );
+    assert_eq!(next_step(&wanted(1), &replicas, Millis(1)).to_string(), "delete a-1 (shrinking)");
 }
 
 #[test]

@@ -9,34 +9,18 @@ use proptest::prelude::*;
 fn layers() -> impl Strategy<Value = Vec<MoeLayer>> {
     let bytes = proptest::collection::vec(1..5_u64, 1..8);
     bytes.prop_map(|all| {
-        let layer = |(layer, bytes)| MoeLayer {
-            layer,
-            expert_bytes: Bytes(bytes),
-        };
+        let layer = |(layer, bytes)| MoeLayer { layer, expert_bytes: Bytes(bytes) };
         (0..).zip(all).map(layer).collect()
     })
 }
 
 /// Layers, experts, and two numbers of workers.
 fn problems() -> impl Strategy<Value = (Vec<MoeLayer>, u32, u32, u32)> {
-    (layers(), 1..40_u32)
-        .prop_flat_map(|(layers, experts)| (Just(layers), Just(experts), 1..=experts, 1..=experts))
+    (layers(), 1..40_u32).prop_flat_map(|(layers, experts)| (Just(layers), Just(experts), 1..=experts, 1..=experts))
 }
 
-fn placed(
-    layers: &[MoeLayer],
-    experts: u32,
-    shards: u32,
-    previous: Option<&Placement>,
-) -> Placement {
-    place(
-        &Problem {
-            layers,
-            experts,
-            shards,
-        },
-        previous,
-    )
+fn placed(layers: &[MoeLayer], experts: u32, shards: u32, previous: Option<&Placement>) -> Placement {
+    place(&Problem { layers, experts, shards }, previous)
 }
 
 fn spread(placement: &Placement, layers: &[MoeLayer]) -> u64 {
@@ -46,11 +30,7 @@ fn spread(placement: &Placement, layers: &[MoeLayer]) -> u64 {
 }
 
 fn largest(layers: &[MoeLayer]) -> u64 {
-    layers
-        .iter()
-        .map(|layer| layer.expert_bytes.0)
-        .max()
-        .unwrap_or_default()
+    layers.iter().map(|layer| layer.expert_bytes.0).max().unwrap_or_default()
 }
 
 proptest! {
@@ -125,8 +105,8 @@ proptest! {
 }
 
 fn descriptions() -> impl Strategy<Value = ModelDescription> {
-    (layers(), 0..32_u32, 0..1000_u64, 1..100_u64, 1..500_u64).prop_map(
-        |(layers, experts, dense, kv, context)| ModelDescription {
+    (layers(), 0..32_u32, 0..1000_u64, 1..100_u64, 1..500_u64).prop_map(|(layers, experts, dense, kv, context)| {
+        ModelDescription {
             experts,
             experts_per_token: experts.min(4),
             dense_bytes: Bytes(dense << 20),
@@ -136,14 +116,11 @@ fn descriptions() -> impl Strategy<Value = ModelDescription> {
             vocab_size: 512,
             moe_layers: layers
                 .into_iter()
-                .map(|layer| MoeLayer {
-                    expert_bytes: Bytes(layer.expert_bytes.0 << 20),
-                    ..layer
-                })
+                .map(|layer| MoeLayer { expert_bytes: Bytes(layer.expert_bytes.0 << 20), ..layer })
                 .collect(),
             ..ModelDescription::default()
-        },
-    )
+        }
+    })
 }
 
 proptest! {
@@ -204,18 +181,11 @@ impl World {
                 replica.state = State::Ready;
             }
             if step.drain.contains(&replica.id) {
-                replica.state = State::Draining {
-                    since: self.now,
-                    empty: false,
-                };
+                replica.state = State::Draining { since: self.now, empty: false };
             }
         }
         for id in &step.create {
-            self.replicas.push(Replica {
-                id: id.clone(),
-                state: State::Starting,
-                running: 0,
-            });
+            self.replicas.push(Replica { id: id.clone(), state: State::Starting, running: 0 });
         }
     }
 
@@ -235,16 +205,11 @@ impl World {
     }
 
     fn drains(&self, id: &ReplicaId) -> bool {
-        self.replicas
-            .iter()
-            .any(|r| r.id == *id && matches!(r.state, State::Draining { .. }))
+        self.replicas.iter().any(|r| r.id == *id && matches!(r.state, State::Draining { .. }))
     }
 
     fn ready(&self) -> u32 {
-        self.replicas
-            .iter()
-            .filter(|r| r.state == State::Ready)
-            .count() as u32
+        self.replicas.iter().filter(|r| r.state == State::Ready).count() as u32
     }
 }
 
@@ -259,19 +224,9 @@ fn wants() -> impl Strategy<Value = Wanted> {
 }
 
 fn settled(wanted: &Wanted, replicas: u32) -> World {
-    let id = |index| ReplicaId {
-        revision: wanted.revision.clone(),
-        index,
-    };
-    let replica = |index| Replica {
-        id: id(index),
-        state: State::Ready,
-        running: 0,
-    };
-    World {
-        replicas: (0..replicas).map(replica).collect(),
-        now: Millis(0),
-    }
+    let id = |index| ReplicaId { revision: wanted.revision.clone(), index };
+    let replica = |index| Replica { id: id(index), state: State::Ready, running: 0 };
+    World { replicas: (0..replicas).map(replica).collect(), now: Millis(0) }
 }
 
 proptest! {
@@ -336,15 +291,13 @@ proptest! {
 }
 
 fn policies() -> impl Strategy<Value = Policy> {
-    (0..3_u32, 1..6_u32, 1..9_u32, 0..60_u64, 0..60_u64).prop_map(
-        |(min, more, target, window, idle)| Policy {
-            min,
-            max: min + more,
-            target,
-            window: Millis::from_secs(window),
-            idle_after: Millis::from_secs(idle),
-        },
-    )
+    (0..3_u32, 1..6_u32, 1..9_u32, 0..60_u64, 0..60_u64).prop_map(|(min, more, target, window, idle)| Policy {
+        min,
+        max: min + more,
+        target,
+        window: Millis::from_secs(window),
+        idle_after: Millis::from_secs(idle),
+    })
 }
 
 proptest! {

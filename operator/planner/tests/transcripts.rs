@@ -26,11 +26,7 @@ struct Fleet {
 
 impl Fleet {
     fn new() -> Self {
-        Fleet {
-            replicas: Vec::new(),
-            now: Millis(0),
-            text: String::new(),
-        }
+        Fleet { replicas: Vec::new(), now: Millis(0), text: String::new() }
     }
 
     fn note(&mut self, text: &str) {
@@ -56,18 +52,11 @@ impl Fleet {
     }
 
     fn counts(&self) -> String {
-        let mut revisions: Vec<&str> = self
-            .replicas
-            .iter()
-            .map(|(r, _)| r.id.revision.as_str())
-            .collect();
+        let mut revisions: Vec<&str> = self.replicas.iter().map(|(r, _)| r.id.revision.as_str()).collect();
         revisions.sort_unstable();
         revisions.dedup();
         let count = |revision: &&str| {
-            let of = self
-                .replicas
-                .iter()
-                .filter(|(r, _)| r.id.revision == **revision);
+            let of = self.replicas.iter().filter(|(r, _)| r.id.revision == **revision);
             let ready = of.clone().filter(|(r, _)| r.state == State::Ready).count();
             format!("{revision} {ready}/{}", of.count())
         };
@@ -82,19 +71,12 @@ impl Fleet {
                 replica.state = State::Ready;
             }
             if step.drain.contains(&replica.id) {
-                replica.state = State::Draining {
-                    since: self.now,
-                    empty: false,
-                };
+                replica.state = State::Draining { since: self.now, empty: false };
                 *since = self.now;
             }
         }
         for id in &step.create {
-            let replica = Replica {
-                id: id.clone(),
-                state: State::Starting,
-                running: 0,
-            };
+            let replica = Replica { id: id.clone(), state: State::Starting, running: 0 };
             self.replicas.push((replica, self.now));
         }
     }
@@ -103,12 +85,8 @@ impl Fleet {
         for (replica, since) in &mut self.replicas {
             let age = self.now.since(*since);
             replica.state = match replica.state {
-                State::Starting if age >= Millis::from_secs(20) && replica.id.revision != "bad" => {
-                    State::Ready
-                }
-                State::Draining { since, .. } if age >= Millis::from_secs(10) => {
-                    State::Draining { since, empty: true }
-                }
+                State::Starting if age >= Millis::from_secs(20) && replica.id.revision != "bad" => State::Ready,
+                State::Draining { since, .. } if age >= Millis::from_secs(10) => State::Draining { since, empty: true },
                 state => state,
             };
         }
@@ -143,14 +121,7 @@ fn rollouts_read_as_expected() {
     fleet.run(&wanted("next", 1), 330);
     fleet.run(&wanted("new", 1), 380);
     fleet.note("roll without surge, maxSurge=0 maxUnavailable=1");
-    fleet.run(
-        &Wanted {
-            max_surge: 0,
-            max_unavailable: 1,
-            ..wanted("last", 1)
-        },
-        430,
-    );
+    fleet.run(&Wanted { max_surge: 0, max_unavailable: 1, ..wanted("last", 1) }, 430);
     fleet.note("suspend");
     fleet.run(&wanted("last", 0), 460);
     compare("rollout", &fleet.text);
@@ -172,13 +143,8 @@ fn work(minute: u64) -> Option<u64> {
 
 #[test]
 fn an_hour_of_scaling_reads_as_expected() {
-    let policy = Policy {
-        min: 0,
-        max: 3,
-        target: 8,
-        window: Millis::from_secs(300),
-        idle_after: Millis::from_secs(600),
-    };
+    let policy =
+        Policy { min: 0, max: 3, target: 8, window: Millis::from_secs(300), idle_after: Millis::from_secs(600) };
     let (mut current, mut history) = (0, History::new(0, Millis(0)));
     let mut text = String::from("min=0 max=3 target=8 window=5m idle=10m, decided every 2 s\n");
     let mut told = String::new();
@@ -186,11 +152,7 @@ fn an_hour_of_scaling_reads_as_expected() {
         let now = Millis::from_secs(second);
         let load = work(second / 60).map(|work| {
             let running = work.min(8 * u64::from(current));
-            Load {
-                queued: work - running,
-                running,
-                at: now,
-            }
+            Load { queued: work - running, running, at: now }
         });
         let decision = autoscale::decide(&policy, current, load.as_ref(), &mut history, now);
         let line = decision.to_string();

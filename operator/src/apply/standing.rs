@@ -45,23 +45,12 @@ pub(super) struct Sealed {
 }
 
 pub(super) fn seal<K: Ours>(object: &K) -> Result<Sealed, Error> {
-    let encode = |source| Error::Encode {
-        what: format!("{} {}", K::kind(&()), object.name_any()),
-        source,
-    };
+    let encode = |source| Error::Encode { what: format!("{} {}", K::kind(&()), object.name_any()), source };
     let bare = serde_json::to_vec(object).map_err(encode)?;
-    let hash: String = Sha256::digest(&bare)[..8]
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect();
+    let hash: String = Sha256::digest(&bare)[..8].iter().map(|byte| format!("{byte:02x}")).collect();
     let mut sealed = object.clone();
-    sealed
-        .annotations_mut()
-        .insert(RENDERED.to_owned(), hash.clone());
-    Ok(Sealed {
-        object: serde_json::to_value(&sealed).map_err(encode)?,
-        hash,
-    })
+    sealed.annotations_mut().insert(RENDERED.to_owned(), hash.clone());
+    Ok(Sealed { object: serde_json::to_value(&sealed).map_err(encode)?, hash })
 }
 
 pub(super) enum Standing {
@@ -80,52 +69,33 @@ pub(super) fn standing<K: Ours>(
     now: Instant,
 ) -> Result<Standing, Error> {
     let written = written.filter(|written| written.hash == desired.hash);
-    let lags = |seen: &K| {
-        written.is_some_and(|w| matches!((version(seen), w.version), (Some(s), Some(w)) if s < w))
-    };
+    let lags = |seen: &K| written.is_some_and(|w| matches!((version(seen), w.version), (Some(s), Some(w)) if s < w));
     if written.is_some_and(|w| now.duration_since(w.at) < LAG) && seen.is_none_or(lags) {
         return Ok(Standing::Awaited);
     }
     let Some(seen) = seen else {
         return Ok(Standing::Differs);
     };
-    let encode = |source| Error::Encode {
-        what: format!("{} {}", K::kind(&()), seen.name_any()),
-        source,
-    };
+    let encode = |source| Error::Encode { what: format!("{} {}", K::kind(&()), seen.name_any()), source };
     // The server may have stored another spelling (1024Mi as 1Gi): then the generation after our write decides.
-    let untouched = |w: &Written| {
-        w.generation.is_some() && w.generation == seen.meta().generation && w.uid == seen.uid()
-    };
+    let untouched =
+        |w: &Written| w.generation.is_some() && w.generation == seen.meta().generation && w.uid == seen.uid();
     let same = seen.annotations().get(RENDERED) == Some(&desired.hash)
-        && (within(
-            &desired.object,
-            &serde_json::to_value(seen).map_err(encode)?,
-        ) || written.is_some_and(untouched));
-    Ok(if same {
-        Standing::Settled
-    } else {
-        Standing::Differs
-    })
+        && (within(&desired.object, &serde_json::to_value(seen).map_err(encode)?) || written.is_some_and(untouched));
+    Ok(if same { Standing::Settled } else { Standing::Differs })
 }
 
 /// Tells whether `seen` has all that `desired` says; what else it has belongs to the server or to others.
 pub(super) fn within(desired: &Value, seen: &Value) -> bool {
     match (desired, seen) {
-        (Value::Object(desired), Value::Object(seen)) => desired
-            .iter()
-            .all(|(key, value)| within(value, seen.get(key).unwrap_or(&Value::Null))),
+        (Value::Object(desired), Value::Object(seen)) => {
+            desired.iter().all(|(key, value)| within(value, seen.get(key).unwrap_or(&Value::Null)))
+        }
         (Value::Array(desired), Value::Array(seen)) => {
-            desired.len() == seen.len()
-                && desired
-                    .iter()
-                    .zip(seen)
-                    .all(|(desired, seen)| within(desired, seen))
+            desired.len() == seen.len() && desired.iter().zip(seen).all(|(desired, seen)| within(desired, seen))
         }
         // Empty and absent are one on the wire.
-        (Value::Object(desired), Value::Null) => {
-            desired.values().all(|value| within(value, &Value::Null))
-        }
+        (Value::Object(desired), Value::Null) => desired.values().all(|value| within(value, &Value::Null)),
         (Value::Array(desired), Value::Null) => desired.is_empty(),
         (Value::String(desired), Value::Null) => desired.is_empty(),
         (desired, seen) => desired == seen,
@@ -156,37 +126,22 @@ mod tests {
     }
 
     fn written(object: &ConfigMap, version: u64, at: Instant) -> Written {
-        Written {
-            hash: seal(object).unwrap().hash,
-            uid: None,
-            generation: None,
-            version: Some(version),
-            at,
-        }
+        Written { hash: seal(object).unwrap().hash, uid: None, generation: None, version: Some(version), at }
     }
 
     #[test]
     fn what_is_there_is_not_written_again() {
         let desired = seal(&config("one")).unwrap();
         let seen = stored(&config("one"), "5");
-        assert!(matches!(
-            standing(&desired, Some(&seen), None, Instant::now()).unwrap(),
-            Standing::Settled
-        ));
+        assert!(matches!(standing(&desired, Some(&seen), None, Instant::now()).unwrap(), Standing::Settled));
     }
 
     #[test]
     fn an_edit_by_somebody_is_undone() {
         let desired = seal(&config("one")).unwrap();
         let mut seen = stored(&config("one"), "5");
-        seen.data
-            .as_mut()
-            .unwrap()
-            .insert("key".to_owned(), "edited".to_owned());
-        assert!(matches!(
-            standing(&desired, Some(&seen), None, Instant::now()).unwrap(),
-            Standing::Differs
-        ));
+        seen.data.as_mut().unwrap().insert("key".to_owned(), "edited".to_owned());
+        assert!(matches!(standing(&desired, Some(&seen), None, Instant::now()).unwrap(), Standing::Differs));
     }
 
     #[test]
@@ -195,19 +150,13 @@ mod tests {
         let (old, written) = (stored(&config("one"), "5"), written(&config("two"), 9, now));
         let at = |later| standing(&desired, Some(&old), Some(&written), now + later).unwrap();
         assert!(matches!(at(Duration::ZERO), Standing::Awaited));
-        assert!(
-            matches!(at(LAG), Standing::Differs),
-            "by then somebody undid it"
-        );
+        assert!(matches!(at(LAG), Standing::Differs), "by then somebody undid it");
     }
 
     #[test]
     fn empty_and_absent_are_one() {
         assert!(within(&json!({"a": [], "b": {}, "c": ""}), &json!({})));
         assert!(!within(&json!({"a": [1]}), &json!({})));
-        assert!(within(
-            &json!({"a": 1}),
-            &json!({"a": 1, "defaulted": true})
-        ));
+        assert!(within(&json!({"a": 1}), &json!({"a": 1, "defaulted": true})));
     }
 }

@@ -50,17 +50,8 @@ impl Model {
     }
 
     /// Makes the snapshots anew. What changed gets the next version; whether anything did is returned.
-    pub(super) fn refresh(
-        &mut self,
-        name: &str,
-        epoch: u64,
-        words: &Words,
-        live_routers: &BTreeSet<String>,
-    ) -> bool {
-        let next = Version {
-            epoch,
-            sequence: self.sequence + 1,
-        };
+    pub(super) fn refresh(&mut self, name: &str, epoch: u64, words: &Words, live_routers: &BTreeSet<String>) -> bool {
+        let next = Version { epoch, sequence: self.sequence + 1 };
         let routers = self.refresh_routers(name, next, words, live_routers);
         let workers = self.refresh_workers(name, next, words);
         if routers || workers {
@@ -69,28 +60,15 @@ impl Model {
         routers || workers
     }
 
-    fn refresh_routers(
-        &mut self,
-        name: &str,
-        next: Version,
-        words: &Words,
-        live: &BTreeSet<String>,
-    ) -> bool {
+    fn refresh_routers(&mut self, name: &str, next: Version, words: &Words, live: &BTreeSet<String>) -> bool {
         let shares = snapshot::shares(self.facts.max_pending, live);
         let fresh = snapshot::for_routers(name, &self.facts, words);
-        if self.shares == shares
-            && self
-                .routers
-                .as_ref()
-                .is_some_and(|(_, known)| *known == fresh)
-        {
+        if self.shares == shares && self.routers.as_ref().is_some_and(|(_, known)| *known == fresh) {
             return false;
         }
         let takes = fresh.workers.iter().filter(|worker| !worker.draining);
         let since = |id: &String| self.taking.get(id).copied().unwrap_or(next);
-        self.taking = takes
-            .map(|worker| (worker.id.clone(), since(&worker.id)))
-            .collect();
+        self.taking = takes.map(|worker| (worker.id.clone(), since(&worker.id))).collect();
         self.shares = shares;
         self.routers = Some((next, fresh));
         true
@@ -102,22 +80,14 @@ impl Model {
         let mut changed = false;
         for replica in &self.facts.replicas {
             let key = (replica.revision.clone(), replica.replica);
-            let known = placements
-                .remove(&key)
-                .filter(|(_, placement)| *placement == replica.placement);
+            let known = placements.remove(&key).filter(|(_, placement)| *placement == replica.placement);
             let known = known.unwrap_or_else(|| (next, replica.placement.clone()));
             self.placements.insert(key.clone(), known);
             for worker in &replica.workers {
                 let snapshot = snapshot::for_worker(name, replica, worker, words);
-                let same = before
-                    .remove(&worker.id)
-                    .filter(|mesh| mesh.snapshot == snapshot);
+                let same = before.remove(&worker.id).filter(|mesh| mesh.snapshot == snapshot);
                 changed |= same.is_none();
-                let mesh = same.unwrap_or_else(|| Mesh {
-                    version: next,
-                    snapshot,
-                    replica: key.clone(),
-                });
+                let mesh = same.unwrap_or_else(|| Mesh { version: next, snapshot, replica: key.clone() });
                 self.meshes.insert(worker.id.clone(), mesh);
             }
         }
@@ -128,26 +98,13 @@ impl Model {
     pub(super) fn for_router(&self, id: &str) -> Option<(Version, ModelSnapshot)> {
         let (version, snapshot) = self.routers.as_ref()?;
         let share = *self.shares.get(id)?;
-        Some((
-            *version,
-            ModelSnapshot {
-                version: Some((*version).into()),
-                max_pending: share,
-                ..snapshot.clone()
-            },
-        ))
+        Some((*version, ModelSnapshot { version: Some((*version).into()), max_pending: share, ..snapshot.clone() }))
     }
 
     /// What a worker is told; nothing for one that is not in the facts.
     pub(super) fn for_worker(&self, id: &str) -> Option<(Version, MeshSnapshot)> {
         let mesh = self.meshes.get(id)?;
-        Some((
-            mesh.version,
-            MeshSnapshot {
-                version: Some(mesh.version.into()),
-                ..mesh.snapshot.clone()
-            },
-        ))
+        Some((mesh.version, MeshSnapshot { version: Some(mesh.version.into()), ..mesh.snapshot.clone() }))
     }
 
     pub(super) fn version(&self) -> Option<Version> {
@@ -167,8 +124,6 @@ impl Model {
     /// Since when the worker's replica has its present placement.
     pub(super) fn placed_since(&self, worker: &str) -> Option<Version> {
         let mesh = self.meshes.get(worker)?;
-        self.placements
-            .get(&mesh.replica)
-            .map(|(version, _)| *version)
+        self.placements.get(&mesh.replica).map(|(version, _)| *version)
     }
 }

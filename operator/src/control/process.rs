@@ -74,24 +74,16 @@ impl Process {
     }
 
     pub(super) fn phase(&self) -> WorkerPhase {
-        self.state
-            .as_ref()
-            .map_or(WorkerPhase::Unspecified, proto::WorkerState::phase)
+        self.state.as_ref().map_or(WorkerPhase::Unspecified, proto::WorkerState::phase)
     }
 
     /// Said that it has no request of its own.
     pub(super) fn is_idle(&self) -> bool {
-        self.worker_load
-            .as_ref()
-            .is_some_and(|(_, load)| load.waiting + load.running == 0)
+        self.worker_load.as_ref().is_some_and(|(_, load)| load.waiting + load.running == 0)
     }
 
     pub(super) fn highest_acknowledged(&self) -> u64 {
-        self.acknowledged
-            .values()
-            .map(|version| version.epoch)
-            .max()
-            .unwrap_or(0)
+        self.acknowledged.values().map(|version| version.epoch).max().unwrap_or(0)
     }
 
     pub(super) fn forget_model(&mut self, model: &str) {
@@ -106,22 +98,14 @@ impl Process {
         self.last = now;
         match report {
             report::Report::Hello(_) => Heard::Nothing,
-            report::Report::Acknowledgement(acknowledgement) => {
-                self.hear_acknowledgement(acknowledgement)
-            }
-            report::Report::RouterLoad(load) if self.hello.role() == Role::Router => {
-                self.hear_router_load(load, now)
-            }
+            report::Report::Acknowledgement(acknowledgement) => self.hear_acknowledgement(acknowledgement),
+            report::Report::RouterLoad(load) if self.hello.role() == Role::Router => self.hear_router_load(load, now),
             report::Report::RouterLoad(_) => Heard::Nothing,
             report::Report::WorkerLoad(load) => {
                 let was_idle = self.is_idle();
                 self.worker_load = Some((now, load));
                 let matters = self.phase() == WorkerPhase::Draining && was_idle != self.is_idle();
-                if matters {
-                    Heard::Snapshot
-                } else {
-                    Heard::Nothing
-                }
+                if matters { Heard::Snapshot } else { Heard::Nothing }
             }
             report::Report::WorkerState(state) => {
                 if self.state.as_ref() == Some(&state) {
@@ -139,11 +123,7 @@ impl Process {
                 let shown = |progress: &proto::Progress| (progress.phase, tenths(progress));
                 let matters = self.progress.as_ref().map(shown) != Some(shown(&progress));
                 self.progress = Some(progress);
-                if matters {
-                    Heard::Matters
-                } else {
-                    Heard::Nothing
-                }
+                if matters { Heard::Matters } else { Heard::Nothing }
             }
             report::Report::Failure(mut failure) => {
                 failure.reason = failure.reason.chars().take(64).collect();
@@ -158,41 +138,23 @@ impl Process {
         let version = Version::from(acknowledgement.version.unwrap_or_default());
         let model = acknowledgement.model;
         let known = self.acknowledged.get(&model).copied();
-        if known.is_some_and(|known| known >= version)
-            || (known.is_none() && self.acknowledged.len() >= MAX_MODELS)
-        {
+        if known.is_some_and(|known| known >= version) || (known.is_none() && self.acknowledged.len() >= MAX_MODELS) {
             return Heard::Nothing;
         }
         self.acknowledged.insert(model.clone(), version);
-        Heard::Acknowledged {
-            model,
-            epoch: version.epoch,
-        }
+        Heard::Acknowledged { model, epoch: version.epoch }
     }
 
     fn hear_router_load(&mut self, load: proto::RouterLoad, now: Instant) -> Heard {
-        let fresh: BTreeMap<String, proto::ModelLoad> = load
-            .models
-            .into_iter()
-            .take(MAX_MODELS)
-            .map(|load| (load.model.clone(), load))
-            .collect();
+        let fresh: BTreeMap<String, proto::ModelLoad> =
+            load.models.into_iter().take(MAX_MODELS).map(|load| (load.model.clone(), load)).collect();
         let queued_before = |model: &str| {
-            self.router_load
-                .as_ref()
-                .and_then(|(_, known)| known.get(model))
-                .is_some_and(|load| load.queued > 0)
+            self.router_load.as_ref().and_then(|(_, known)| known.get(model)).is_some_and(|load| load.queued > 0)
         };
-        let begun = fresh
-            .values()
-            .filter(|load| load.queued > 0 && !queued_before(&load.model));
+        let begun = fresh.values().filter(|load| load.queued > 0 && !queued_before(&load.model));
         let begun: Vec<String> = begun.map(|load| load.model.clone()).collect();
         self.router_load = Some((now, fresh));
-        if begun.is_empty() {
-            Heard::Nothing
-        } else {
-            Heard::Waiting(begun)
-        }
+        if begun.is_empty() { Heard::Nothing } else { Heard::Waiting(begun) }
     }
 }
 

@@ -34,13 +34,8 @@ impl Service {
 impl proto::fleet_server::Fleet for Service {
     type WatchStream = ReceiverStream<Result<Instruction, Status>>;
 
-    async fn watch(
-        &self,
-        request: Request<Streaming<Report>>,
-    ) -> Result<Response<Self::WatchStream>, Status> {
-        let ip = request
-            .remote_addr()
-            .map(|address| address.ip().to_canonical());
+    async fn watch(&self, request: Request<Streaming<Report>>) -> Result<Response<Self::WatchStream>, Status> {
+        let ip = request.remote_addr().map(|address| address.ip().to_canonical());
         let (instructions, receiver) = mpsc::channel(WAITING);
         tokio::spawn(Session::open(self.0.clone(), ip).run(request.into_inner(), instructions));
         Ok(Response::new(ReceiverStream::new(receiver)))
@@ -72,11 +67,7 @@ impl Session {
         Self { fleet, id }
     }
 
-    async fn run(
-        self,
-        reports: Streaming<Report>,
-        instructions: mpsc::Sender<Result<Instruction, Status>>,
-    ) {
+    async fn run(self, reports: Streaming<Report>, instructions: mpsc::Sender<Result<Instruction, Status>>) {
         let mut closing = self.fleet.0.closing.subscribe();
         let end = tokio::select! {
             end = self.listen(reports) => end,
@@ -105,10 +96,7 @@ impl Session {
             let Ok(Some(report)) = next else {
                 return End::Quiet;
             };
-            if let Err(rejection) = self
-                .fleet
-                .update(|state, now| state.report(self.id, report, now))
-            {
+            if let Err(rejection) = self.fleet.update(|state, now| state.report(self.id, report, now)) {
                 return End::Status(rejection.into());
             }
         }
@@ -129,9 +117,7 @@ impl Session {
                     Ok(Ok(())) => {}
                     Ok(Err(_)) => return End::Quiet,
                     Err(_) => {
-                        return End::Status(Status::resource_exhausted(
-                            "took no instruction in time",
-                        ));
+                        return End::Status(Status::resource_exhausted("took no instruction in time"));
                     }
                 }
             }
@@ -144,9 +130,7 @@ impl Session {
         if self.fleet.state().is_known(self.id) {
             std::future::pending::<()>().await;
         }
-        End::Status(Status::permission_denied(
-            "no process with this id is expected from this address",
-        ))
+        End::Status(Status::permission_denied("no process with this id is expected from this address"))
     }
 }
 

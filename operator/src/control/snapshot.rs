@@ -27,11 +27,7 @@ pub(super) fn for_routers(model: &str, facts: &ModelFacts, words: &Words) -> Mod
     let mut workers = Vec::new();
     for replica in &facts.replicas {
         let takes = !replica.draining && covered(replica, words);
-        for worker in replica
-            .workers
-            .iter()
-            .filter(|worker| loaded(replica, worker, words))
-        {
+        for worker in replica.workers.iter().filter(|worker| loaded(replica, worker, words)) {
             workers.push(WorkerEntry {
                 id: worker.id.clone(),
                 address: address(worker, words),
@@ -58,12 +54,7 @@ pub(super) fn for_routers(model: &str, facts: &ModelFacts, words: &Words) -> Mod
 }
 
 /// What a worker is told, without the version: its placement, and the others of its replica.
-pub(super) fn for_worker(
-    model: &str,
-    replica: &ReplicaFacts,
-    worker: &WorkerFacts,
-    words: &Words,
-) -> MeshSnapshot {
+pub(super) fn for_worker(model: &str, replica: &ReplicaFacts, worker: &WorkerFacts, words: &Words) -> MeshSnapshot {
     let peers = replica.workers.iter().filter(|peer| peer.id != worker.id);
     MeshSnapshot {
         model: model.to_owned(),
@@ -96,35 +87,19 @@ pub(super) fn shares(total: u32, routers: &BTreeSet<String>) -> BTreeMap<String,
     let count = u32::try_from(routers.len()).unwrap_or(u32::MAX).max(1);
     let (each, more) = (total / count, total % count);
     let share = |index: usize| each + u32::from((index as u64) < u64::from(more));
-    routers
-        .iter()
-        .enumerate()
-        .map(|(index, id)| (id.clone(), share(index).max(total.min(1))))
-        .collect()
+    routers.iter().enumerate().map(|(index, id)| (id.clone(), share(index).max(total.min(1)))).collect()
 }
 
 /// Every expert of the placement is in memory somewhere in the replica.
 fn covered(replica: &ReplicaFacts, words: &Words) -> bool {
-    let loaded: BTreeSet<u32> = replica
-        .workers
-        .iter()
-        .filter(|worker| loaded(replica, worker, words))
-        .map(|worker| worker.ordinal)
-        .collect();
+    let loaded: BTreeSet<u32> =
+        replica.workers.iter().filter(|worker| loaded(replica, worker, words)).map(|worker| worker.ordinal).collect();
     let held = |holders: &Vec<u32>| holders.iter().any(|ordinal| loaded.contains(ordinal));
-    replica
-        .placement
-        .layers
-        .iter()
-        .flat_map(|layer| &layer.experts)
-        .all(held)
+    replica.placement.layers.iter().flat_map(|layer| &layer.experts).all(held)
 }
 
 fn loaded(replica: &ReplicaFacts, worker: &WorkerFacts, words: &Words) -> bool {
-    matches!(
-        phase(replica, worker, words),
-        WorkerPhase::Serving | WorkerPhase::Draining
-    )
+    matches!(phase(replica, worker, words), WorkerPhase::Serving | WorkerPhase::Draining)
 }
 
 /// As the worker said; as its readiness probe says while it has not spoken; nothing if it has other model files.
@@ -145,15 +120,10 @@ fn address(worker: &WorkerFacts, words: &Words) -> String {
 }
 
 fn placement(placement: &planner::Placement) -> proto::Placement {
-    let holders = |ordinals: &Vec<u32>| proto::Holders {
-        ordinals: ordinals.clone(),
-    };
+    let holders = |ordinals: &Vec<u32>| proto::Holders { ordinals: ordinals.clone() };
     let layer = |layer: &planner::placement::LayerPlacement| proto::LayerPlacement {
         layer: layer.layer,
         experts: layer.experts.iter().map(holders).collect(),
     };
-    proto::Placement {
-        shards: placement.shards,
-        layers: placement.layers.iter().map(layer).collect(),
-    }
+    proto::Placement { shards: placement.shards, layers: placement.layers.iter().map(layer).collect() }
 }

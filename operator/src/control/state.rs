@@ -106,12 +106,7 @@ impl State {
         if self.lead.is_none() {
             let epoch = epoch.max(self.heard_epoch.saturating_add(1));
             self.heard_epoch = epoch;
-            self.lead = Some(Lead {
-                epoch,
-                raised: None,
-                models: BTreeMap::new(),
-                all: None,
-            });
+            self.lead = Some(Lead { epoch, raised: None, models: BTreeMap::new(), all: None });
         }
     }
 
@@ -153,25 +148,15 @@ impl State {
     }
 
     pub(super) fn expect(&mut self, identities: impl IntoIterator<Item = Identity>, now: Instant) {
-        self.expected = identities
-            .into_iter()
-            .map(|identity| (identity.id, identity.ip))
-            .collect();
+        self.expected = identities.into_iter().map(|identity| (identity.id, identity.ip)).collect();
         let expected = &self.expected;
-        let gone = self
-            .processes
-            .extract_if(.., |(_, id), _| !expected.contains_key(id));
+        let gone = self.processes.extract_if(.., |(_, id), _| !expected.contains_key(id));
         let gone: Vec<Process> = gone.map(|(_, process)| process).collect();
         for process in gone {
-            process
-                .stream
-                .inspect(|stream| drop(self.streams.remove(stream)));
+            process.stream.inspect(|stream| drop(self.streams.remove(stream)));
             self.touch(&process);
         }
-        let strangers = self
-            .streams
-            .iter()
-            .filter(|(_, stream)| matches!(stream.who, Who::Stranger(_)));
+        let strangers = self.streams.iter().filter(|(_, stream)| matches!(stream.who, Who::Stranger(_)));
         let mut strangers: Vec<StreamId> = strangers.map(|(id, _)| *id).collect();
         strangers.sort_unstable();
         for stream in strangers {
@@ -183,22 +168,12 @@ impl State {
 
     pub(super) fn open(&mut self, ip: Option<IpAddr>) -> StreamId {
         self.last_stream += 1;
-        self.streams.insert(
-            self.last_stream,
-            Stream {
-                ip,
-                who: Who::Silent,
-            },
-        );
+        self.streams.insert(self.last_stream, Stream { ip, who: Who::Silent });
         self.last_stream
     }
 
     pub(super) fn close(&mut self, stream: StreamId) {
-        let Some(Stream {
-            who: Who::Known(key),
-            ..
-        }) = self.streams.remove(&stream)
-        else {
+        let Some(Stream { who: Who::Known(key), .. }) = self.streams.remove(&stream) else {
             return;
         };
         let Some(process) = self.processes.get_mut(&key) else {
@@ -213,31 +188,16 @@ impl State {
 
     /// Whether the stream's hello counts.
     pub(super) fn is_known(&self, stream: StreamId) -> bool {
-        matches!(
-            self.streams.get(&stream),
-            Some(Stream {
-                who: Who::Known(_),
-                ..
-            })
-        )
+        matches!(self.streams.get(&stream), Some(Stream { who: Who::Known(_), .. }))
     }
 
     /// Takes a report in.
     ///
     /// # Errors
     /// A [`Rejection`] if the stream breaks the protocol; it must end then.
-    pub(super) fn report(
-        &mut self,
-        id: StreamId,
-        report: proto::Report,
-        now: Instant,
-    ) -> Result<(), Rejection> {
+    pub(super) fn report(&mut self, id: StreamId, report: proto::Report, now: Instant) -> Result<(), Rejection> {
         let report = report.report.ok_or(Rejection::Empty)?;
-        let strangers = self
-            .streams
-            .values()
-            .filter(|stream| !matches!(stream.who, Who::Known(_)))
-            .count();
+        let strangers = self.streams.values().filter(|stream| !matches!(stream.who, Who::Known(_))).count();
         let Some(stream) = self.streams.get_mut(&id) else {
             return Ok(());
         };
@@ -309,15 +269,10 @@ impl State {
             Some(expected) if *expected == stream.ip => {}
             _ => return,
         }
-        let Who::Stranger(mut process) =
-            std::mem::replace(&mut stream.who, Who::Known(key.clone()))
-        else {
+        let Who::Stranger(mut process) = std::mem::replace(&mut stream.who, Who::Known(key.clone())) else {
             return;
         };
-        self.heard_epoch = self
-            .heard_epoch
-            .max(process.hello.epoch)
-            .max(process.highest_acknowledged());
+        self.heard_epoch = self.heard_epoch.max(process.hello.epoch).max(process.highest_acknowledged());
         if let Some(before) = self.processes.remove(&key)
             && before.hello.process == process.hello.process
         {
@@ -331,11 +286,7 @@ impl State {
     }
 
     fn hear(&mut self, key: &Key, stream: StreamId, report: report::Report, now: Instant) {
-        let Some(process) = self
-            .processes
-            .get_mut(key)
-            .filter(|process| process.stream == Some(stream))
-        else {
+        let Some(process) = self.processes.get_mut(key).filter(|process| process.stream == Some(stream)) else {
             return;
         };
         let heard = process.hear(report, now);
@@ -373,26 +324,16 @@ impl State {
 
     fn touch_published(&mut self, models: Vec<String>) {
         let Some(lead) = &self.lead else { return };
-        self.effects.heard.extend(
-            models
-                .into_iter()
-                .filter(|model| lead.models.contains_key(model)),
-        );
+        self.effects.heard.extend(models.into_iter().filter(|model| lead.models.contains_key(model)));
     }
 
     fn touch_all(&mut self) {
-        let names = self
-            .lead
-            .iter()
-            .flat_map(|lead| lead.models.keys().cloned());
+        let names = self.lead.iter().flat_map(|lead| lead.models.keys().cloned());
         self.effects.heard.extend(names);
     }
 
     fn look_at_leases(&mut self, now: Instant) {
-        let routers = self
-            .processes
-            .iter()
-            .filter(|((role, _), _)| *role == Role::Router);
+        let routers = self.processes.iter().filter(|((role, _), _)| *role == Role::Router);
         let live = routers.filter(|(_, router)| now.duration_since(router.last) <= LEASE);
         let live: BTreeSet<String> = live.map(|((_, id), _)| id.clone()).collect();
         if live != self.live_routers {
@@ -406,11 +347,7 @@ impl State {
     fn rise_above(&mut self, now: Instant) {
         let heard = self.heard_epoch;
         let Some(lead) = &mut self.lead else { return };
-        if heard <= lead.epoch
-            || lead
-                .raised
-                .is_some_and(|raised| now.duration_since(raised) < RAISE_PAUSE)
-        {
+        if heard <= lead.epoch || lead.raised.is_some_and(|raised| now.duration_since(raised) < RAISE_PAUSE) {
             return;
         }
         lead.epoch = heard.saturating_add(1);
@@ -422,11 +359,7 @@ impl State {
     }
 
     fn refresh_all(&mut self) {
-        let names: Vec<String> = self
-            .lead
-            .iter()
-            .flat_map(|lead| lead.models.keys().cloned())
-            .collect();
+        let names: Vec<String> = self.lead.iter().flat_map(|lead| lead.models.keys().cloned()).collect();
         for name in names {
             self.refresh(&name);
         }
@@ -463,9 +396,7 @@ impl Lead {
         let mut instructions = Vec::new();
         for model in self.gone(told) {
             told.models.remove(&model);
-            instructions.push(instruction::Instruction::Removed(proto::ModelRemoved {
-                model,
-            }));
+            instructions.push(instruction::Instruction::Removed(proto::ModelRemoved { model }));
         }
         for (name, model) in &self.models {
             if instructions.len() >= BATCH {
@@ -479,10 +410,7 @@ impl Lead {
                 instructions.push(instruction::Instruction::Model(snapshot));
             }
         }
-        let complete = self
-            .all
-            .as_ref()
-            .is_some_and(|all| all.iter().all(|name| self.models.contains_key(name)));
+        let complete = self.all.as_ref().is_some_and(|all| all.iter().all(|name| self.models.contains_key(name)));
         if instructions.len() < BATCH && complete && told.synced != Some(self.epoch) {
             told.synced = Some(self.epoch);
             instructions.push(instruction::Instruction::Synced(proto::Synced {}));
@@ -496,18 +424,11 @@ impl Lead {
             return Vec::new();
         };
         let exists = |name: &String| self.models.contains_key(name) || all.contains(name);
-        told.models
-            .keys()
-            .filter(|name| !exists(name))
-            .cloned()
-            .collect()
+        told.models.keys().filter(|name| !exists(name)).cloned().collect()
     }
 
     fn for_worker(&self, model: &str, id: &str, told: &mut Told) -> Vec<Instruction> {
-        let mesh = self
-            .models
-            .get(model)
-            .and_then(|model| model.for_worker(id));
+        let mesh = self.models.get(model).and_then(|model| model.for_worker(id));
         let news = mesh.filter(|(version, _)| told.mesh != Some(*version));
         let instruction = news.map(|(version, mesh)| {
             told.mesh = Some(version);
@@ -518,7 +439,5 @@ impl Lead {
 }
 
 fn instruct(instruction: instruction::Instruction) -> Instruction {
-    Instruction {
-        instruction: Some(instruction),
-    }
+    Instruction { instruction: Some(instruction) }
 }

@@ -27,10 +27,7 @@ async fn serving(fleet: &Fleet) -> String {
 }
 
 fn identity(id: &str) -> Identity {
-    Identity {
-        id: id.to_owned(),
-        ip: Some("127.0.0.1".parse().unwrap()),
-    }
+    Identity { id: id.to_owned(), ip: Some("127.0.0.1".parse().unwrap()) }
 }
 
 /// A process at the other end.
@@ -42,22 +39,12 @@ struct Peer {
 impl Peer {
     fn connect(address: &str, hello: proto::Hello) -> Self {
         let (say, reports) = mpsc::channel(16);
-        let instructions =
-            wire::fleet::watch(vec![address.to_owned()], move || hello.clone(), reports);
-        Self {
-            say,
-            instructions: Box::pin(instructions),
-        }
+        let instructions = wire::fleet::watch(vec![address.to_owned()], move || hello.clone(), reports);
+        Self { say, instructions: Box::pin(instructions) }
     }
 
     fn router(address: &str, id: &str) -> Self {
-        Self::connect(
-            address,
-            proto::Hello {
-                http_address: "127.0.0.1:8080".to_owned(),
-                ..hello(Role::Router, id)
-            },
-        )
+        Self::connect(address, proto::Hello { http_address: "127.0.0.1:8080".to_owned(), ..hello(Role::Router, id) })
     }
 
     fn worker(address: &str, id: &str, ordinal: u32) -> Self {
@@ -65,18 +52,11 @@ impl Peer {
     }
 
     async fn say(&self, report: Say) {
-        self.say
-            .send(proto::Report {
-                report: Some(report),
-            })
-            .await
-            .unwrap();
+        self.say.send(proto::Report { report: Some(report) }).await.unwrap();
     }
 
     async fn told(&mut self) -> Told {
-        let next = timeout(PATIENCE, self.instructions.next())
-            .await
-            .expect("told in time");
+        let next = timeout(PATIENCE, self.instructions.next()).await.expect("told in time");
         next.unwrap().instruction.unwrap()
     }
 
@@ -100,31 +80,17 @@ impl Peer {
     }
 
     async fn phase(&self, phase: Phase, placement: Option<proto::Version>) {
-        self.say(Say::WorkerState(proto::WorkerState {
-            phase: phase.into(),
-            placement,
-        }))
-        .await;
+        self.say(Say::WorkerState(proto::WorkerState { phase: phase.into(), placement })).await;
     }
 
     async fn queued(&self, queued: u64) {
-        let load = proto::ModelLoad {
-            model: MODEL.to_owned(),
-            queued,
-            running: 2,
-            ..Default::default()
-        };
-        self.say(Say::RouterLoad(proto::RouterLoad { models: vec![load] }))
-            .await;
+        let load = proto::ModelLoad { model: MODEL.to_owned(), queued, running: 2, ..Default::default() };
+        self.say(Say::RouterLoad(proto::RouterLoad { models: vec![load] })).await;
     }
 
     async fn acknowledge(&self, version: Option<proto::Version>) {
         let model = MODEL.to_owned();
-        self.say(Say::Acknowledgement(proto::Acknowledgement {
-            model,
-            version,
-        }))
-        .await;
+        self.say(Say::Acknowledgement(proto::Acknowledgement { model, version })).await;
     }
 
     /// Nothing can be waited for, so a short time must do: too short a one passes a bad test, and fails no good one.
@@ -135,12 +101,7 @@ impl Peer {
 }
 
 fn hello(role: Role, id: &str) -> proto::Hello {
-    proto::Hello {
-        role: role.into(),
-        id: id.to_owned(),
-        process: format!("{id} 1"),
-        ..Default::default()
-    }
+    proto::Hello { role: role.into(), id: id.to_owned(), process: format!("{id} 1"), ..Default::default() }
 }
 
 fn worker_hello(id: &str, ordinal: u32) -> proto::Hello {
@@ -163,10 +124,7 @@ fn facts() -> ModelFacts {
         ordinal,
         ready: false,
     };
-    let layer = planner::placement::LayerPlacement {
-        layer: 1,
-        experts: vec![vec![0], vec![1]],
-    };
+    let layer = planner::placement::LayerPlacement { layer: 1, experts: vec![vec![0], vec![1]] };
     ModelFacts {
         served_names: vec!["tiny".to_owned()],
         created: 1,
@@ -178,10 +136,7 @@ fn facts() -> ModelFacts {
             replica: 0,
             revision: "r1".to_owned(),
             content_hash: "hash".to_owned(),
-            placement: planner::Placement {
-                shards: 2,
-                layers: vec![layer],
-            },
+            placement: planner::Placement { shards: 2, layers: vec![layer] },
             draining: false,
             workers: vec![worker(0), worker(1)],
         }],
@@ -225,17 +180,8 @@ async fn leader_speaks_and_follower_is_silent() {
 
     let mut router = Peer::router(&first, "r0");
     let model = router.model().await;
-    assert_eq!(
-        model.version,
-        Some(proto::Version {
-            epoch: 1,
-            sequence: 2
-        })
-    );
-    assert_eq!(
-        (model.model.as_str(), model.served_names.as_slice()),
-        (MODEL, ["tiny".to_owned()].as_slice())
-    );
+    assert_eq!(model.version, Some(proto::Version { epoch: 1, sequence: 2 }));
+    assert_eq!((model.model.as_str(), model.served_names.as_slice()), (MODEL, ["tiny".to_owned()].as_slice()));
     assert_eq!(router.told().await, Told::Synced(proto::Synced {}));
 }
 
@@ -249,22 +195,11 @@ async fn router_is_synced_only_when_all_models_are_published() {
     let mut router = Peer::router(&serving(&fleet).await, "r0");
     assert_eq!(router.model().await.model, MODEL);
     router.is_told_nothing().await;
-    fleet.publish(
-        "default/late",
-        ModelFacts {
-            replicas: Vec::new(),
-            ..facts()
-        },
-    );
+    fleet.publish("default/late", ModelFacts { replicas: Vec::new(), ..facts() });
     assert_eq!(router.model().await.model, "default/late");
     assert_eq!(router.told().await, Told::Synced(proto::Synced {}));
     fleet.remove("default/late");
-    assert_eq!(
-        router.told().await,
-        Told::Removed(proto::ModelRemoved {
-            model: "default/late".to_owned()
-        })
-    );
+    assert_eq!(router.told().await, Told::Removed(proto::ModelRemoved { model: "default/late".to_owned() }));
 }
 
 #[tokio::test]
@@ -273,14 +208,7 @@ async fn higher_epoch_in_a_hello_is_exceeded() {
     let address = serving(&fleet).await;
     let mut router = Peer::router(&address, "r0");
     assert_eq!(router.model().await.version.unwrap().epoch, 1);
-    let mut ahead = by_hand(
-        &address,
-        proto::Hello {
-            epoch: 41,
-            ..hello(Role::Router, "r1")
-        },
-    )
-    .await;
+    let mut ahead = by_hand(&address, proto::Hello { epoch: 41, ..hello(Role::Router, "r1") }).await;
     assert_eq!(ahead.model().await.version.unwrap().epoch, 42);
     assert_eq!(router.model().await.version.unwrap().epoch, 42);
     assert_eq!(fleet.epoch(), Some(42));
@@ -289,18 +217,11 @@ async fn higher_epoch_in_a_hello_is_exceeded() {
 /// A process whose hello has the epoch that is given, and not the one that `watch` heard.
 async fn by_hand(address: &str, hello: proto::Hello) -> Peer {
     let (say, reports) = mpsc::channel(1);
-    say.send(proto::Report {
-        report: Some(Say::Hello(hello)),
-    })
-    .await
-    .unwrap();
+    say.send(proto::Report { report: Some(Say::Hello(hello)) }).await.unwrap();
     let mut client = proto::fleet_client::FleetClient::new(wire::connect(address));
     let reports = tokio_stream::wrappers::ReceiverStream::new(reports);
     let instructions = client.watch(reports).await.unwrap().into_inner();
-    Peer {
-        say,
-        instructions: Box::pin(instructions.map(Result::unwrap)),
-    }
+    Peer { say, instructions: Box::pin(instructions.map(Result::unwrap)) }
 }
 
 #[tokio::test]
@@ -308,18 +229,8 @@ async fn new_leader_starts_above_every_epoch_that_was_acknowledged() {
     let fleet = Fleet::new();
     fleet.expect([identity("r0")]);
     let router = Peer::router(&serving(&fleet).await, "r0");
-    router
-        .acknowledge(Some(proto::Version {
-            epoch: 7,
-            sequence: 3,
-        }))
-        .await;
-    until(&fleet, |view| {
-        view.routers
-            .first()
-            .is_some_and(|router| router.acknowledged.is_some())
-    })
-    .await;
+    router.acknowledge(Some(proto::Version { epoch: 7, sequence: 3 })).await;
+    until(&fleet, |view| view.routers.first().is_some_and(|router| router.acknowledged.is_some())).await;
     fleet.lead(2);
     assert_eq!(fleet.epoch(), Some(8));
     fleet.follow();
@@ -343,10 +254,7 @@ async fn unknown_id_is_neither_told_nor_seen_until_it_is_expected() {
 #[tokio::test]
 async fn an_id_from_another_address_does_not_count() {
     let fleet = leading();
-    fleet.expect([Identity {
-        id: "r0".to_owned(),
-        ip: Some("10.0.0.1".parse().unwrap()),
-    }]);
+    fleet.expect([Identity { id: "r0".to_owned(), ip: Some("10.0.0.1".parse().unwrap()) }]);
     let mut router = Peer::router(&serving(&fleet).await, "r0");
     router.is_told_nothing().await;
     assert_eq!(fleet.seen(MODEL).routers, []);
@@ -360,13 +268,7 @@ async fn snapshot_is_sent_again_only_if_it_changed() {
     assert_eq!(router.told().await, Told::Synced(proto::Synced {}));
     fleet.publish(MODEL, facts());
     router.is_told_nothing().await;
-    fleet.publish(
-        MODEL,
-        ModelFacts {
-            served_names: vec!["other".to_owned()],
-            ..facts()
-        },
-    );
+    fleet.publish(MODEL, ModelFacts { served_names: vec!["other".to_owned()], ..facts() });
     let second = router.model().await;
     assert_eq!(second.served_names, ["other"]);
     assert!(Version::from(second.version.unwrap()) > Version::from(first.version.unwrap()));
@@ -397,18 +299,12 @@ async fn workers_reach_routers_when_their_replica_is_whole_and_count_as_routed_w
     let address = serving(&fleet).await;
     let mut router = Peer::router(&address, "r0");
     assert_eq!(router.model().await.workers, []);
-    let (mut w0, mut w1) = (
-        Peer::worker(&address, "w0", 0),
-        Peer::worker(&address, "w1", 1),
-    );
+    let (mut w0, mut w1) = (Peer::worker(&address, "w0", 0), Peer::worker(&address, "w1", 1));
     let placement = w0.mesh().await.version;
     w0.serves(placement).await;
     let half = router.model().await;
     assert_eq!(half.workers.len(), 1);
-    assert!(
-        half.workers[0].draining,
-        "the other expert has no holder yet"
-    );
+    assert!(half.workers[0].draining, "the other expert has no holder yet");
     let placement = w1.mesh().await.version;
     w1.serves(placement).await;
     let whole = loop {
@@ -420,16 +316,9 @@ async fn workers_reach_routers_when_their_replica_is_whole_and_count_as_routed_w
     assert!(whole.workers.iter().all(|worker| !worker.draining));
     assert_eq!(whole.workers[1].address, "127.0.0.1:9001");
     let view = until(&fleet, |view| view.workers.len() == 2).await;
-    assert!(
-        view.workers
-            .iter()
-            .all(|worker| worker.placement_loaded && !worker.routed)
-    );
+    assert!(view.workers.iter().all(|worker| worker.placement_loaded && !worker.routed));
     router.acknowledge(whole.version).await;
-    until(&fleet, |view| {
-        view.workers.iter().all(|worker| worker.routed)
-    })
-    .await;
+    until(&fleet, |view| view.workers.iter().all(|worker| worker.routed)).await;
     let mesh = loop {
         let mesh = w0.mesh().await;
         if mesh.peers[0].loaded {
@@ -460,10 +349,7 @@ async fn mesh_names_placement_and_the_others() {
 async fn draining_worker_without_requests_holds_nobody_up() {
     let fleet = leading();
     let address = serving(&fleet).await;
-    let (mut w0, w1) = (
-        Peer::worker(&address, "w0", 0),
-        Peer::worker(&address, "w1", 1),
-    );
+    let (mut w0, w1) = (Peer::worker(&address, "w0", 0), Peer::worker(&address, "w1", 1));
     w1.phase(Phase::Draining, None).await;
     let running = |mesh: &MeshSnapshot| (mesh.peers[0].loaded, mesh.peers[0].running);
     while running(&w0.mesh().await) != (true, true) {}
@@ -475,24 +361,11 @@ async fn draining_worker_without_requests_holds_nobody_up() {
 async fn stale_load_is_none() {
     let fleet = leading();
     let router = Peer::router(&serving(&fleet).await, "r0");
-    until(&fleet, |view| {
-        view.routers.len() == 1 && view.load.is_none()
-    })
-    .await;
+    until(&fleet, |view| view.routers.len() == 1 && view.load.is_none()).await;
     router.queued(5).await;
     let view = until(&fleet, |view| view.load.is_some()).await;
-    assert_eq!(
-        view.load.unwrap(),
-        LoadView {
-            queued: 5,
-            running: 2,
-            ..Default::default()
-        }
-    );
-    until(&fleet, |view| {
-        view.routers.is_empty() && view.load.is_none()
-    })
-    .await;
+    assert_eq!(view.load.unwrap(), LoadView { queued: 5, running: 2, ..Default::default() });
+    until(&fleet, |view| view.routers.is_empty() && view.load.is_none()).await;
 }
 
 #[tokio::test]
@@ -501,16 +374,10 @@ async fn first_request_for_a_model_wakes_the_reconciler() {
     let router = Peer::router(&serving(&fleet).await, "r0");
     until(&fleet, |view| view.routers.len() == 1).await;
     let mut changed = Box::pin(fleet.changed());
-    while timeout(Duration::from_millis(200), changed.next())
-        .await
-        .is_ok()
-    {}
+    while timeout(Duration::from_millis(200), changed.next()).await.is_ok() {}
     router.queued(0).await;
     router.queued(1).await;
-    assert_eq!(
-        timeout(PATIENCE, changed.next()).await.unwrap().unwrap(),
-        MODEL
-    );
+    assert_eq!(timeout(PATIENCE, changed.next()).await.unwrap().unwrap(), MODEL);
 }
 
 #[tokio::test]
@@ -519,19 +386,11 @@ async fn what_a_worker_said_outlives_its_stream_but_not_its_process() {
     let address = serving(&fleet).await;
     let worker = Peer::worker(&address, "w0", 0);
     worker.serves(None).await;
-    until(&fleet, |view| {
-        view.workers
-            .first()
-            .is_some_and(|worker| worker.phase == WorkerPhase::Serving)
-    })
-    .await;
+    until(&fleet, |view| view.workers.first().is_some_and(|worker| worker.phase == WorkerPhase::Serving)).await;
     drop(worker);
     let view = until(&fleet, |view| !view.workers[0].connected).await;
     assert_eq!(view.workers[0].phase, WorkerPhase::Serving);
-    let twin = proto::Hello {
-        process: "w0 2".to_owned(),
-        ..worker_hello("w0", 0)
-    };
+    let twin = proto::Hello { process: "w0 2".to_owned(), ..worker_hello("w0", 0) };
     let _twin = Peer::connect(&address, twin);
     let view = until(&fleet, |view| view.workers[0].connected).await;
     assert_eq!(view.workers[0].phase, WorkerPhase::Unspecified);
@@ -543,10 +402,7 @@ async fn new_leader_takes_no_ready_worker_from_the_routers() {
     fleet.expect([identity("r0")]);
     fleet.lead(1);
     let mut before = facts();
-    before.replicas[0]
-        .workers
-        .iter_mut()
-        .for_each(|worker| worker.ready = true);
+    before.replicas[0].workers.iter_mut().for_each(|worker| worker.ready = true);
     fleet.publish(MODEL, before);
     let mut router = Peer::router(&serving(&fleet).await, "r0");
     let workers = router.model().await.workers;
@@ -557,67 +413,31 @@ async fn new_leader_takes_no_ready_worker_from_the_routers() {
 async fn fetchers_and_describers_are_heard() {
     let fleet = leading();
     let address = serving(&fleet).await;
-    let hello = |role, id| proto::Hello {
-        role: i32::from(role),
-        process: "other".to_owned(),
-        ..worker_hello(id, 0)
-    };
+    let hello = |role, id| proto::Hello { role: i32::from(role), process: "other".to_owned(), ..worker_hello(id, 0) };
     let fetcher = Peer::connect(&address, hello(Role::Fetch, "w0"));
     let describer = Peer::connect(&address, hello(Role::Describe, "w1"));
-    let progress = proto::Progress {
-        phase: ProgressPhase::Downloading.into(),
-        done_bytes: 41,
-        total_bytes: 100,
-    };
+    let progress = proto::Progress { phase: ProgressPhase::Downloading.into(), done_bytes: 41, total_bytes: 100 };
     until(&fleet, |view| !view.fetchers.is_empty()).await;
     fetcher.say(Say::Progress(progress)).await;
-    describer
-        .say(Say::Description(proto::Description {
-            json: b"{}".as_slice().into(),
-        }))
-        .await;
+    describer.say(Say::Description(proto::Description { json: b"{}".as_slice().into() })).await;
     let view = until(&fleet, |view| !view.descriptions.is_empty()).await;
-    assert_eq!(
-        view.descriptions,
-        [DescriptionView {
-            revision: "r1".to_owned(),
-            json: b"{}".to_vec()
-        }]
-    );
-    until(&fleet, |view| {
-        view.fetchers[0]
-            .progress
-            .is_some_and(|progress| progress.percent() == 41)
-    })
-    .await;
-    let failure = proto::Failure {
-        reason: "GatedModel".to_owned(),
-        message: "ask for access".to_owned(),
-    };
+    assert_eq!(view.descriptions, [DescriptionView { revision: "r1".to_owned(), json: b"{}".to_vec() }]);
+    until(&fleet, |view| view.fetchers[0].progress.is_some_and(|progress| progress.percent() == 41)).await;
+    let failure = proto::Failure { reason: "GatedModel".to_owned(), message: "ask for access".to_owned() };
     fetcher.say(Say::Failure(failure)).await;
     let view = until(&fleet, |view| !view.failures.is_empty()).await;
-    assert_eq!(
-        (view.failures[0].reason.as_str(), view.failures[0].role),
-        ("GatedModel", Role::Fetch)
-    );
+    assert_eq!((view.failures[0].reason.as_str(), view.failures[0].role), ("GatedModel", Role::Fetch));
 }
 
 #[tokio::test]
 async fn a_stream_that_does_not_begin_with_a_hello_ends() {
     let address = serving(&leading()).await;
     let (say, reports) = mpsc::channel(1);
-    say.send(proto::Report {
-        report: Some(Say::WorkerLoad(proto::WorkerLoad::default())),
-    })
-    .await
-    .unwrap();
+    say.send(proto::Report { report: Some(Say::WorkerLoad(proto::WorkerLoad::default())) }).await.unwrap();
     let mut client = proto::fleet_client::FleetClient::new(wire::connect(&address));
     let reports = tokio_stream::wrappers::ReceiverStream::new(reports);
     let mut instructions = client.watch(reports).await.unwrap().into_inner();
-    let status = timeout(PATIENCE, instructions.message())
-        .await
-        .unwrap()
-        .unwrap_err();
+    let status = timeout(PATIENCE, instructions.message()).await.unwrap().unwrap_err();
     assert_eq!(status.code(), tonic::Code::InvalidArgument);
 }
 

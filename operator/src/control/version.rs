@@ -13,18 +13,12 @@ pub struct Version {
 
 impl From<proto::Version> for Version {
     fn from(version: proto::Version) -> Self {
-        Self {
-            epoch: version.epoch,
-            sequence: version.sequence,
-        }
+        Self { epoch: version.epoch, sequence: version.sequence }
     }
 }
 
 impl From<Version> for proto::Version {
     fn from(version: Version) -> Self {
-        Self {
-            epoch: version.epoch,
-            sequence: version.sequence,
-        }
+        Self { epoch: version.epoch, sequence: version.sequence }
     }
 }

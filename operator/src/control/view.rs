@@ -10,9 +10,7 @@ use wire::proto;
 
 use super::{LEASE, Version, model::Model, process::Process};
 
-pub use proto::{
-    hello::Role, progress::Phase as ProgressPhase, worker_state::Phase as WorkerPhase,
-};
+pub use proto::{hello::Role, progress::Phase as ProgressPhase, worker_state::Phase as WorkerPhase};
 
 /// What routers, workers, fetchers and describers of one model have said.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -173,59 +171,29 @@ pub(super) fn of(
     live_routers: &BTreeSet<String>,
     now: Instant,
 ) -> FleetView {
-    let routers: Vec<&Process> = live_routers
-        .iter()
-        .filter_map(|id| processes.get(&(Role::Router, id.clone())))
-        .collect();
+    let routers: Vec<&Process> =
+        live_routers.iter().filter_map(|id| processes.get(&(Role::Router, id.clone()))).collect();
     let ours = |role: Role| {
         let of_role = processes.iter().filter(move |((of, _), _)| *of == role);
-        of_role
-            .map(|(_, process)| process)
-            .filter(|process| process.hello.model == name)
+        of_role.map(|(_, process)| process).filter(|process| process.hello.model == name)
     };
     FleetView {
         version: model.and_then(Model::version),
-        workers: ours(Role::Worker)
-            .map(|worker| worker_view(worker, name, model, &routers, now))
-            .collect(),
+        workers: ours(Role::Worker).map(|worker| worker_view(worker, name, model, &routers, now)).collect(),
         fetchers: ours(Role::Fetch).map(fetcher_view).collect(),
-        routers: routers
-            .iter()
-            .map(|router| router_view(router, name, now))
-            .collect(),
+        routers: routers.iter().map(|router| router_view(router, name, now)).collect(),
         load: load(&routers, name, now),
-        descriptions: descriptions(
-            processes
-                .values()
-                .filter(|process| process.hello.model == name),
-        ),
-        failures: processes
-            .iter()
-            .filter_map(|((role, id), process)| failure(*role, id, process, name))
-            .collect(),
+        descriptions: descriptions(processes.values().filter(|process| process.hello.model == name)),
+        failures: processes.iter().filter_map(|((role, id), process)| failure(*role, id, process, name)).collect(),
     }
 }
 
-fn worker_view(
-    worker: &Process,
-    name: &str,
-    model: Option<&Model>,
-    routers: &[&Process],
-    now: Instant,
-) -> WorkerView {
+fn worker_view(worker: &Process, name: &str, model: Option<&Model>, routers: &[&Process], now: Instant) -> WorkerView {
     let id = &worker.hello.id;
-    let acknowledged = |process: &Process, since: Version| {
-        process
-            .acknowledged
-            .get(name)
-            .is_some_and(|version| *version >= since)
-    };
+    let acknowledged =
+        |process: &Process, since: Version| process.acknowledged.get(name).is_some_and(|version| *version >= since);
     let placed_since = model.and_then(|model| model.placed_since(id));
-    let loaded = worker
-        .state
-        .as_ref()
-        .and_then(|state| state.placement)
-        .map(Version::from);
+    let loaded = worker.state.as_ref().and_then(|state| state.placement).map(Version::from);
     let serves = matches!(worker.phase(), WorkerPhase::Serving | WorkerPhase::Draining);
     let taking_since = model.and_then(|model| model.taking_since(id));
     WorkerView {
@@ -238,28 +206,22 @@ fn worker_view(
         connected: worker.stream.is_some(),
         silent_for: now.duration_since(worker.last),
         phase: worker.phase(),
-        placement_loaded: serves
-            && placed_since
-                .zip(loaded)
-                .is_some_and(|(since, loaded)| loaded >= since),
+        placement_loaded: serves && placed_since.zip(loaded).is_some_and(|(since, loaded)| loaded >= since),
         acknowledged: model
             .and_then(|model| model.mesh_version(id))
             .is_some_and(|version| acknowledged(worker, version)),
         routed: !routers.is_empty()
-            && taking_since
-                .is_some_and(|since| routers.iter().all(|router| acknowledged(router, since))),
-        load: worker
-            .worker_load
-            .as_ref()
-            .filter(|(at, _)| now.duration_since(*at) <= LEASE)
-            .map(|(_, load)| WorkerLoadView {
+            && taking_since.is_some_and(|since| routers.iter().all(|router| acknowledged(router, since))),
+        load: worker.worker_load.as_ref().filter(|(at, _)| now.duration_since(*at) <= LEASE).map(|(_, load)| {
+            WorkerLoadView {
                 waiting: load.waiting,
                 running: load.running,
                 kv_tokens_used: load.kv_tokens_used,
                 kv_tokens_total: load.kv_tokens_total,
                 dense_bytes: load.dense_bytes,
                 expert_bytes: load.expert_bytes,
-            }),
+            }
+        }),
         progress: worker.progress.as_ref().map(progress),
     }
 }
@@ -273,11 +235,7 @@ fn fetcher_view(fetcher: &Process) -> FetcherView {
 }
 
 fn progress(progress: &proto::Progress) -> ProgressView {
-    ProgressView {
-        phase: progress.phase(),
-        done_bytes: progress.done_bytes,
-        total_bytes: progress.total_bytes,
-    }
+    ProgressView { phase: progress.phase(), done_bytes: progress.done_bytes, total_bytes: progress.total_bytes }
 }
 
 fn router_view(router: &Process, name: &str, now: Instant) -> RouterView {
@@ -302,9 +260,7 @@ fn load(routers: &[&Process], name: &str, now: Instant) -> Option<LoadView> {
         if let Some(load) = models.get(name) {
             sum.queued = sum.queued.saturating_add(load.queued);
             sum.running = sum.running.saturating_add(load.running);
-            sum.oldest_wait = sum
-                .oldest_wait
-                .max(Duration::from_millis(load.oldest_wait_ms));
+            sum.oldest_wait = sum.oldest_wait.max(Duration::from_millis(load.oldest_wait_ms));
             sum.accepted = sum.accepted.saturating_add(load.accepted);
         }
     }
@@ -330,10 +286,7 @@ fn descriptions<'a>(processes: impl Iterator<Item = &'a Process>) -> Vec<Descrip
 }
 
 fn failure(role: Role, id: &str, process: &Process, name: &str) -> Option<FailureView> {
-    let failure = process
-        .failure
-        .as_ref()
-        .filter(|_| process.hello.model == name)?;
+    let failure = process.failure.as_ref().filter(|_| process.hello.model == name)?;
     Some(FailureView {
         role,
         id: id.to_owned(),

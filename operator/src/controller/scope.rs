@@ -53,10 +53,7 @@ impl Scopes {
             histories: Arc::default(),
             roster: Arc::new(Notify::new()),
         };
-        let reporter = Reporter {
-            controller: "modelfleet".to_owned(),
-            instance: Some(settings.identity.clone()),
-        };
+        let reporter = Reporter { controller: "modelfleet".to_owned(), instance: Some(settings.identity.clone()) };
         let recorder = Recorder::new(client.clone(), reporter);
         let writer = Writer::new(client.clone(), leadership.clone());
         let namespaces: Vec<Option<String>> = match settings.namespaces.as_slice() {
@@ -81,13 +78,7 @@ impl Scopes {
                 histories: scopes.histories.clone(),
                 roster: scopes.roster.clone(),
             };
-            tasks.spawn(control(
-                client.clone(),
-                namespace,
-                woken,
-                Arc::new(context),
-                scopes.clone(),
-            ));
+            tasks.spawn(control(client.clone(), namespace, woken, Arc::new(context), scopes.clone()));
         }
         let roster = Roster::watch(client, settings, fleet, all, &scopes, tasks);
         tasks.spawn(roster.keep());
@@ -95,9 +86,7 @@ impl Scopes {
     }
 
     async fn wake(&self, namespace: &str, name: &str) {
-        let here = |scope: &&(Option<String>, Wake)| {
-            scope.0.as_deref().is_none_or(|scope| scope == namespace)
-        };
+        let here = |scope: &&(Option<String>, Wake)| scope.0.as_deref().is_none_or(|scope| scope == namespace);
         if let Some((_, wake)) = self.wakes.iter().find(here) {
             // Fails only when the controller is gone.
             let _ = wake.send(ObjectRef::new(name).within(namespace)).await;
@@ -106,16 +95,12 @@ impl Scopes {
 
     pub(super) async fn wake_all(&self) {
         for object in self.all() {
-            self.wake(&object.namespace().unwrap_or_default(), &object.name_any())
-                .await;
+            self.wake(&object.namespace().unwrap_or_default(), &object.name_any()).await;
         }
     }
 
     fn all(&self) -> Vec<Arc<Guarded>> {
-        lock(&self.deployments)
-            .iter()
-            .flat_map(Store::state)
-            .collect()
+        lock(&self.deployments).iter().flat_map(Store::state).collect()
     }
 }
 
@@ -167,15 +152,8 @@ impl Roster {
     ) -> Self {
         let (wake, router_events) = mpsc::channel(64);
         let namespace = Some(settings.namespace.as_str());
-        let routers =
-            observe::watch_pods(client, namespace, &settings.router_selector, &wake, tasks);
-        Self {
-            fleet: fleet.clone(),
-            workers,
-            routers,
-            router_events,
-            scopes: scopes.clone(),
-        }
+        let routers = observe::watch_pods(client, namespace, &settings.router_selector, &wake, tasks);
+        Self { fleet: fleet.clone(), workers, routers, router_events, scopes: scopes.clone() }
     }
 
     /// Tells the fleet at each change, and now and then.
@@ -187,26 +165,17 @@ impl Roster {
                 () = tokio::time::sleep(CONFIRM) => {}
             }
             let workers = self.workers.iter().flat_map(Stores::identities);
-            let routers = self
-                .routers
-                .state()
-                .into_iter()
-                .filter_map(|pod| observe::identity(&pod))
-                .collect::<Vec<_>>();
+            let routers =
+                self.routers.state().into_iter().filter_map(|pod| observe::identity(&pod)).collect::<Vec<_>>();
             self.fleet.expect(workers.chain(routers));
             let ready = lock(&self.scopes.deployments).len() == self.scopes.wakes.len();
             if ready {
-                self.fleet
-                    .synced(self.scopes.all().iter().map(|object| path(object)));
+                self.fleet.synced(self.scopes.all().iter().map(|object| path(object)));
             }
         }
     }
 }
 
 fn path(object: &Guarded) -> String {
-    format!(
-        "{}/{}",
-        object.namespace().unwrap_or_default(),
-        object.name_any()
-    )
+    format!("{}/{}", object.namespace().unwrap_or_default(), object.name_any())
 }

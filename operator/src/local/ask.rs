@@ -46,8 +46,7 @@ pub(super) async fn ask(
     words: &mut (dyn Write + Send),
 ) -> Result<(), Error> {
     let stream = TcpStream::connect(router).await.map_err(Error::Connect)?;
-    let (mut sender, connection) =
-        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
     let connection = tokio::spawn(connection);
     let mut response = sender.send_request(request(router, model, prompt)).await?;
     let result = if response.status() == StatusCode::OK {
@@ -101,9 +100,7 @@ async fn refusal(status: StatusCode, body: &mut Incoming) -> Error {
         }
     }
     match serde_json::from_slice::<Event>(&bytes) {
-        Ok(Event {
-            error: Some(error), ..
-        }) => Error::Refused(error.message),
+        Ok(Event { error: Some(error), .. }) => Error::Refused(error.message),
         _ => Error::Refused(status.to_string()),
     }
 }
@@ -115,19 +112,12 @@ struct Lines(Vec<u8>);
 impl Lines {
     fn push(&mut self, data: &[u8]) -> Result<Vec<String>, Error> {
         self.0.extend_from_slice(data);
-        let end = self
-            .0
-            .iter()
-            .rposition(|byte| *byte == b'\n')
-            .map_or(0, |at| at + 1);
+        let end = self.0.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
         let whole: Vec<u8> = self.0.drain(..end).collect();
         if self.0.len() > MAX_BYTES {
-            return Err(Error::Malformed(format!(
-                "a line is longer than {MAX_BYTES} bytes"
-            )));
+            return Err(Error::Malformed(format!("a line is longer than {MAX_BYTES} bytes")));
         }
-        let whole =
-            String::from_utf8(whole).map_err(|error| Error::Malformed(error.to_string()))?;
+        let whole = String::from_utf8(whole).map_err(|error| Error::Malformed(error.to_string()))?;
         Ok(whole.lines().map(str::to_owned).collect())
     }
 }
@@ -161,8 +151,7 @@ enum Transcript {
 
 impl Transcript {
     fn write(&mut self, event: &str, words: &mut (dyn Write + Send)) -> Result<(), Error> {
-        let event: Event =
-            serde_json::from_str(event).map_err(|error| Error::Malformed(error.to_string()))?;
+        let event: Event = serde_json::from_str(event).map_err(|error| Error::Malformed(error.to_string()))?;
         if let Some(error) = event.error {
             return Err(Error::Refused(error.message));
         }
@@ -224,21 +213,14 @@ mod tests {
     #[test]
     fn an_error_in_the_stream_is_the_reason() {
         let error = r#"{"error":{"message":"the worker is gone","type":"server_error","param":null,"code":null}}"#;
-        assert_eq!(
-            written(&[error]).unwrap_err().to_string(),
-            "the model did not answer: the worker is gone"
-        );
+        assert_eq!(written(&[error]).unwrap_err().to_string(), "the model did not answer: the worker is gone");
     }
 
     #[test]
     fn lines_are_cut_wherever_the_bytes_are() {
         let mut lines = Lines::default();
         let text = "data: ä\n\n: ping\ndata: [DONE]\n";
-        let cut: Vec<String> = text
-            .as_bytes()
-            .chunks(1)
-            .flat_map(|byte| lines.push(byte).unwrap())
-            .collect();
+        let cut: Vec<String> = text.as_bytes().chunks(1).flat_map(|byte| lines.push(byte).unwrap()).collect();
         assert_eq!(cut, ["data: ä", "", ": ping", "data: [DONE]"]);
         assert!(lines.push(&vec![b'x'; MAX_BYTES + 1]).is_err());
     }

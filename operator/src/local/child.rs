@@ -49,23 +49,10 @@ pub(super) struct Child {
 
 impl Child {
     /// Starts a child and, whenever it dies, another.
-    pub(super) fn start(
-        name: String,
-        programs: &Path,
-        launch: Launch,
-        events: mpsc::Sender<Event>,
-    ) -> Self {
+    pub(super) fn start(name: String, programs: &Path, launch: Launch, events: mpsc::Sender<Event>) -> Self {
         let (stop, stopped) = watch::channel(false);
-        let keeper = Keeper {
-            name,
-            programs: programs.to_owned(),
-            launch,
-            events,
-        };
-        Self {
-            stop,
-            keeper: tokio::spawn(keeper.keep(stopped)),
-        }
+        let keeper = Keeper { name, programs: programs.to_owned(), launch, events };
+        Self { stop, keeper: tokio::spawn(keeper.keep(stopped)) }
     }
 
     /// Tells the child to end, and kills it if it has not ended after `grace`.
@@ -94,24 +81,9 @@ impl Keeper {
             let Some(how) = self.live(stopped.clone()).await else {
                 return;
             };
-            deaths = if start.elapsed() > LIVED {
-                1
-            } else {
-                deaths + 1
-            };
-            let pause = FIRST_PAUSE
-                .saturating_mul(1 << (deaths - 1).min(10))
-                .min(LONGEST_PAUSE);
-            drop(
-                self.events
-                    .send(Event::Died {
-                        name: self.name.clone(),
-                        how,
-                        deaths,
-                        pause,
-                    })
-                    .await,
-            );
+            deaths = if start.elapsed() > LIVED { 1 } else { deaths + 1 };
+            let pause = FIRST_PAUSE.saturating_mul(1 << (deaths - 1).min(10)).min(LONGEST_PAUSE);
+            drop(self.events.send(Event::Died { name: self.name.clone(), how, deaths, pause }).await);
             tokio::select! {
                 () = tokio::time::sleep(pause) => {}
                 () = told(&mut stopped) => return,
@@ -127,14 +99,7 @@ impl Keeper {
         };
         let pipe = child.stdin.take();
         if let Some(pid) = child.id() {
-            drop(
-                self.events
-                    .send(Event::Started {
-                        name: self.name.clone(),
-                        pid,
-                    })
-                    .await,
-            );
+            drop(self.events.send(Event::Started { name: self.name.clone(), pid }).await);
         }
         tokio::select! {
             status = child.wait() => Some(match status {
@@ -153,9 +118,7 @@ impl Keeper {
         for file in &self.launch.files {
             std::fs::write(&file.path, &file.content)?;
         }
-        command(&self.programs, &self.launch)
-            .stdout(Stdio::null())
-            .spawn()
+        command(&self.programs, &self.launch).stdout(Stdio::null()).spawn()
     }
 }
 
@@ -175,10 +138,7 @@ pub(super) enum Outcome {
 /// Runs a child to its end.
 pub(super) async fn run_once(programs: &Path, launch: &Launch) -> io::Result<Outcome> {
     let mut command = command(programs, launch);
-    command
-        .env("NO_COLOR", "1")
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
+    command.env("NO_COLOR", "1").stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn()?;
     let pipe = child.stdin.take();
     let output = child.wait_with_output().await?;
@@ -187,21 +147,13 @@ pub(super) async fn run_once(programs: &Path, launch: &Launch) -> io::Result<Out
         return Ok(Outcome::Good(output.stdout));
     }
     let said = last_words(&String::from_utf8_lossy(&output.stderr));
-    Ok(Outcome::Bad(if said.is_empty() {
-        output.status.to_string()
-    } else {
-        said
-    }))
+    Ok(Outcome::Bad(if said.is_empty() { output.status.to_string() } else { said }))
 }
 
 /// In a process group of its own: Ctrl-C is for the parent, which ends its children in order.
 fn command(programs: &Path, launch: &Launch) -> Command {
     let mut command = Command::new(programs.join(launch.program.file_name()));
-    command
-        .args(&launch.arguments)
-        .stdin(Stdio::piped())
-        .kill_on_drop(true)
-        .process_group(0);
+    command.args(&launch.arguments).stdin(Stdio::piped()).kill_on_drop(true).process_group(0);
     if std::env::var_os("RUST_LOG").is_none() {
         command.env("RUST_LOG", "warn");
     }
@@ -216,16 +168,9 @@ fn command(programs: &Path, launch: &Launch) -> Command {
 /// The error that a program ended with: the last that it logged, or else its last line.
 fn last_words(text: &str) -> String {
     let lines = || text.lines().map(str::trim).filter(|line| !line.is_empty());
-    let logged = lines()
-        .filter_map(|line| line.split_once(" ERROR "))
-        .next_back();
-    let message = logged
-        .and_then(|(_, said)| said.split_once(": "))
-        .map(|(_, message)| message);
-    message
-        .or(lines().next_back())
-        .unwrap_or_default()
-        .to_owned()
+    let logged = lines().filter_map(|line| line.split_once(" ERROR ")).next_back();
+    let message = logged.and_then(|(_, said)| said.split_once(": ")).map(|(_, message)| message);
+    message.or(lines().next_back()).unwrap_or_default().to_owned()
 }
 
 #[cfg(test)]
@@ -234,7 +179,8 @@ mod tests {
 
     #[test]
     fn the_last_error_is_why_a_program_ended() {
-        let text = "2026-01-01T00:00:00Z  WARN hub: slow\n2026-01-01T00:00:01Z ERROR worker: read config.json: line 3\n";
+        let text =
+            "2026-01-01T00:00:00Z  WARN hub: slow\n2026-01-01T00:00:01Z ERROR worker: read config.json: line 3\n";
         assert_eq!(last_words(text), "read config.json: line 3");
         assert_eq!(last_words("usage\nno such flag\n\n"), "no such flag");
         assert_eq!(last_words(""), "");

@@ -92,10 +92,7 @@ impl<'a> Crew<'a> {
             output,
             events,
             report,
-            folder: folder.map_err(|source| Error::Own {
-                what: "make a temporary folder",
-                source,
-            })?,
+            folder: folder.map_err(|source| Error::Own { what: "make a temporary folder", source })?,
             router: None,
             workers: Vec::new(),
             pids: BTreeMap::new(),
@@ -105,10 +102,7 @@ impl<'a> Crew<'a> {
     }
 
     pub(super) fn tools(&self) -> Tools<'a> {
-        Tools {
-            programs: &self.options.programs,
-            cache: &self.options.cache,
-        }
+        Tools { programs: &self.options.programs, cache: &self.options.cache }
     }
 
     /// The folder with the model's files, fetched if need be; how far that is is written in steps of a tenth.
@@ -139,45 +133,24 @@ impl<'a> Crew<'a> {
         self.reserve("grpc", self.options.grpc).await?;
         let token = token()?;
         let (http, grpc) = (self.options.http.to_string(), self.options.grpc.to_string());
-        let launch = launch::router(&Route {
-            id: &token,
-            http: &http,
-            grpc: &grpc,
-            operators: &self.operators,
-        });
+        let launch = launch::router(&Route { id: &token, http: &http, grpc: &grpc, operators: &self.operators });
         let mut launches: Recruits = vec![(Member::router(token), launch)];
         let mut facts = Vec::new();
         for model in &models {
             let (members, replicas) = self.workers_of(model)?;
             launches.extend(members);
-            facts.push((
-                model.planned.accepted.name.clone(),
-                model_facts(&model.planned, replicas),
-            ));
-            self.grace = self
-                .grace
-                .max(model.planned.accepted.model.drain_timeout + MARGIN);
+            facts.push((model.planned.accepted.name.clone(), model_facts(&model.planned, replicas)));
+            self.grace = self.grace.max(model.planned.accepted.model.drain_timeout + MARGIN);
         }
-        self.fleet
-            .expect(launches.iter().map(|(member, _)| identity(&member.token)));
-        self.fleet
-            .synced(facts.iter().map(|(name, _)| name.clone()));
+        self.fleet.expect(launches.iter().map(|(member, _)| identity(&member.token)));
+        self.fleet.synced(facts.iter().map(|(name, _)| name.clone()));
         for (name, facts) in facts {
             self.fleet.publish(&name, facts);
         }
         for (mut member, launch) in launches {
             let report = self.report.clone();
-            member.child = Some(Child::start(
-                member.name.clone(),
-                &self.options.programs,
-                launch,
-                report,
-            ));
-            if member.model.is_empty() {
-                self.router = Some(member)
-            } else {
-                self.workers.push(member)
-            }
+            member.child = Some(Child::start(member.name.clone(), &self.options.programs, launch, report));
+            if member.model.is_empty() { self.router = Some(member) } else { self.workers.push(member) }
         }
         Ok(())
     }
@@ -186,24 +159,13 @@ impl<'a> Crew<'a> {
     async fn reserve(&self, flag: &'static str, address: SocketAddr) -> Result<(), Error> {
         match TcpListener::bind(address).await {
             Ok(_) => Ok(()),
-            Err(source) => Err(Error::Listen {
-                flag,
-                address,
-                source,
-            }),
+            Err(source) => Err(Error::Listen { flag, address, source }),
         }
     }
 
     fn workers_of(&self, model: &Started) -> Result<(Recruits, Vec<ReplicaFacts>), Error> {
-        let Planned {
-            accepted,
-            description,
-            plan,
-        } = &model.planned;
-        let short = accepted
-            .name
-            .strip_prefix("default/")
-            .unwrap_or(&accepted.name);
+        let Planned { accepted, description, plan } = &model.planned;
+        let short = accepted.name.strip_prefix("default/").unwrap_or(&accepted.name);
         let (mut members, mut replicas) = (Vec::new(), Vec::new());
         for replica in 0..accepted.model.replicas.max(1) {
             let mut workers = Vec::new();
@@ -265,20 +227,11 @@ impl<'a> Crew<'a> {
     fn rows(&self) -> Option<(Vec<[String; 4]>, SocketAddr)> {
         let router = self.router.as_ref()?;
         let seen = self.fleet.seen(&self.workers.first()?.model).routers;
-        let http = seen
-            .into_iter()
-            .find(|view| view.id == router.token)?
-            .http_address;
-        let mut rows = vec![
-            ["NAME", "PID", "ADDRESS", "EXPERTS"].map(str::to_owned),
-            self.row(router, &http)?,
-        ];
+        let http = seen.into_iter().find(|view| view.id == router.token)?.http_address;
+        let mut rows = vec![["NAME", "PID", "ADDRESS", "EXPERTS"].map(str::to_owned), self.row(router, &http)?];
         for worker in &self.workers {
             let seen = self.fleet.seen(&worker.model).workers;
-            let address = seen
-                .into_iter()
-                .find(|view| view.id == worker.token)?
-                .address;
+            let address = seen.into_iter().find(|view| view.id == worker.token)?.address;
             rows.push(self.row(worker, &address)?);
         }
         Some((rows, http.parse().ok()?))
@@ -286,12 +239,7 @@ impl<'a> Crew<'a> {
 
     fn row(&self, member: &Member, address: &str) -> Option<[String; 4]> {
         let pid = self.pids.get(&member.name)?.to_string();
-        Some([
-            member.name.clone(),
-            pid,
-            address.to_owned(),
-            member.experts.clone(),
-        ])
+        Some([member.name.clone(), pid, address.to_owned(), member.experts.clone()])
     }
 
     /// Waits until the router sends requests to every worker.
@@ -304,26 +252,12 @@ impl<'a> Crew<'a> {
     }
 
     fn is_routed(&self, worker: &Member) -> bool {
-        self.fleet
-            .seen(&worker.model)
-            .workers
-            .iter()
-            .any(|view| view.id == worker.token && view.routed)
+        self.fleet.seen(&worker.model).workers.iter().any(|view| view.id == worker.token && view.routed)
     }
 
     /// Asks while the others are watched.
-    pub(super) async fn ask(
-        &mut self,
-        router: SocketAddr,
-        model: &str,
-        prompt: &str,
-    ) -> Result<(), Error> {
-        let Self {
-            output: Output { words, notes },
-            events,
-            pids,
-            ..
-        } = self;
+    pub(super) async fn ask(&mut self, router: SocketAddr, model: &str, prompt: &str) -> Result<(), Error> {
+        let Self { output: Output { words, notes }, events, pids, .. } = self;
         let mut answered = std::pin::pin!(ask(router, model, prompt, *words));
         loop {
             tokio::select! {
@@ -369,15 +303,9 @@ impl<'a> Crew<'a> {
         let failed = self.fleet.seen(model).failures.into_iter().next();
         match failed {
             Some(failure) if !self.ready => {
-                let member = self
-                    .workers
-                    .iter()
-                    .find(|worker| worker.token == failure.id);
+                let member = self.workers.iter().find(|worker| worker.token == failure.id);
                 let name = member.map_or(model, |member| &member.name).to_owned();
-                Err(Error::Failed {
-                    name,
-                    message: failure.message,
-                })
+                Err(Error::Failed { name, message: failure.message })
             }
             _ => Ok(()),
         }
@@ -402,13 +330,7 @@ impl<'a> Crew<'a> {
 impl Member {
     fn router(token: String) -> Self {
         let (name, experts) = ("router".to_owned(), "-".to_owned());
-        Self {
-            name,
-            token,
-            model: String::new(),
-            experts,
-            child: None,
-        }
+        Self { name, token, model: String::new(), experts, child: None }
     }
 }
 
@@ -419,9 +341,7 @@ fn told(event: Event, pids: &mut BTreeMap<String, u32>) -> Option<String> {
             pids.insert(name, pid);
             None
         }
-        Event::Died {
-            name, how, pause, ..
-        } => Some(format!("{name} {how}; starting it again in {pause:?}")),
+        Event::Died { name, how, pause, .. } => Some(format!("{name} {how}; starting it again in {pause:?}")),
     }
 }
 
@@ -432,39 +352,25 @@ fn note(output: &mut Output<'_>, line: &str) {
 }
 
 fn identity(token: &str) -> Identity {
-    Identity {
-        id: token.to_owned(),
-        ip: Some(IpAddr::V4(Ipv4Addr::LOCALHOST)),
-    }
+    Identity { id: token.to_owned(), ip: Some(IpAddr::V4(Ipv4Addr::LOCALHOST)) }
 }
 
 /// 128 random bits.
 fn token() -> Result<String, Error> {
     let mut bytes = [0; 16];
     let read = File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut bytes));
-    read.map_err(|source: io::Error| Error::Own {
-        what: "draw a random token",
-        source,
-    })?;
+    read.map_err(|source: io::Error| Error::Own { what: "draw a random token", source })?;
     Ok(format!("{:032x}", u128::from_be_bytes(bytes)))
 }
 
 fn worker_facts(token: &str, ordinal: u32) -> WorkerFacts {
     let (address, dns_name) = (String::new(), String::new()); // its hello says where it is
-    WorkerFacts {
-        id: token.to_owned(),
-        address,
-        dns_name,
-        ordinal,
-        ready: false,
-    }
+    WorkerFacts { id: token.to_owned(), address, dns_name, ordinal, ready: false }
 }
 
 fn model_facts(planned: &Planned, replicas: Vec<ReplicaFacts>) -> ModelFacts {
     let model = &planned.accepted.model;
-    let now = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default();
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     ModelFacts {
         served_names: model.served_names.clone(),
         created: i64::try_from(now.as_secs()).unwrap_or(i64::MAX),

@@ -122,10 +122,8 @@ pub struct Tools<'a> {
 /// [`Error::Refused`], or [`Error::Folder`] if the folder of a `file://` source is not there.
 pub fn accept(declared: &Declared, place: Place) -> Result<Accepted, Error> {
     let origin = declared.origin.clone();
-    let model = validate(&declared.deployment, place).map_err(|refusals| Error::Refused {
-        origin: origin.clone(),
-        refusals,
-    })?;
+    let model = validate(&declared.deployment, place)
+        .map_err(|refusals| Error::Refused { origin: origin.clone(), refusals })?;
     let written_source = declared.deployment.spec.model.source.clone();
     let source = match written_source.strip_prefix("file://") {
         Some(path) => {
@@ -140,13 +138,7 @@ pub fn accept(declared: &Declared, place: Place) -> Result<Accepted, Error> {
         }
         None => written_source.clone(),
     };
-    Ok(Accepted {
-        name: model_name(&declared.deployment),
-        model,
-        origin,
-        source,
-        written_source,
-    })
+    Ok(Accepted { name: model_name(&declared.deployment), model, origin, source, written_source })
 }
 
 /// Asks the worker program what the model weighs, and plans it.
@@ -157,20 +149,10 @@ pub async fn plan(accepted: Accepted, tools: Tools<'_>) -> Result<Planned, Error
     let read = reading(&accepted, accepted.revision(), &[], "");
     let json = run(&accepted, "describe", &launch::describe(&read), tools).await?;
     let description: ModelDescription =
-        serde_json::from_slice(&json).map_err(|source| Error::Description {
-            model: accepted.name.clone(),
-            source,
-        })?;
+        serde_json::from_slice(&json).map_err(|source| Error::Description { model: accepted.name.clone(), source })?;
     match planner::plan(&description, &accepted.model.request(None)) {
-        Outcome::Planned(plan) => Ok(Planned {
-            accepted,
-            description,
-            plan,
-        }),
-        Outcome::NoRoom(why) => Err(Error::NoRoom {
-            origin: accepted.origin,
-            why,
-        }),
+        Outcome::Planned(plan) => Ok(Planned { accepted, description, plan }),
+        Outcome::NoRoom(why) => Err(Error::NoRoom { origin: accepted.origin, why }),
     }
 }
 
@@ -188,36 +170,15 @@ pub(super) async fn fetch(
     if let Some(folder) = accepted.source.strip_prefix("file://") {
         return Ok(folder.into());
     }
-    let folder = tools
-        .cache
-        .join("models")
-        .join(&planned.description.content_hash);
-    let commit =
-        Some(planned.description.resolved_revision.as_str()).filter(|commit| !commit.is_empty());
+    let folder = tools.cache.join("models").join(&planned.description.content_hash);
+    let commit = Some(planned.description.resolved_revision.as_str()).filter(|commit| !commit.is_empty());
     let read = reading(accepted, commit.or(accepted.revision()), operators, id);
-    run(
-        accepted,
-        "fetch",
-        &launch::fetch(&read, &folder.to_string_lossy()),
-        tools,
-    )
-    .await?;
+    run(accepted, "fetch", &launch::fetch(&read, &folder.to_string_lossy()), tools).await?;
     Ok(folder)
 }
 
-fn reading<'a>(
-    accepted: &'a Accepted,
-    revision: Option<&'a str>,
-    operators: &'a [String],
-    id: &'a str,
-) -> Read<'a> {
-    const HUB: &Hub = &Hub {
-        endpoint: None,
-        token_file: None,
-        ca_file: None,
-        proxy: None,
-        no_proxy: None,
-    };
+fn reading<'a>(accepted: &'a Accepted, revision: Option<&'a str>, operators: &'a [String], id: &'a str) -> Read<'a> {
+    const HUB: &Hub = &Hub { endpoint: None, token_file: None, ca_file: None, proxy: None, no_proxy: None };
     let hub = HUB; // from the user's environment, which children inherit
     Read {
         site: Site::Child { id },
@@ -230,12 +191,7 @@ fn reading<'a>(
     }
 }
 
-async fn run(
-    accepted: &Accepted,
-    command: &'static str,
-    launch: &Launch,
-    tools: Tools<'_>,
-) -> Result<Vec<u8>, Error> {
+async fn run(accepted: &Accepted, command: &'static str, launch: &Launch, tools: Tools<'_>) -> Result<Vec<u8>, Error> {
     match run_once(tools.programs, launch).await {
         Ok(child::Outcome::Good(output)) => Ok(output),
         Ok(child::Outcome::Bad(why)) => Err(Error::Unreadable {
@@ -248,9 +204,5 @@ async fn run(
 }
 
 fn sentences(refusals: &[Refusal]) -> String {
-    refusals
-        .iter()
-        .map(ToString::to_string)
-        .collect::<Vec<_>>()
-        .join("; ")
+    refusals.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
 }

@@ -32,21 +32,14 @@ pub struct Origin {
 impl Origin {
     /// Where relative sources start.
     pub fn folder(&self) -> &Path {
-        self.file
-            .parent()
-            .filter(|folder| !folder.as_os_str().is_empty())
-            .unwrap_or(Path::new("."))
+        self.file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
     }
 }
 
 impl fmt::Display for Origin {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.file.display())?;
-        if self.document > 1 {
-            write!(f, ", document {}", self.document)
-        } else {
-            Ok(())
-        }
+        if self.document > 1 { write!(f, ", document {}", self.document) } else { Ok(()) }
     }
 }
 
@@ -119,51 +112,29 @@ pub fn read(files: &[PathBuf]) -> Result<Vec<Declared>, Error> {
     let mut all: Vec<Declared> = Vec::new();
     let mut names = BTreeSet::new();
     for file in files {
-        let text = std::fs::read_to_string(file).map_err(|source| Error::File {
-            file: file.clone(),
-            source,
-        })?;
+        let text = std::fs::read_to_string(file).map_err(|source| Error::File { file: file.clone(), source })?;
         for declared in parse(&text, file)? {
             let name = model_name(&declared.deployment);
             if !names.insert(name.clone()) {
-                return Err(Error::Twice {
-                    origin: declared.origin,
-                    name,
-                });
+                return Err(Error::Twice { origin: declared.origin, name });
             }
             all.push(declared);
         }
     }
-    if all.is_empty() {
-        Err(Error::Nothing {
-            files: files.to_vec(),
-        })
-    } else {
-        Ok(all)
-    }
+    if all.is_empty() { Err(Error::Nothing { files: files.to_vec() }) } else { Ok(all) }
 }
 
 /// NAMESPACE/NAME
 pub fn model_name(deployment: &ModelDeployment) -> String {
     let metadata = &deployment.metadata;
-    format!(
-        "{}/{}",
-        metadata.namespace.as_deref().unwrap_or("default"),
-        metadata.name.as_deref().unwrap_or_default()
-    )
+    format!("{}/{}", metadata.namespace.as_deref().unwrap_or("default"), metadata.name.as_deref().unwrap_or_default())
 }
 
 fn parse(text: &str, file: &Path) -> Result<Vec<Declared>, Error> {
     let mut all = Vec::new();
     for (index, document) in serde_yaml::Deserializer::from_str(text).enumerate() {
-        let origin = Origin {
-            file: file.to_owned(),
-            document: index + 1,
-        };
-        let not_yaml = |source| Error::Yaml {
-            origin: origin.clone(),
-            source,
-        };
+        let origin = Origin { file: file.to_owned(), document: index + 1 };
+        let not_yaml = |source| Error::Yaml { origin: origin.clone(), source };
         let value = Value::deserialize(document).map_err(not_yaml)?;
         if value.is_null() {
             continue;
@@ -173,57 +144,32 @@ fn parse(text: &str, file: &Path) -> Result<Vec<Declared>, Error> {
         let typed = serde_yaml::Deserializer::from_str(text).nth(index);
         let typed = typed.expect("the same text has the same documents"); // again from the text: a value has no lines
         let mut deployment = ModelDeployment::deserialize(typed).map_err(not_yaml)?;
-        if deployment
-            .metadata
-            .name
-            .as_deref()
-            .unwrap_or_default()
-            .is_empty()
-        {
+        if deployment.metadata.name.as_deref().unwrap_or_default().is_empty() {
             return Err(Error::NoName { origin });
         }
-        deployment
-            .metadata
-            .namespace
-            .get_or_insert_with(|| "default".to_owned());
+        deployment.metadata.namespace.get_or_insert_with(|| "default".to_owned());
         all.push(Declared { deployment, origin });
     }
     Ok(all)
 }
 
 fn check_kind(value: &Value, origin: &Origin) -> Result<(), Error> {
-    let text = |field: &str| {
-        value
-            .get(field)
-            .and_then(Value::as_str)
-            .unwrap_or("(none)")
-            .to_owned()
-    };
+    let text = |field: &str| value.get(field).and_then(Value::as_str).unwrap_or("(none)").to_owned();
     let (api_version, kind) = (text("apiVersion"), text("kind"));
     if api_version == "modelfleet.io/v1alpha1" && kind == "ModelDeployment" {
         return Ok(());
     }
-    Err(Error::Kind {
-        origin: origin.clone(),
-        api_version,
-        kind,
-    })
+    Err(Error::Kind { origin: origin.clone(), api_version, kind })
 }
 
 /// The API server checks this by the same schema.
 fn check_fields(value: &Value, origin: &Origin) -> Result<(), Error> {
     let definition = crds::definition();
-    let schema = definition
-        .spec
-        .versions
-        .iter()
-        .find_map(|version| version.schema.as_ref()?.open_api_v3_schema.as_ref());
+    let schema =
+        definition.spec.versions.iter().find_map(|version| version.schema.as_ref()?.open_api_v3_schema.as_ref());
     let unknown = schema.and_then(|schema| unknown_field(value, schema, ""));
     match unknown {
-        Some(field) => Err(Error::UnknownField {
-            origin: origin.clone(),
-            field,
-        }),
+        Some(field) => Err(Error::UnknownField { origin: origin.clone(), field }),
         None => Ok(()),
     }
 }
@@ -237,11 +183,7 @@ fn unknown_field(value: &Value, schema: &JSONSchemaProps, path: &str) -> Option<
     let (fields, properties) = (value.as_mapping()?, schema.properties.as_ref()?);
     fields.iter().find_map(|(name, value)| {
         let name = name.as_str().unwrap_or("(not text)");
-        let path = if path.is_empty() {
-            name.to_owned()
-        } else {
-            format!("{path}.{name}")
-        };
+        let path = if path.is_empty() { name.to_owned() } else { format!("{path}.{name}") };
         match (properties.get(name), path.as_str()) {
             (_, "apiVersion" | "kind" | "metadata") => None,
             (Some(schema), _) => unknown_field(value, schema, &path),
@@ -267,23 +209,15 @@ mod tests {
 
     fn refused(text: &str) -> String {
         let error = parse(text, Path::new("some/models.yaml")).unwrap_err();
-        let source = std::error::Error::source(&error)
-            .map(|source| format!(": {source}"))
-            .unwrap_or_default();
+        let source = std::error::Error::source(&error).map(|source| format!(": {source}")).unwrap_or_default();
         format!("{error}{source}")
     }
 
     #[test]
     fn several_documents_are_several_models() {
-        let text = format!(
-            "---\n{GOOD}---\n{}---\n",
-            GOOD.replace("name: a", "name: b, namespace: team")
-        );
+        let text = format!("---\n{GOOD}---\n{}---\n", GOOD.replace("name: a", "name: b, namespace: team"));
         let all = parse(&text, Path::new("some/models.yaml")).unwrap();
-        let names: Vec<String> = all
-            .iter()
-            .map(|declared| model_name(&declared.deployment))
-            .collect();
+        let names: Vec<String> = all.iter().map(|declared| model_name(&declared.deployment)).collect();
         assert_eq!(names, ["default/a", "team/b"]);
         assert_eq!(all[0].origin.folder(), Path::new("some"));
         assert_eq!(all[1].origin.to_string(), "some/models.yaml, document 2");
@@ -291,10 +225,7 @@ mod tests {
 
     #[test]
     fn a_file_without_a_folder_starts_here() {
-        let origin = Origin {
-            file: "models.yaml".into(),
-            document: 1,
-        };
+        let origin = Origin { file: "models.yaml".into(), document: 1 };
         assert_eq!(origin.folder(), Path::new("."));
     }
 
@@ -316,34 +247,20 @@ mod tests {
     #[test]
     fn wrong_types_are_refused_with_field_and_line() {
         let text = refused(&format!("{GOOD}  replicas: many\n"));
-        assert!(
-            text.contains("spec.replicas") && text.contains("line 6"),
-            "{text}"
-        );
+        assert!(text.contains("spec.replicas") && text.contains("line 6"), "{text}");
     }
 
     #[test]
     fn unknown_fields_are_refused_by_path() {
         let text = refused(&GOOD.replace("{source:", "{sources: x, source:"));
-        assert_eq!(
-            text,
-            "some/models.yaml: spec.model.sources is not a field of a ModelDeployment"
-        );
-        let text =
-            format!("{GOOD}  scheduling:\n    tolerations: [{{key: a}}, {{operater: Exists}}]\n");
-        assert!(
-            refused(&text).contains("spec.scheduling.tolerations[1].operater"),
-            "{}",
-            refused(&text)
-        );
+        assert_eq!(text, "some/models.yaml: spec.model.sources is not a field of a ModelDeployment");
+        let text = format!("{GOOD}  scheduling:\n    tolerations: [{{key: a}}, {{operater: Exists}}]\n");
+        assert!(refused(&text).contains("spec.scheduling.tolerations[1].operater"), "{}", refused(&text));
     }
 
     #[test]
     fn a_model_needs_a_name() {
-        assert_eq!(
-            refused(&GOOD.replace("{name: a}", "{}")),
-            "some/models.yaml: metadata.name is missing"
-        );
+        assert_eq!(refused(&GOOD.replace("{name: a}", "{}")), "some/models.yaml: metadata.name is missing");
     }
 
     #[test]
@@ -352,9 +269,11 @@ mod tests {
         let file = folder.path().join("two.yaml");
         std::fs::write(&file, format!("{GOOD}---\n{GOOD}")).unwrap();
         let error = read(&[file]).unwrap_err();
-        assert!(error.to_string().ends_with(
-            "document 2: metadata.name is default/a; a model before it has this name already"
-        ));
+        assert!(
+            error
+                .to_string()
+                .ends_with("document 2: metadata.name is default/a; a model before it has this name already")
+        );
     }
 
     #[test]
@@ -362,17 +281,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("none.yaml");
         std::fs::write(&file, "# nothing\n").unwrap();
-        assert!(
-            read(&[file])
-                .unwrap_err()
-                .to_string()
-                .starts_with("no ModelDeployment in ")
-        );
-        assert!(
-            read(&["absent.yaml".into()])
-                .unwrap_err()
-                .to_string()
-                .starts_with("read absent.yaml")
-        );
+        assert!(read(&[file]).unwrap_err().to_string().starts_with("no ModelDeployment in "));
+        assert!(read(&["absent.yaml".into()]).unwrap_err().to_string().starts_with("read absent.yaml"));
     }
 }

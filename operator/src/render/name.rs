@@ -47,9 +47,7 @@ impl Revision {
 
     /// Reads a label.
     pub fn parse(text: &str) -> Option<Self> {
-        let hex = text
-            .bytes()
-            .all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte));
+        let hex = text.bytes().all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte));
         (hex && text.len() == 8).then(|| Self(text.to_owned()))
     }
 
@@ -78,13 +76,7 @@ impl Names {
             block_owner_deletion: None,
         };
         let namespace = md.namespace().unwrap_or_default();
-        Self {
-            stem: stem(&model),
-            path: format!("{namespace}/{model}"),
-            namespace,
-            model,
-            owner,
-        }
+        Self { stem: stem(&model), path: format!("{namespace}/{model}"), namespace, model, owner }
     }
 
     /// `NAMESPACE/NAME`, as requests and processes name the model.
@@ -140,10 +132,7 @@ impl Names {
 
     /// Matches one pod a replica, so that an HPA counts replicas and not shards.
     pub fn scale_selector(&self) -> String {
-        format!(
-            "{MODEL}={},app.kubernetes.io/component={WORKER},{POD_INDEX}=0",
-            self.stem
-        )
+        format!("{MODEL}={},app.kubernetes.io/component={WORKER},{POD_INDEX}=0", self.stem)
     }
 
     /// The labels of one component.
@@ -155,10 +144,7 @@ impl Names {
             ("app.kubernetes.io/managed-by", "modelfleet"),
             (MODEL, &self.stem),
         ];
-        labels
-            .into_iter()
-            .map(|(key, value)| (key.to_owned(), value.to_owned()))
-            .collect()
+        labels.into_iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect()
     }
 
     /// The metadata of an object that `md` owns.
@@ -175,20 +161,14 @@ impl Names {
     /// The metadata of an object that belongs to one revision.
     pub fn metadata_of(&self, name: String, component: &str, revision: &Revision) -> ObjectMeta {
         let mut metadata = self.metadata(name, component);
-        metadata
-            .labels
-            .get_or_insert_default()
-            .insert(REVISION.to_owned(), revision.to_string());
+        metadata.labels.get_or_insert_default().insert(REVISION.to_owned(), revision.to_string());
         metadata
     }
 }
 
 /// The first `bytes` bytes of the SHA-256 of `input`, in hex.
 fn hex(input: &[u8], bytes: usize) -> String {
-    Sha256::digest(input)[..bytes]
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect()
+    Sha256::digest(input)[..bytes].iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn stem(name: &str) -> String {
@@ -196,11 +176,7 @@ fn stem(name: &str) -> String {
         return name.to_owned();
     }
     let hash = hex(name.as_bytes(), 4);
-    let plain: String = name
-        .chars()
-        .map(|c| if c == '.' { '-' } else { c })
-        .take(STEM - hash.len() - 1)
-        .collect();
+    let plain: String = name.chars().map(|c| if c == '.' { '-' } else { c }).take(STEM - hash.len() - 1).collect();
     format!("{}-{hash}", plain.trim_end_matches('-'))
 }
 
@@ -224,10 +200,7 @@ mod tests {
     #[test]
     fn a_short_name_stays_itself() {
         let names = names("qwen3-moe");
-        assert_eq!(
-            names.replica(&revision(), 0),
-            format!("qwen3-moe-{}-0", revision())
-        );
+        assert_eq!(names.replica(&revision(), 0), format!("qwen3-moe-{}-0", revision()));
         assert_eq!(names.workers(), "qwen3-moe-workers");
     }
 

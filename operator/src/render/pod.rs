@@ -5,15 +5,12 @@ use std::collections::BTreeMap;
 use k8s_openapi::{
     DeepMerge,
     api::core::v1::{
-        Capabilities, ConfigMapVolumeSource, Container, ContainerPort, EmptyDirVolumeSource,
-        EnvVar, EnvVarSource, HTTPGetAction, KeyToPath, LocalObjectReference, ObjectFieldSelector,
-        PersistentVolumeClaimVolumeSource, PodReadinessGate, PodSecurityContext, PodSpec,
-        PodTemplateSpec, Probe, ResourceRequirements, SeccompProfile, SecretVolumeSource,
-        SecurityContext, Toleration, Volume, VolumeMount,
+        Capabilities, ConfigMapVolumeSource, Container, ContainerPort, EmptyDirVolumeSource, EnvVar, EnvVarSource,
+        HTTPGetAction, KeyToPath, LocalObjectReference, ObjectFieldSelector, PersistentVolumeClaimVolumeSource,
+        PodReadinessGate, PodSecurityContext, PodSpec, PodTemplateSpec, Probe, ResourceRequirements, SeccompProfile,
+        SecretVolumeSource, SecurityContext, Toleration, Volume, VolumeMount,
     },
-    apimachinery::pkg::{
-        api::resource::Quantity, apis::meta::v1::ObjectMeta, util::intstr::IntOrString,
-    },
+    apimachinery::pkg::{api::resource::Quantity, apis::meta::v1::ObjectMeta, util::intstr::IntOrString},
 };
 use planner::{Bytes, ModelDescription, Plan};
 
@@ -65,28 +62,18 @@ pub struct Workload<'a> {
 }
 
 /// The pods of a revision, for any replica: [`place`] makes them those of one.
-pub fn template(
-    workload: &Workload<'_>,
-    description: &ModelDescription,
-    plan: &Plan,
-) -> PodTemplateSpec {
+pub fn template(workload: &Workload<'_>, description: &ModelDescription, plan: &Plan) -> PodTemplateSpec {
     let mut volumes = reading_volumes(workload);
     volumes.push(empty_dir(MODEL_VOLUME, model_dir_bytes(description)));
     volumes.push(config_volume(PLACEMENT_VOLUME, ""));
-    let grace = workload
-        .model
-        .drain_timeout
-        .as_secs()
-        .saturating_add(GRACE_SECONDS);
+    let grace = workload.model.drain_timeout.as_secs().saturating_add(GRACE_SECONDS);
     let mut template = PodTemplateSpec {
         metadata: Some(metadata(workload, WORKER)),
         spec: Some(PodSpec {
             init_containers: Some(vec![fetch(workload, description)]),
             containers: vec![worker(workload, description, plan)],
             volumes: Some(volumes),
-            readiness_gates: Some(vec![PodReadinessGate {
-                condition_type: ROUTED.to_owned(),
-            }]),
+            readiness_gates: Some(vec![PodReadinessGate { condition_type: ROUTED.to_owned() }]),
             termination_grace_period_seconds: i64::try_from(grace).ok(),
             ..pod(workload)
         }),
@@ -104,40 +91,22 @@ pub(super) fn place(template: &mut PodTemplateSpec, set: &str, plan: &Plan) {
     for volume in volumes.filter(|volume| volume.name == PLACEMENT_VOLUME) {
         *volume = config_volume(PLACEMENT_VOLUME, set);
     }
-    for worker in spec
-        .containers
-        .iter_mut()
-        .filter(|container| container.name == WORKER)
-    {
-        let requests = worker
-            .resources
-            .get_or_insert_default()
-            .requests
-            .get_or_insert_default();
-        requests
-            .entry("memory".to_owned())
-            .or_insert_with(|| quantity(plan.fullest().total()));
+    for worker in spec.containers.iter_mut().filter(|container| container.name == WORKER) {
+        let requests = worker.resources.get_or_insert_default().requests.get_or_insert_default();
+        requests.entry("memory".to_owned()).or_insert_with(|| quantity(plan.fullest().total()));
     }
 }
 
 /// The pod that reads what the model weighs.
 pub(super) fn describe(workload: &Workload<'_>) -> PodTemplateSpec {
     let hub = hub(workload);
-    let launch = for_revision(
-        launch::describe(&reading(workload, &hub)),
-        workload.revision,
-    );
-    let container = Container {
-        volume_mounts: Some(reading_mounts(workload)),
-        ..container("describe", workload, &launch)
-    };
+    let launch = for_revision(launch::describe(&reading(workload, &hub)), workload.revision);
+    let container =
+        Container { volume_mounts: Some(reading_mounts(workload)), ..container("describe", workload, &launch) };
     PodTemplateSpec {
         metadata: Some(metadata(workload, super::name::DESCRIBE)),
         spec: Some(PodSpec {
-            containers: vec![Container {
-                resources: Some(small()),
-                ..container
-            }],
+            containers: vec![Container { resources: Some(small()), ..container }],
             volumes: Some(reading_volumes(workload)),
             restart_policy: Some("OnFailure".to_owned()),
             termination_grace_period_seconds: Some(5),
@@ -150,9 +119,7 @@ pub(super) fn describe(workload: &Workload<'_>) -> PodTemplateSpec {
 fn pod(workload: &Workload<'_>) -> PodSpec {
     let scheduling = workload.model.spec.scheduling.clone().unwrap_or_default();
     let secrets = workload.install.image_pull_secrets.iter();
-    let secrets: Vec<_> = secrets
-        .map(|name| LocalObjectReference { name: name.clone() })
-        .collect();
+    let secrets: Vec<_> = secrets.map(|name| LocalObjectReference { name: name.clone() }).collect();
     PodSpec {
         service_account_name: Some(workload.names.workers()),
         automount_service_account_token: Some(false),
@@ -160,14 +127,7 @@ fn pod(workload: &Workload<'_>) -> PodSpec {
         image_pull_secrets: (!secrets.is_empty()).then_some(secrets),
         node_selector: scheduling.node_selector,
         priority_class_name: scheduling.priority_class_name,
-        tolerations: Some(tolerations(
-            scheduling
-                .tolerations
-                .unwrap_or_default()
-                .iter()
-                .map(toleration)
-                .collect(),
-        )),
+        tolerations: Some(tolerations(scheduling.tolerations.unwrap_or_default().iter().map(toleration).collect())),
         security_context: Some(PodSecurityContext {
             run_as_non_root: Some(true),
             run_as_user: Some(NOBODY),
@@ -184,11 +144,7 @@ fn metadata(workload: &Workload<'_>, component: &str) -> ObjectMeta {
     let mut labels = workload.names.labels(component);
     labels.insert(REVISION.to_owned(), workload.revision.to_string());
     let annotations = [(MODEL_NAME.to_owned(), workload.names.model().to_owned())];
-    ObjectMeta {
-        labels: Some(labels),
-        annotations: Some(annotations.into()),
-        ..ObjectMeta::default()
-    }
+    ObjectMeta { labels: Some(labels), annotations: Some(annotations.into()), ..ObjectMeta::default() }
 }
 
 fn fetch(workload: &Workload<'_>, description: &ModelDescription) -> Container {
@@ -201,11 +157,7 @@ fn fetch(workload: &Workload<'_>, description: &ModelDescription) -> Container {
     let launch = for_revision(launch::fetch(&read, MODEL_DIR), workload.revision);
     let mut mounts = reading_mounts(workload);
     mounts.push(mount(MODEL_VOLUME, MODEL_DIR, false));
-    Container {
-        volume_mounts: Some(mounts),
-        resources: Some(small()),
-        ..container("fetch", workload, &launch)
-    }
+    Container { volume_mounts: Some(mounts), resources: Some(small()), ..container("fetch", workload, &launch) }
 }
 
 fn worker(workload: &Workload<'_>, description: &ModelDescription, plan: &Plan) -> Container {
@@ -229,25 +181,10 @@ fn worker(workload: &Workload<'_>, description: &ModelDescription, plan: &Plan) 
     let resources = workload.model.spec.resources.clone().unwrap_or_default();
     Container {
         ports: Some(launch.ports.iter().map(port).collect()),
-        resources: Some(ResourceRequirements {
-            requests: resources.requests,
-            limits: resources.limits,
-            claims: None,
-        }),
-        volume_mounts: Some(vec![
-            mount(MODEL_VOLUME, MODEL_DIR, true),
-            mount(PLACEMENT_VOLUME, PLACEMENT_DIR, true),
-        ]),
-        readiness_probe: Some(Probe {
-            period_seconds: Some(2),
-            failure_threshold: Some(3),
-            ..probe("/readyz")
-        }),
-        liveness_probe: Some(Probe {
-            period_seconds: Some(10),
-            failure_threshold: Some(6),
-            ..probe("/healthz")
-        }),
+        resources: Some(ResourceRequirements { requests: resources.requests, limits: resources.limits, claims: None }),
+        volume_mounts: Some(vec![mount(MODEL_VOLUME, MODEL_DIR, true), mount(PLACEMENT_VOLUME, PLACEMENT_DIR, true)]),
+        readiness_probe: Some(Probe { period_seconds: Some(2), failure_threshold: Some(3), ..probe("/readyz") }),
+        liveness_probe: Some(Probe { period_seconds: Some(10), failure_threshold: Some(6), ..probe("/healthz") }),
         ..container(WORKER, workload, &launch)
     }
 }
@@ -255,19 +192,13 @@ fn worker(workload: &Workload<'_>, description: &ModelDescription, plan: &Plan) 
 /// Readers report by our revision; their argument is the hub's.
 fn for_revision(mut launch: Launch, revision: &Revision) -> Launch {
     let value = Value::Text(revision.to_string());
-    launch.environment.push(launch::Variable {
-        name: REVISION_VARIABLE.to_owned(),
-        value,
-    });
+    launch.environment.push(launch::Variable { name: REVISION_VARIABLE.to_owned(), value });
     launch
 }
 
 /// A revision is recorded once for all replicas, so a worker reads its replica from its pod's label.
 fn replica_from_label(launch: &mut Launch) {
-    let flag = launch
-        .arguments
-        .iter()
-        .position(|argument| argument == "--replica");
+    let flag = launch.arguments.iter().position(|argument| argument == "--replica");
     if let Some(value) = flag.and_then(|flag| launch.arguments.get_mut(flag + 1)) {
         *value = format!("$({REPLICA_VARIABLE})");
     }
@@ -289,10 +220,7 @@ fn container(name: &str, workload: &Workload<'_>, launch: &Launch) -> Container 
             allow_privilege_escalation: Some(false),
             read_only_root_filesystem: Some(true),
             run_as_non_root: Some(true),
-            capabilities: Some(Capabilities {
-                drop: Some(vec!["ALL".to_owned()]),
-                add: None,
-            }),
+            capabilities: Some(Capabilities { drop: Some(vec!["ALL".to_owned()]), add: None }),
             seccomp_profile: Some(seccomp()),
             ..SecurityContext::default()
         }),
@@ -321,10 +249,7 @@ fn customise(template: &mut PodTemplateSpec, model: &ValidModel) {
 
 /// Those asked for, and a short stay on a node that went away unless they say otherwise.
 fn tolerations(mut asked: Vec<Toleration>) -> Vec<Toleration> {
-    for key in [
-        "node.kubernetes.io/not-ready",
-        "node.kubernetes.io/unreachable",
-    ] {
+    for key in ["node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable"] {
         if asked.iter().any(|one| one.key.as_deref() == Some(key)) {
             continue;
         }
@@ -367,10 +292,7 @@ fn hub(workload: &Workload<'_>) -> Hub {
     Hub {
         endpoint: install.endpoint.clone(),
         token_file: token.then(|| format!("{TOKEN_DIR}/token")),
-        ca_file: install
-            .certificates
-            .is_some()
-            .then(|| format!("{CERTIFICATES_DIR}/{CERTIFICATES}")),
+        ca_file: install.certificates.is_some().then(|| format!("{CERTIFICATES_DIR}/{CERTIFICATES}")),
         proxy: install.proxy.clone(),
         no_proxy: install.no_proxy.clone(),
     }
@@ -384,11 +306,7 @@ fn reading_volumes(workload: &Workload<'_>) -> Vec<Volume> {
             name: TOKEN_VOLUME.to_owned(),
             secret: Some(SecretVolumeSource {
                 secret_name: Some(secret.name.clone()),
-                items: Some(vec![KeyToPath {
-                    key: secret.key.clone(),
-                    path: "token".to_owned(),
-                    mode: None,
-                }]),
+                items: Some(vec![KeyToPath { key: secret.key.clone(), path: "token".to_owned(), mode: None }]),
                 // it may be made later; the program waits for the file and says what is missing
                 optional: Some(true),
                 default_mode: None,
@@ -400,10 +318,7 @@ fn reading_volumes(workload: &Workload<'_>) -> Vec<Volume> {
         volumes.push(config_volume(CERTIFICATES_VOLUME, &workload.names.hub()));
     }
     if let Some(claim) = claim(&workload.model.spec.model.source) {
-        let source = PersistentVolumeClaimVolumeSource {
-            claim_name: claim.to_owned(),
-            read_only: Some(true),
-        };
+        let source = PersistentVolumeClaimVolumeSource { claim_name: claim.to_owned(), read_only: Some(true) };
         volumes.push(Volume {
             name: CLAIM_VOLUME.to_owned(),
             persistent_volume_claim: Some(source),
@@ -429,9 +344,7 @@ fn reading_mounts(workload: &Workload<'_>) -> Vec<VolumeMount> {
 
 /// The claim of `pvc://CLAIM/PATH`.
 pub(super) fn claim(source: &str) -> Option<&str> {
-    source
-        .strip_prefix("pvc://")
-        .and_then(|rest| rest.split('/').next())
+    source.strip_prefix("pvc://").and_then(|rest| rest.split('/').next())
 }
 
 /// The files, and room for what a file system adds.
@@ -444,15 +357,9 @@ fn model_dir_bytes(description: &ModelDescription) -> Bytes {
 fn small() -> ResourceRequirements {
     let list = |cpu: Option<&str>, memory: &str| {
         let cpu = cpu.map(|cpu| ("cpu".to_owned(), Quantity(cpu.to_owned())));
-        cpu.into_iter()
-            .chain([("memory".to_owned(), Quantity(memory.to_owned()))])
-            .collect::<BTreeMap<_, _>>()
+        cpu.into_iter().chain([("memory".to_owned(), Quantity(memory.to_owned()))]).collect::<BTreeMap<_, _>>()
     };
-    ResourceRequirements {
-        requests: Some(list(Some("50m"), "64Mi")),
-        limits: Some(list(None, "512Mi")),
-        claims: None,
-    }
+    ResourceRequirements { requests: Some(list(Some("50m"), "64Mi")), limits: Some(list(None, "512Mi")), claims: None }
 }
 
 /// In whole mebibytes, rounded up, spelt as the API server stores it.
@@ -466,29 +373,13 @@ fn quantity(bytes: Bytes) -> Quantity {
 }
 
 fn empty_dir(name: &str, size: Bytes) -> Volume {
-    let source = EmptyDirVolumeSource {
-        size_limit: Some(quantity(size)),
-        medium: None,
-    };
-    Volume {
-        name: name.to_owned(),
-        empty_dir: Some(source),
-        ..Volume::default()
-    }
+    let source = EmptyDirVolumeSource { size_limit: Some(quantity(size)), medium: None };
+    Volume { name: name.to_owned(), empty_dir: Some(source), ..Volume::default() }
 }
 
 fn config_volume(name: &str, config: &str) -> Volume {
-    let source = ConfigMapVolumeSource {
-        name: config.to_owned(),
-        default_mode: None,
-        items: None,
-        optional: None,
-    };
-    Volume {
-        name: name.to_owned(),
-        config_map: Some(source),
-        ..Volume::default()
-    }
+    let source = ConfigMapVolumeSource { name: config.to_owned(), default_mode: None, items: None, optional: None };
+    Volume { name: name.to_owned(), config_map: Some(source), ..Volume::default() }
 }
 
 fn mount(name: &str, path: &str, read_only: bool) -> VolumeMount {
@@ -528,29 +419,13 @@ fn variable(variable: &launch::Variable) -> EnvVar {
     let (value, value_from) = match &variable.value {
         Value::Text(text) => (Some(text.clone()), None),
         Value::PodField(path) => {
-            let field = ObjectFieldSelector {
-                field_path: path.clone(),
-                api_version: None,
-            };
-            (
-                None,
-                Some(EnvVarSource {
-                    field_ref: Some(field),
-                    ..EnvVarSource::default()
-                }),
-            )
+            let field = ObjectFieldSelector { field_path: path.clone(), api_version: None };
+            (None, Some(EnvVarSource { field_ref: Some(field), ..EnvVarSource::default() }))
         }
     };
-    EnvVar {
-        name: variable.name.clone(),
-        value,
-        value_from,
-    }
+    EnvVar { name: variable.name.clone(), value, value_from }
 }
 
 fn seccomp() -> SeccompProfile {
-    SeccompProfile {
-        type_: "RuntimeDefault".to_owned(),
-        localhost_profile: None,
-    }
+    SeccompProfile { type_: "RuntimeDefault".to_owned(), localhost_profile: None }
 }

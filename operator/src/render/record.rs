@@ -36,25 +36,10 @@ pub struct Record {
 
 impl Record {
     /// Records a new revision.
-    pub fn new(
-        revision: Revision,
-        description: ModelDescription,
-        template: PodTemplateSpec,
-    ) -> Self {
-        let data = [
-            (DESCRIPTION, json(&description)),
-            (TEMPLATE, json(&template)),
-        ];
-        let data = data
-            .into_iter()
-            .map(|(key, value)| (key.to_owned(), value))
-            .collect();
-        Self {
-            revision,
-            description,
-            template,
-            data,
-        }
+    pub fn new(revision: Revision, description: ModelDescription, template: PodTemplateSpec) -> Self {
+        let data = [(DESCRIPTION, json(&description)), (TEMPLATE, json(&template))];
+        let data = data.into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
+        Self { revision, description, template, data }
     }
 
     /// Reads the record of a revision back.
@@ -74,11 +59,7 @@ impl Record {
     ///
     /// # Errors
     /// As [`Record::read`].
-    pub fn find(
-        names: &Names,
-        revision: &Revision,
-        configs: &[Arc<ConfigMap>],
-    ) -> Result<Option<Self>, Error> {
+    pub fn find(names: &Names, revision: &Revision, configs: &[Arc<ConfigMap>]) -> Result<Option<Self>, Error> {
         let name = names.revision(revision);
         let found = configs.iter().find(|config| config.name_any() == name);
         found.map(|config| Self::read(revision, config)).transpose()
@@ -98,17 +79,10 @@ impl Record {
 /// The ConfigMap `NAME-REV-I`: the plan of one replica, and the placement file of its workers.
 pub(super) fn placement(names: &Names, revision: &Revision, index: u32, plan: &Plan) -> ConfigMap {
     let mut metadata = names.metadata_of(names.replica(revision, index), WORKER, revision);
-    metadata
-        .labels
-        .get_or_insert_default()
-        .insert(REPLICA.to_owned(), index.to_string());
+    metadata.labels.get_or_insert_default().insert(REPLICA.to_owned(), index.to_string());
     let file = launch::placement_json(&plan.placement);
     let data = [(PLAN.to_owned(), json(plan)), (PLACEMENT.to_owned(), file)];
-    ConfigMap {
-        metadata,
-        data: Some(data.into()),
-        ..ConfigMap::default()
-    }
+    ConfigMap { metadata, data: Some(data.into()), ..ConfigMap::default() }
 }
 
 /// Reads the plan of a replica back.
@@ -122,27 +96,16 @@ pub fn read_plan(config: &ConfigMap) -> Result<Plan, Error> {
 /// The ConfigMap `NAME-accepted`: the spec that runs while a later one is refused.
 pub(super) fn accepted(names: &Names, spec: &ModelDeploymentSpec) -> ConfigMap {
     let data = [(SPEC.to_owned(), json(spec))];
-    ConfigMap {
-        metadata: names.metadata(names.accepted(), WORKER),
-        data: Some(data.into()),
-        ..ConfigMap::default()
-    }
+    ConfigMap { metadata: names.metadata(names.accepted(), WORKER), data: Some(data.into()), ..ConfigMap::default() }
 }
 
 /// Reads the spec back that was accepted last; `None`: none was.
 ///
 /// # Errors
 /// If the ConfigMap is not what [`accepted`] makes.
-pub fn read_accepted(
-    names: &Names,
-    configs: &[Arc<ConfigMap>],
-) -> Result<Option<ModelDeploymentSpec>, Error> {
+pub fn read_accepted(names: &Names, configs: &[Arc<ConfigMap>]) -> Result<Option<ModelDeploymentSpec>, Error> {
     let name = names.accepted();
-    configs
-        .iter()
-        .find(|config| config.name_any() == name)
-        .map(|config| field(config, SPEC))
-        .transpose()
+    configs.iter().find(|config| config.name_any() == name).map(|config| field(config, SPEC)).transpose()
 }
 
 /// The ConfigMap `NAME-hub`: the certificates that the hub is trusted by, for fetch and describe.
@@ -161,14 +124,8 @@ fn json(value: &impl serde::Serialize) -> String {
 fn field<T: DeserializeOwned>(config: &ConfigMap, key: &str) -> Result<T, Error> {
     let object = || format!("ConfigMap {}", config.name_any());
     let text = config.data.as_ref().and_then(|data| data.get(key));
-    let text = text.ok_or_else(|| Error::Record {
-        object: object(),
-        why: format!("{key} is missing"),
-    })?;
-    serde_json::from_str(text).map_err(|error| Error::Record {
-        object: object(),
-        why: format!("{key}: {error}"),
-    })
+    let text = text.ok_or_else(|| Error::Record { object: object(), why: format!("{key} is missing") })?;
+    serde_json::from_str(text).map_err(|error| Error::Record { object: object(), why: format!("{key}: {error}") })
 }
 
 #[cfg(test)]
@@ -178,11 +135,7 @@ mod tests {
     #[test]
     fn a_record_reads_back_as_it_was_and_renders_the_same_bytes() {
         let names = Names::of(&crds::ModelDeployment::default());
-        let record = Record::new(
-            Revision::of(b"a"),
-            ModelDescription::default(),
-            PodTemplateSpec::default(),
-        );
+        let record = Record::new(Revision::of(b"a"), ModelDescription::default(), PodTemplateSpec::default());
         let config = record.render(&names);
         let again = Record::read(&record.revision, &config).unwrap();
         assert_eq!(again, record);
@@ -192,9 +145,6 @@ mod tests {
     #[test]
     fn a_record_with_a_field_missing_says_which() {
         let error = Record::read(&Revision::of(b"a"), &ConfigMap::default()).unwrap_err();
-        assert!(
-            error.to_string().contains("description.json is missing"),
-            "{error}"
-        );
+        assert!(error.to_string().contains("description.json is missing"), "{error}");
     }
 }

@@ -34,15 +34,9 @@ pub(super) fn replica(
     let labels = metadata.labels.get_or_insert_default();
     labels.insert(REPLICA.to_owned(), index.to_string());
     let selector = [MODEL, REVISION, REPLICA, "app.kubernetes.io/component"];
-    let selector = selector
-        .into_iter()
-        .filter_map(|key| labels.get(key).map(|value| (key.to_owned(), value.clone())));
-    let selector = LabelSelector {
-        match_labels: Some(selector.collect()),
-        match_expressions: None,
-    };
-    metadata.annotations =
-        draining_since.map(|since| [(DRAINING_SINCE.to_owned(), since.to_string())].into());
+    let selector = selector.into_iter().filter_map(|key| labels.get(key).map(|value| (key.to_owned(), value.clone())));
+    let selector = LabelSelector { match_labels: Some(selector.collect()), match_expressions: None };
+    metadata.annotations = draining_since.map(|since| [(DRAINING_SINCE.to_owned(), since.to_string())].into());
     StatefulSet {
         metadata,
         spec: Some(StatefulSetSpec {
@@ -66,10 +60,7 @@ pub(super) fn replica(
 fn template(names: &Names, record: &Record, index: u32, plan: &Plan) -> PodTemplateSpec {
     let mut template = record.template.clone();
     let metadata = template.metadata.get_or_insert_default();
-    metadata
-        .labels
-        .get_or_insert_default()
-        .insert(REPLICA.to_owned(), index.to_string());
+    metadata.labels.get_or_insert_default().insert(REPLICA.to_owned(), index.to_string());
     pod::place(&mut template, &names.replica(&record.revision, index), plan);
     template
 }
@@ -83,22 +74,14 @@ pub(super) fn service(names: &Names) -> Service {
         protocol: Some("TCP".to_owned()),
         ..ServicePort::default()
     };
-    let selector = [
-        (MODEL, names.stem()),
-        ("app.kubernetes.io/component", WORKER),
-    ];
+    let selector = [(MODEL, names.stem()), ("app.kubernetes.io/component", WORKER)];
     Service {
         metadata: names.metadata(names.workers(), WORKER),
         spec: Some(ServiceSpec {
             cluster_ip: Some("None".to_owned()),
             publish_not_ready_addresses: Some(true),
             ports: Some(vec![port("grpc", WORKER_PORT), port("admin", ADMIN_PORT)]),
-            selector: Some(
-                selector
-                    .into_iter()
-                    .map(|(key, value)| (key.to_owned(), value.to_owned()))
-                    .collect(),
-            ),
+            selector: Some(selector.into_iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect()),
             ..ServiceSpec::default()
         }),
         status: None,
@@ -127,12 +110,7 @@ pub(super) fn budget(names: &Names, revision: &Revision) -> PodDisruptionBudget 
             max_unavailable: Some(IntOrString::Int(1)),
             min_available: None,
             selector: Some(LabelSelector {
-                match_labels: Some(
-                    selector
-                        .into_iter()
-                        .map(|(key, value)| (key.to_owned(), value))
-                        .collect(),
-                ),
+                match_labels: Some(selector.into_iter().map(|(key, value)| (key.to_owned(), value)).collect()),
                 match_expressions: None,
             }),
             unhealthy_pod_eviction_policy: Some("AlwaysAllow".to_owned()),

@@ -18,21 +18,11 @@ pub struct Note {
 
 /// The events between two statuses. The first status tells nothing that is as it should be.
 pub fn notes(before: Option<&ModelDeploymentStatus>, after: &ModelDeploymentStatus) -> Vec<Note> {
-    let old = before
-        .map(|before| before.conditions.as_slice())
-        .unwrap_or_default();
+    let old = before.map(|before| before.conditions.as_slice()).unwrap_or_default();
     let mut notes: Vec<Note> = Vec::new();
-    for note in after
-        .conditions
-        .iter()
-        .filter(|one| !quiet(one) && said_otherwise(old, one))
-        .map(note)
-    {
+    for note in after.conditions.iter().filter(|one| !quiet(one) && said_otherwise(old, one)).map(note) {
         // two conditions may say the same, such as that the model is being described
-        if !notes
-            .iter()
-            .any(|told| told.reason == note.reason && told.message == note.message)
-        {
+        if !notes.iter().any(|told| told.reason == note.reason && told.message == note.message) {
             notes.push(note);
         }
     }
@@ -41,9 +31,7 @@ pub fn notes(before: Option<&ModelDeploymentStatus>, after: &ModelDeploymentStat
 
 fn said_otherwise(old: &[Condition], new: &Condition) -> bool {
     let same = |one: &&Condition| one.type_ == new.type_;
-    !old.iter()
-        .find(same)
-        .is_some_and(|one| one.status == new.status && one.reason == new.reason)
+    !old.iter().find(same).is_some_and(|one| one.status == new.status && one.reason == new.reason)
 }
 
 /// States that everything begins with, and holds of the autoscaler that only repeat the number.
@@ -59,9 +47,7 @@ fn quiet(condition: &Condition) -> bool {
         Reason::ReplicasMissing,
         Reason::Valid,
     ];
-    reasons
-        .iter()
-        .any(|reason| reason.to_string() == condition.reason)
+    reasons.iter().any(|reason| reason.to_string() == condition.reason)
 }
 
 fn note(condition: &Condition) -> Note {
@@ -73,14 +59,8 @@ fn note(condition: &Condition) -> Note {
         Reason::ScaledToZero,
         Reason::Suspended,
     ];
-    let bad = if condition.type_ == ConditionType::Degraded.as_str() {
-        "True"
-    } else {
-        "False"
-    };
-    let expected = calm
-        .iter()
-        .any(|reason| reason.to_string() == condition.reason);
+    let bad = if condition.type_ == ConditionType::Degraded.as_str() { "True" } else { "False" };
+    let expected = calm.iter().any(|reason| reason.to_string() == condition.reason);
     Note {
         warning: condition.status == bad && !expected,
         reason: condition.reason.clone(),

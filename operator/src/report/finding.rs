@@ -21,21 +21,11 @@ pub(super) struct Finding {
 
 impl Finding {
     pub(super) fn yes(kind: ConditionType, reason: Reason, message: String) -> Self {
-        Self {
-            kind,
-            status: "True",
-            reason: reason.to_string(),
-            message,
-        }
+        Self { kind, status: "True", reason: reason.to_string(), message }
     }
 
     pub(super) fn no(kind: ConditionType, reason: Reason, message: String) -> Self {
-        Self {
-            kind,
-            status: "False",
-            reason: reason.to_string(),
-            message,
-        }
+        Self { kind, status: "False", reason: reason.to_string(), message }
     }
 }
 
@@ -68,9 +58,7 @@ pub(super) fn conditions(
 ) -> Vec<Condition> {
     let condition = |finding: Finding| {
         let kind = finding.kind.to_string();
-        let old = before
-            .iter()
-            .find(|one| one.type_ == kind && one.status == finding.status);
+        let old = before.iter().find(|one| one.type_ == kind && one.status == finding.status);
         Condition {
             type_: kind,
             status: finding.status.to_owned(),
@@ -85,17 +73,11 @@ pub(super) fn conditions(
 
 fn accepted(case: &Case<'_>) -> Finding {
     match case.refusals {
-        [] => Finding::yes(
-            ConditionType::Accepted,
-            Reason::Valid,
-            case.remark.unwrap_or("the spec is valid").to_owned(),
-        ),
+        [] => {
+            Finding::yes(ConditionType::Accepted, Reason::Valid, case.remark.unwrap_or("the spec is valid").to_owned())
+        }
         [first, ..] => {
-            let messages: Vec<&str> = case
-                .refusals
-                .iter()
-                .map(|refusal| refusal.message.as_str())
-                .collect();
+            let messages: Vec<&str> = case.refusals.iter().map(|refusal| refusal.message.as_str()).collect();
             Finding::no(ConditionType::Accepted, first.reason, messages.join("; "))
         }
     }
@@ -104,23 +86,13 @@ fn accepted(case: &Case<'_>) -> Finding {
 fn planned(case: &Case<'_>) -> Finding {
     let kind = ConditionType::Planned;
     match &case.decision.planning {
-        Planning::Describing => Finding::no(
-            kind,
-            Reason::Describing,
-            "what the model weighs is being read".to_owned(),
-        ),
-        Planning::Unreadable(why) => Finding::no(
-            kind,
-            Reason::DescribeFailed,
-            format!("the description cannot be read: {why}"),
-        ),
+        Planning::Describing => Finding::no(kind, Reason::Describing, "what the model weighs is being read".to_owned()),
+        Planning::Unreadable(why) => {
+            Finding::no(kind, Reason::DescribeFailed, format!("the description cannot be read: {why}"))
+        }
         Planning::NoRoom(why) => Finding::no(kind, no_room(why), why.to_string()),
         Planning::Planned(plan) => {
-            let message = format!(
-                "{} shards, the fullest needs {}",
-                plan.shards,
-                plan.fullest().total()
-            );
+            let message = format!("{} shards, the fullest needs {}", plan.shards, plan.fullest().total());
             Finding::yes(kind, Reason::Planned, message)
         }
     }
@@ -132,24 +104,13 @@ fn model_ready(case: &Case<'_>, trouble: &Trouble) -> Finding {
         return Finding::no(kind, *reason, message.clone());
     }
     match &case.decision.planning {
-        Planning::Describing => Finding::no(
-            kind,
-            Reason::Describing,
-            "what the model weighs is being read".to_owned(),
-        ),
+        Planning::Describing => Finding::no(kind, Reason::Describing, "what the model weighs is being read".to_owned()),
         Planning::Unreadable(why) => Finding::no(kind, Reason::DescribeFailed, why.clone()),
         _ if trouble.fetching.workers > 0 => {
-            let message = format!(
-                "{} workers fetch the model's files",
-                trouble.fetching.workers
-            );
+            let message = format!("{} workers fetch the model's files", trouble.fetching.workers);
             Finding::no(kind, Reason::Fetching, message)
         }
-        _ => Finding::yes(
-            kind,
-            Reason::Fetched,
-            "the model's files are known".to_owned(),
-        ),
+        _ => Finding::yes(kind, Reason::Fetched, "the model's files are known".to_owned()),
     }
 }
 
@@ -160,17 +121,9 @@ fn scheduled(case: &Case<'_>, trouble: &Trouble) -> Finding {
     }
     let unplanned = case.decision.running.is_none() && case.decision.wanted > 0;
     if trouble.pending > 0 || unplanned {
-        return Finding::no(
-            kind,
-            Reason::PodsPending,
-            format!("{} workers have no pod yet", trouble.pending),
-        );
+        return Finding::no(kind, Reason::PodsPending, format!("{} workers have no pod yet", trouble.pending));
     }
-    Finding::yes(
-        kind,
-        Reason::Scheduled,
-        "every worker has a node".to_owned(),
-    )
+    Finding::yes(kind, Reason::Scheduled, "every worker has a node".to_owned())
 }
 
 fn available(case: &Case<'_>, counts: &Counts<'_>, trouble: &Trouble) -> Finding {
@@ -181,40 +134,21 @@ fn available(case: &Case<'_>, counts: &Counts<'_>, trouble: &Trouble) -> Finding
     }
     let (reason, message) = match wanted {
         0 => at_zero(case),
-        _ if !trouble.lost.is_empty() => (
-            Reason::ShardsMissing,
-            "no replica has all its workers".to_owned(),
-        ),
-        _ if trouble.loading.workers > 0 => {
-            (Reason::Loading, "workers read their weights".to_owned())
-        }
-        _ if trouble.unrouted > 0 => (
-            Reason::NotRouted,
-            "the routers do not know the workers yet".to_owned(),
-        ),
-        _ => (
-            Reason::ReplicasMissing,
-            format!("0 of {wanted} replicas answer requests"),
-        ),
+        _ if !trouble.lost.is_empty() => (Reason::ShardsMissing, "no replica has all its workers".to_owned()),
+        _ if trouble.loading.workers > 0 => (Reason::Loading, "workers read their weights".to_owned()),
+        _ if trouble.unrouted > 0 => (Reason::NotRouted, "the routers do not know the workers yet".to_owned()),
+        _ => (Reason::ReplicasMissing, format!("0 of {wanted} replicas answer requests")),
     };
     Finding::no(kind, reason, message)
 }
 
 fn progressing(case: &Case<'_>, rollout: Option<&RolloutStatus>) -> Finding {
     let kind = ConditionType::Progressing;
-    if case.decision.step.why == Why::Complete
-        && matches!(case.decision.planning, Planning::Planned(_))
-    {
-        return Finding::yes(
-            kind,
-            Reason::RolledOut,
-            format!("revision {} runs", case.decision.revision),
-        );
+    if case.decision.step.why == Why::Complete && matches!(case.decision.planning, Planning::Planned(_)) {
+        return Finding::yes(kind, Reason::RolledOut, format!("revision {} runs", case.decision.revision));
     }
     let moved = rollout.and_then(|rollout| rollout.last_progress_time.as_ref());
-    let still = moved
-        .map_or(0, |moved| case.now.duration_since(moved.0).as_secs().max(0))
-        .unsigned_abs();
+    let still = moved.map_or(0, |moved| case.now.duration_since(moved.0).as_secs().max(0)).unsigned_abs();
     if still >= case.model.progress_deadline.as_secs() {
         let message = format!("no progress for {still} s: {}", case.decision.step.why);
         return Finding::no(kind, Reason::ProgressDeadlineExceeded, message);
@@ -247,11 +181,7 @@ fn degraded(case: &Case<'_>, counts: &Counts<'_>, trouble: &Trouble) -> Finding 
         return Finding::yes(kind, Reason::WorkerCrashing, crash.clone());
     }
     if !trouble.lost.is_empty() {
-        return Finding::yes(
-            kind,
-            Reason::WorkerLost,
-            super::summary::lost(&trouble.lost, counts.experts.as_ref()),
-        );
+        return Finding::yes(kind, Reason::WorkerLost, super::summary::lost(&trouble.lost, counts.experts.as_ref()));
     }
     Finding::no(kind, Reason::AsDesired, "nothing is broken".to_owned())
 }
@@ -259,23 +189,14 @@ fn degraded(case: &Case<'_>, counts: &Counts<'_>, trouble: &Trouble) -> Finding 
 fn scaling(case: &Case<'_>) -> Finding {
     let kind = ConditionType::ScalingActive;
     let Some(decision) = &case.decision.scaling else {
-        return Finding::no(
-            kind,
-            Reason::Disabled,
-            "spec.replicas is what is wanted".to_owned(),
-        );
+        return Finding::no(kind, Reason::Disabled, "spec.replicas is what is wanted".to_owned());
     };
     // No numbers of the load: they change all the time, and each change would be a write.
-    let (reason, message) = (
-        scaling_reason(decision.why),
-        format!("{} replicas are wanted", decision.to),
-    );
+    let (reason, message) = (scaling_reason(decision.why), format!("{} replicas are wanted", decision.to));
     match decision.why {
-        autoscale::Why::LoadMissing | autoscale::Why::LoadStale => Finding::no(
-            kind,
-            reason,
-            "the routers' load is not known, so the number holds".to_owned(),
-        ),
+        autoscale::Why::LoadMissing | autoscale::Why::LoadStale => {
+            Finding::no(kind, reason, "the routers' load is not known, so the number holds".to_owned())
+        }
         _ => Finding::yes(kind, reason, message),
     }
 }
@@ -283,11 +204,7 @@ fn scaling(case: &Case<'_>) -> Finding {
 fn ready(case: &Case<'_>, counts: &Counts<'_>) -> Finding {
     let (kind, wanted) = (ConditionType::Ready, case.decision.wanted);
     if counts.complete(case.decision) {
-        return Finding::yes(
-            kind,
-            Reason::ReplicasReady,
-            format!("{wanted} of {wanted} replicas answer requests"),
-        );
+        return Finding::yes(kind, Reason::ReplicasReady, format!("{wanted} of {wanted} replicas answer requests"));
     }
     if wanted == 0 {
         let (reason, message) = at_zero(case);
@@ -295,10 +212,7 @@ fn ready(case: &Case<'_>, counts: &Counts<'_>) -> Finding {
     }
     let (ready, revision) = (counts.ready, &case.decision.revision);
     let message = match counts.updated < wanted && ready >= wanted {
-        true => format!(
-            "{} of {wanted} replicas run revision {revision}",
-            counts.updated
-        ),
+        true => format!("{} of {wanted} replicas run revision {revision}", counts.updated),
         false => format!("{ready} of {wanted} replicas answer requests"),
     };
     Finding::no(kind, Reason::ReplicasMissing, message)
@@ -308,10 +222,7 @@ fn at_zero(case: &Case<'_>) -> (Reason, String) {
     if case.model.spec.suspend {
         (Reason::Suspended, "spec.suspend is true".to_owned())
     } else if case.model.autoscaling.is_some() {
-        (
-            Reason::ScaledToZero,
-            "idle; the next request wakes it".to_owned(),
-        )
+        (Reason::ScaledToZero, "idle; the next request wakes it".to_owned())
     } else {
         (Reason::ScaledToZero, "spec.replicas is 0".to_owned())
     }

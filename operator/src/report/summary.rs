@@ -14,8 +14,7 @@ type Words = fn(&Case<'_>, &Counts<'_>, &Trouble) -> Option<String>;
 
 /// The line for a model that runs, or is about to.
 pub(super) fn summary(case: &Case<'_>, counts: &Counts<'_>, trouble: &Trouble) -> String {
-    let words: [Words; 6] =
-        [refused, failed, at_zero, unplanned, broken, moving];
+    let words: [Words; 6] = [refused, failed, at_zero, unplanned, broken, moving];
     let first = words.iter().find_map(|words| words(case, counts, trouble));
     line(&first.unwrap_or_else(|| "Ready".to_owned()))
 }
@@ -37,30 +36,20 @@ pub(super) fn lost(lost: &[u32], experts: Option<&ExpertCounts>) -> String {
         [one] => format!("worker {one}"),
         many => format!("workers {}", many.join(", ")),
     };
-    let covered =
-        experts.map(|experts| format!(", experts {}/{} covered", experts.covered, experts.total));
+    let covered = experts.map(|experts| format!(", experts {}/{} covered", experts.covered, experts.total));
     format!("{workers} lost{}", covered.unwrap_or_default())
 }
 
 fn refused(case: &Case<'_>, _: &Counts<'_>, _: &Trouble) -> Option<String> {
-    case.refusals
-        .first()
-        .map(|refusal| format!("Refused: {}", refusal.message))
+    case.refusals.first().map(|refusal| format!("Refused: {}", refusal.message))
 }
 
 fn failed(case: &Case<'_>, _: &Counts<'_>, _: &Trouble) -> Option<String> {
-    case.outcome
-        .err()
-        .map(|error| format!("Degraded: {}", error.chain()))
+    case.outcome.err().map(|error| format!("Degraded: {}", error.chain()))
 }
 
 fn at_zero(case: &Case<'_>, counts: &Counts<'_>, _: &Trouble) -> Option<String> {
-    let leaving = case
-        .decision
-        .replicas
-        .iter()
-        .filter(|one| !one.workers.is_empty())
-        .count();
+    let leaving = case.decision.replicas.iter().filter(|one| !one.workers.is_empty()).count();
     match (case.decision.wanted, leaving.max(counts.replicas as usize)) {
         (0, 0) if case.model.spec.suspend => Some("Suspended".to_owned()),
         (0, 0) if case.model.autoscaling.is_some() => Some("Asleep".to_owned()),
@@ -95,22 +84,15 @@ fn broken(_: &Case<'_>, counts: &Counts<'_>, trouble: &Trouble) -> Option<String
     if let Some(crash) = &trouble.crash {
         return Some(crash.clone());
     }
-    (!trouble.lost.is_empty())
-        .then(|| format!("Degraded: {}", lost(&trouble.lost, counts.experts.as_ref())))
+    (!trouble.lost.is_empty()).then(|| format!("Degraded: {}", lost(&trouble.lost, counts.experts.as_ref())))
 }
 
 fn moving(case: &Case<'_>, counts: &Counts<'_>, trouble: &Trouble) -> Option<String> {
     let (decision, total) = (case.decision, counts.current.len());
-    let others = decision
-        .replicas
-        .iter()
-        .any(|one| one.stands() && one.revision != decision.revision);
+    let others = decision.replicas.iter().any(|one| one.stands() && one.revision != decision.revision);
     if others {
         let done = counts.current.iter().filter(|one| one.ready()).count();
-        return Some(format!(
-            "Rolling out {}: {done}/{} replicas",
-            decision.revision, decision.wanted
-        ));
+        return Some(format!("Rolling out {}: {done}/{} replicas", decision.revision, decision.wanted));
     }
     if trouble.fetching.workers > 0 {
         return Some(format!("Downloading {}%", trouble.fetching.tens()));
@@ -120,23 +102,14 @@ fn moving(case: &Case<'_>, counts: &Counts<'_>, trouble: &Trouble) -> Option<Str
         return Some(format!("Loading {}%: {workers}", trouble.loading.tens()));
     }
     if trouble.pending > 0 || total < decision.wanted as usize {
-        return Some(format!(
-            "Starting {}",
-            number((counts.workers - counts.ready_workers) as usize, "worker")
-        ));
+        return Some(format!("Starting {}", number((counts.workers - counts.ready_workers) as usize, "worker")));
     }
     if trouble.unrouted > 0 {
-        return Some(format!(
-            "Waiting for routers: {}",
-            number(trouble.unrouted, "worker")
-        ));
+        return Some(format!("Waiting for routers: {}", number(trouble.unrouted, "worker")));
     }
     match decision.step.why {
-        Why::Draining { replicas } => {
-            Some(format!("Draining {}", number(replicas as usize, "replica")))
-        }
-        _ => (!counts.complete(decision))
-            .then(|| format!("{}/{} replicas ready", counts.ready, decision.wanted)),
+        Why::Draining { replicas } => Some(format!("Draining {}", number(replicas as usize, "replica"))),
+        _ => (!counts.complete(decision)).then(|| format!("{}/{} replicas ready", counts.ready, decision.wanted)),
     }
 }
 

@@ -9,8 +9,8 @@ use serde_json::{Value, json};
 use super::*;
 use crate::{
     control::{
-        DescriptionView, FailureView, FetcherView, ProgressPhase, ProgressView, Role, RouterView,
-        Version, WorkerPhase, WorkerView,
+        DescriptionView, FailureView, FetcherView, ProgressPhase, ProgressView, Role, RouterView, Version, WorkerPhase,
+        WorkerView,
     },
     decide::decide,
     render::fresh,
@@ -36,13 +36,7 @@ impl Scene {
         }))
         .unwrap();
         let now = "2026-01-01T01:00:00Z".parse().unwrap();
-        Self {
-            md,
-            seen: Observed::default(),
-            refusals: Vec::new(),
-            error: None,
-            now,
-        }
+        Self { md, seen: Observed::default(), refusals: Vec::new(), error: None, now }
     }
 
     /// Everything is rendered and applied, and every pod is in the state that `status` and `view` make.
@@ -59,10 +53,7 @@ impl Scene {
         }
         scene.seen.owned.config_maps = desired.config_maps.into_iter().map(Arc::new).collect();
         scene.seen.owned.stateful_sets = sets.into_iter().map(Arc::new).collect();
-        scene.seen.fleet.version = Some(Version {
-            epoch: 1,
-            sequence: 1,
-        });
+        scene.seen.fleet.version = Some(Version { epoch: 1, sequence: 1 });
         let router = RouterView {
             id: "router".to_owned(),
             http_address: String::new(),
@@ -81,15 +72,12 @@ impl Scene {
 
     fn add_worker(&mut self, set: &k8s_openapi::api::apps::v1::StatefulSet, ordinal: u32) {
         let mut pod = serde_json::to_value(&set.spec.as_ref().unwrap().template).unwrap();
-        pod["metadata"]["name"] =
-            format!("{}-{ordinal}", set.metadata.name.as_ref().unwrap()).into();
+        pod["metadata"]["name"] = format!("{}-{ordinal}", set.metadata.name.as_ref().unwrap()).into();
         pod["metadata"]["uid"] = format!("pod-{ordinal}").into();
         pod["metadata"]["creationTimestamp"] = "2026-01-01T00:00:01Z".into();
         pod["metadata"]["labels"]["apps.kubernetes.io/pod-index"] = ordinal.to_string().into();
         pod["status"] = ready();
-        self.seen
-            .pods
-            .push(Arc::new(serde_json::from_value(pod).unwrap()));
+        self.seen.pods.push(Arc::new(serde_json::from_value(pod).unwrap()));
         let labels = set.metadata.labels.as_ref().unwrap();
         self.seen.fleet.workers.push(WorkerView {
             id: format!("pod-{ordinal}"),
@@ -123,16 +111,8 @@ impl Scene {
 
     fn status(&self) -> ModelDeploymentStatus {
         let (names, model, install) = (Names::of(&self.md), self.model(), Install::default());
-        let before = self
-            .md
-            .status
-            .as_ref()
-            .and_then(|status| status.desired_replicas)
-            .map(i32::unsigned_abs);
-        let decision = decide(
-            &names, &model, &install, &self.seen, before, &mut None, self.now,
-        )
-        .unwrap();
+        let before = self.md.status.as_ref().and_then(|status| status.desired_replicas).map(i32::unsigned_abs);
+        let decision = decide(&names, &model, &install, &self.seen, before, &mut None, self.now).unwrap();
         let applied = Applied::default();
         report(&Case {
             md: &self.md,
@@ -151,15 +131,8 @@ impl Scene {
     /// The summary, and one condition as `Status Reason`.
     fn says(&self, condition: ConditionType) -> (String, String) {
         let status = self.status();
-        let found = status
-            .conditions
-            .iter()
-            .find(|one| one.type_ == condition.as_str())
-            .unwrap();
-        (
-            status.summary.clone().unwrap(),
-            format!("{} {}", found.status, found.reason),
-        )
+        let found = status.conditions.iter().find(|one| one.type_ == condition.as_str()).unwrap();
+        (status.summary.clone().unwrap(), format!("{} {}", found.status, found.reason))
     }
 }
 
@@ -197,11 +170,7 @@ fn ready() -> Value {
 }
 
 fn starting(fetched: bool) -> Value {
-    let fetch = if fetched {
-        json!({"terminated": {"exitCode": 0}})
-    } else {
-        json!({"running": {}})
-    };
+    let fetch = if fetched { json!({"terminated": {"exitCode": 0}}) } else { json!({"running": {}}) };
     json!({"podIP": "10.0.0.1", "conditions": [{"type": "PodScheduled", "status": "True"}],
         "initContainerStatuses": [container("fetch", fetched, fetch)],
         "containerStatuses": [container("worker", false, json!({"running": {}}))]})
@@ -212,38 +181,21 @@ fn container(name: &str, ready: bool, state: Value) -> Value {
 }
 
 fn progress(phase: ProgressPhase, done: u64, total: u64) -> Option<ProgressView> {
-    Some(ProgressView {
-        phase,
-        done_bytes: done,
-        total_bytes: total,
-    })
+    Some(ProgressView { phase, done_bytes: done, total_bytes: total })
 }
 
 #[test]
 fn ready_when_all_workers_are() {
     let scene = Scene::installed(four());
-    assert_eq!(
-        scene.says(ConditionType::Ready),
-        told("Ready", "True ReplicasReady")
-    );
+    assert_eq!(scene.says(ConditionType::Ready), told("Ready", "True ReplicasReady"));
     let printed = scene.status().printed.unwrap();
-    assert_eq!(
-        (
-            printed.ready.as_str(),
-            printed.shards.as_str(),
-            printed.experts.as_str()
-        ),
-        ("1/1", "4/4", "16/16")
-    );
+    assert_eq!((printed.ready.as_str(), printed.shards.as_str(), printed.experts.as_str()), ("1/1", "4/4", "16/16"));
 }
 
 #[test]
 fn describing_until_the_weight_is_known() {
     let scene = Scene::new(four());
-    assert_eq!(
-        scene.says(ConditionType::ModelReady),
-        told("Describing model", "False Describing")
-    );
+    assert_eq!(scene.says(ConditionType::ModelReady), told("Describing model", "False Describing"));
 }
 
 #[test]
@@ -258,25 +210,16 @@ fn a_describer_that_fails_says_why() {
         message: "hf://modelfleet/tiny-r1: the hub says 404".to_owned(),
     });
     let summary = "SourceNotFound: hf://modelfleet/tiny-r1: the hub says 404";
-    assert_eq!(
-        scene.says(ConditionType::ModelReady),
-        told(summary, "False SourceNotFound")
-    );
+    assert_eq!(scene.says(ConditionType::ModelReady), told(summary, "False SourceNotFound"));
 }
 
 #[test]
 fn a_description_that_cannot_be_read_is_told() {
     let mut scene = Scene::new(four());
     let revision = crate::render::Revision::of(scene.model().revision_input.as_bytes()).to_string();
-    scene.seen.fleet.descriptions.push(DescriptionView {
-        revision,
-        json: b"{}".to_vec(),
-    });
+    scene.seen.fleet.descriptions.push(DescriptionView { revision, json: b"{}".to_vec() });
     let (summary, condition) = scene.says(ConditionType::Planned);
-    assert!(
-        summary.starts_with("DescribeFailed: missing field"),
-        "{summary}"
-    );
+    assert!(summary.starts_with("DescribeFailed: missing field"), "{summary}");
     assert_eq!(condition, "False DescribeFailed");
 }
 
@@ -285,17 +228,10 @@ fn more_shards_than_experts_are_unplannable_with_both_numbers() {
     let mut scene = Scene::new(spec(json!({"parallelism": {"expert": {"shards": 17}}})));
     let revision = crate::render::Revision::of(scene.model().revision_input.as_bytes()).to_string();
     let json = serde_json::to_vec(&description()).unwrap();
-    scene
-        .seen
-        .fleet
-        .descriptions
-        .push(DescriptionView { revision, json });
+    scene.seen.fleet.descriptions.push(DescriptionView { revision, json });
     let (summary, condition) = scene.says(ConditionType::Planned);
     assert_eq!(condition, "False TooManyShards");
-    assert!(
-        summary.contains("17") && summary.contains("16"),
-        "{summary}"
-    );
+    assert!(summary.contains("17") && summary.contains("16"), "{summary}");
 }
 
 #[test]
@@ -305,17 +241,10 @@ fn downloads_are_told_in_tens_of_percent() {
         scene = scene.pod(ordinal, starting(false));
         let progress = progress(ProgressPhase::Downloading, 47, 100);
         let (id, revision) = (format!("pod-{ordinal}"), String::new());
-        scene.seen.fleet.fetchers.push(FetcherView {
-            id,
-            revision,
-            progress,
-        });
+        scene.seen.fleet.fetchers.push(FetcherView { id, revision, progress });
     }
     scene.seen.fleet.workers.clear();
-    assert_eq!(
-        scene.says(ConditionType::ModelReady),
-        told("Downloading 40%", "False Fetching")
-    );
+    assert_eq!(scene.says(ConditionType::ModelReady), told("Downloading 40%", "False Fetching"));
 }
 
 #[test]
@@ -327,10 +256,7 @@ fn loading_counts_the_workers_that_load() {
         view.phase = WorkerPhase::Loading;
         view.progress = progress(ProgressPhase::Loading, 49, 100);
     }
-    assert_eq!(
-        scene.says(ConditionType::Available),
-        told("Loading 40%: 2 workers", "False Loading")
-    );
+    assert_eq!(scene.says(ConditionType::Available), told("Loading 40%: 2 workers", "False Loading"));
 }
 
 #[test]
@@ -338,10 +264,7 @@ fn a_worker_that_only_waits_for_routers_is_not_ready() {
     let mut status = ready();
     status["conditions"] = json!([{"type": "PodScheduled", "status": "True"}]);
     let scene = Scene::installed(four()).pod(0, status);
-    assert_eq!(
-        scene.says(ConditionType::Available),
-        told("Waiting for routers: 1 worker", "False NotRouted")
-    );
+    assert_eq!(scene.says(ConditionType::Available), told("Waiting for routers: 1 worker", "False NotRouted"));
 }
 
 #[test]
@@ -350,22 +273,15 @@ fn the_schedulers_words_are_kept() {
         "message": "0/3 nodes are available: 3 Insufficient memory."}]});
     let scene = Scene::installed(four()).pod(0, status);
     let summary = "Unschedulable: 0/3 nodes are available: 3 Insufficient memory.";
-    assert_eq!(
-        scene.says(ConditionType::Scheduled),
-        told(summary, "False Unschedulable")
-    );
+    assert_eq!(scene.says(ConditionType::Scheduled), told(summary, "False Unschedulable"));
 }
 
 #[test]
 fn an_image_that_cannot_be_pulled_is_named() {
     let mut status = starting(false);
-    status["initContainerStatuses"][0]["state"] =
-        json!({"waiting": {"reason": "ImagePullBackOff"}});
+    status["initContainerStatuses"][0]["state"] = json!({"waiting": {"reason": "ImagePullBackOff"}});
     let scene = Scene::installed(four()).pod(0, status);
-    assert_eq!(
-        scene.says(ConditionType::Degraded),
-        told("ImagePullBackOff modelfleet:2", "True ImagePullFailed")
-    );
+    assert_eq!(scene.says(ConditionType::Degraded), told("ImagePullBackOff modelfleet:2", "True ImagePullFailed"));
 }
 
 #[test]
@@ -375,10 +291,7 @@ fn a_container_that_ends_again_and_again_is_named() {
     status["containerStatuses"][0]["lastState"] = json!({"terminated": {"exitCode": 137}});
     let scene = Scene::installed(four()).pod(2, status);
     let summary = "CrashLoopBackOff: container worker of worker 2, exit code 137";
-    assert_eq!(
-        scene.says(ConditionType::Degraded),
-        told(summary, "True WorkerCrashing")
-    );
+    assert_eq!(scene.says(ConditionType::Degraded), told(summary, "True WorkerCrashing"));
 }
 
 #[test]
@@ -387,29 +300,17 @@ fn a_lost_worker_is_named_with_what_is_still_covered() {
     scene.seen.pods.remove(2);
     scene.seen.fleet.workers.remove(2);
     let summary = "Degraded: worker 2 lost, experts 12/16 covered";
-    assert_eq!(
-        scene.says(ConditionType::Degraded),
-        told(summary, "True WorkerLost")
-    );
+    assert_eq!(scene.says(ConditionType::Degraded), told(summary, "True WorkerLost"));
 }
 
 #[test]
 fn suspended_and_asleep_are_told_apart() {
     let scene = Scene::new(spec(json!({"suspend": true})));
-    assert_eq!(
-        scene.says(ConditionType::Ready),
-        told("Suspended", "False Suspended")
-    );
+    assert_eq!(scene.says(ConditionType::Ready), told("Suspended", "False Suspended"));
     let scaling = json!({"mode": "Internal", "minReplicas": 0, "maxReplicas": 2});
     let scene = Scene::new(spec(json!({"replicas": 0, "autoscaling": scaling})));
-    assert_eq!(
-        scene.says(ConditionType::Ready),
-        told("Asleep", "False ScaledToZero")
-    );
-    assert_eq!(
-        scene.says(ConditionType::ScalingActive).1,
-        "False LoadMissing"
-    );
+    assert_eq!(scene.says(ConditionType::Ready), told("Asleep", "False ScaledToZero"));
+    assert_eq!(scene.says(ConditionType::ScalingActive).1, "False LoadMissing");
 }
 
 #[test]
@@ -418,20 +319,10 @@ fn a_rollout_counts_the_replicas_of_the_new_revision() {
     scene.md.spec.model.max_context_tokens = Some(512);
     let revision = crate::render::Revision::of(scene.model().revision_input.as_bytes()).to_string();
     let json = serde_json::to_vec(&description()).unwrap();
-    scene.seen.fleet.descriptions.push(DescriptionView {
-        revision: revision.clone(),
-        json,
-    });
+    scene.seen.fleet.descriptions.push(DescriptionView { revision: revision.clone(), json });
     let summary = format!("Rolling out {revision}: 0/1 replicas");
-    assert_eq!(
-        scene.says(ConditionType::Progressing),
-        told(&summary, "True RollingOut")
-    );
-    assert_eq!(
-        scene.says(ConditionType::Available).1,
-        "True ReplicasReady",
-        "the old one serves"
-    );
+    assert_eq!(scene.says(ConditionType::Progressing), told(&summary, "True RollingOut"));
+    assert_eq!(scene.says(ConditionType::Available).1, "True ReplicasReady", "the old one serves");
 }
 
 #[test]
@@ -440,50 +331,27 @@ fn no_progress_for_long_is_told() {
     scene.md.status = Some(scene.status());
     assert_eq!(scene.says(ConditionType::Progressing).1, "True RollingOut");
     scene.now += std::time::Duration::from_secs(600);
-    assert_eq!(
-        scene.says(ConditionType::Progressing).1,
-        "False ProgressDeadlineExceeded"
-    );
+    assert_eq!(scene.says(ConditionType::Progressing).1, "False ProgressDeadlineExceeded");
 }
 
 #[test]
 fn a_write_that_fails_is_told_with_the_servers_words() {
     let mut scene = Scene::installed(four());
-    let status = kube::core::Status {
-        code: 403,
-        message: "exceeded quota: small".to_owned(),
-        ..kube::core::Status::success()
-    };
+    let status =
+        kube::core::Status { code: 403, message: "exceeded quota: small".to_owned(), ..kube::core::Status::success() };
     let source = Box::new(kube::Error::Api(status.boxed()));
-    scene.error = Some(Error::Apply {
-        kind: "StatefulSet".to_owned(),
-        name: "tiny-0".to_owned(),
-        source,
-    });
+    scene.error = Some(Error::Apply { kind: "StatefulSet".to_owned(), name: "tiny-0".to_owned(), source });
     let summary = "Degraded: could not apply StatefulSet tiny-0: exceeded quota: small";
-    assert_eq!(
-        scene.says(ConditionType::Degraded),
-        told(summary, "True QuotaExceeded")
-    );
+    assert_eq!(scene.says(ConditionType::Degraded), told(summary, "True QuotaExceeded"));
 }
 
 #[test]
 fn a_refused_spec_is_told_while_the_old_one_serves() {
     let mut scene = Scene::installed(four());
-    let (field, message) = (
-        "spec.replicas".to_owned(),
-        "spec.replicas is -1; use at least 0".to_owned(),
-    );
-    scene.refusals.push(Refusal {
-        reason: Reason::InvalidCount,
-        field,
-        message,
-    });
+    let (field, message) = ("spec.replicas".to_owned(), "spec.replicas is -1; use at least 0".to_owned());
+    scene.refusals.push(Refusal { reason: Reason::InvalidCount, field, message });
     let summary = "Refused: spec.replicas is -1; use at least 0";
-    assert_eq!(
-        scene.says(ConditionType::Accepted),
-        told(summary, "False InvalidCount")
-    );
+    assert_eq!(scene.says(ConditionType::Accepted), told(summary, "False InvalidCount"));
     assert_eq!(scene.says(ConditionType::Available).1, "True ReplicasReady");
 }
 
@@ -493,27 +361,14 @@ fn a_condition_keeps_its_time_until_its_status_flips() {
     let first = scene.status();
     scene.md.status = Some(first.clone());
     scene.now += std::time::Duration::from_secs(60);
-    assert_eq!(
-        scene.status(),
-        first,
-        "nothing changed, so nothing is to be written"
-    );
+    assert_eq!(scene.status(), first, "nothing changed, so nothing is to be written");
     let scene = scene.pod(0, starting(true));
     let time = |status: &ModelDeploymentStatus, kind: ConditionType| {
-        status
-            .conditions
-            .iter()
-            .find(|one| one.type_ == kind.as_str())
-            .unwrap()
-            .last_transition_time
-            .clone()
+        status.conditions.iter().find(|one| one.type_ == kind.as_str()).unwrap().last_transition_time.clone()
     };
     let second = scene.status();
     assert_eq!(time(&second, ConditionType::Ready), Time(scene.now));
-    assert_eq!(
-        time(&second, ConditionType::Accepted),
-        time(&first, ConditionType::Accepted)
-    );
+    assert_eq!(time(&second, ConditionType::Accepted), time(&first, ConditionType::Accepted));
 }
 
 #[test]
@@ -528,18 +383,13 @@ fn events_tell_what_changed_and_not_what_is_as_it_should_be() {
         scene.status()
     };
     assert_eq!(notes(Some(&first), &first), []);
-    let told: Vec<(bool, String)> = notes(Some(&first), &bad)
-        .into_iter()
-        .map(|note| (note.warning, note.reason))
-        .collect();
+    let told: Vec<(bool, String)> =
+        notes(Some(&first), &bad).into_iter().map(|note| (note.warning, note.reason)).collect();
     assert!(told.contains(&(true, "WorkerLost".to_owned())), "{told:?}");
 }
 
 #[test]
 fn a_line_has_at_most_120_characters() {
     let line = summary::line(&"wörd ".repeat(60));
-    assert!(
-        line.chars().count() <= 120 && line.ends_with("..."),
-        "{line}"
-    );
+    assert!(line.chars().count() <= 120 && line.ends_with("..."), "{line}");
 }

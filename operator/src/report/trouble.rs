@@ -58,10 +58,7 @@ impl Share {
 
 impl Trouble {
     pub(super) fn find(case: &Case<'_>) -> Self {
-        let mut trouble = Self {
-            model: describer(case),
-            ..Self::default()
-        };
+        let mut trouble = Self { model: describer(case), ..Self::default() };
         let stays = |one: &&Replica| one.stands() && one.draining_since.is_none();
         for replica in case.decision.replicas.iter().filter(stays) {
             trouble.lost.extend(replica.lost());
@@ -87,14 +84,8 @@ impl Trouble {
         if let Some(failure) = &worker.failure {
             self.model.get_or_insert_with(|| of(failure));
         }
-        if let Some(scheduled) = worker
-            .condition("PodScheduled")
-            .filter(|one| one.status == "False")
-        {
-            let message = scheduled
-                .message
-                .clone()
-                .unwrap_or_else(|| "no node fits".to_owned());
+        if let Some(scheduled) = worker.condition("PodScheduled").filter(|one| one.status == "False") {
+            let message = scheduled.message.clone().unwrap_or_else(|| "no node fits".to_owned());
             self.unschedulable.get_or_insert(message);
             return;
         }
@@ -105,18 +96,13 @@ impl Trouble {
         if worker.condition("PodScheduled").is_none() {
             self.pending += 1;
         } else if !worker.fetched() {
-            self.fetching
-                .add(worker.fetcher.as_ref().and_then(|fetcher| fetcher.progress));
+            self.fetching.add(worker.fetcher.as_ref().and_then(|fetcher| fetcher.progress));
         } else if worker.probed() {
             self.unrouted += 1;
         } else {
-            let reads = worker
-                .view
-                .as_ref()
-                .is_some_and(|view| view.phase == WorkerPhase::Loading);
+            let reads = worker.view.as_ref().is_some_and(|view| view.phase == WorkerPhase::Loading);
             let loading = |progress: &ProgressView| progress.phase == ProgressPhase::Loading;
-            self.loading
-                .add(progress.filter(|progress| reads && loading(progress)));
+            self.loading.add(progress.filter(|progress| reads && loading(progress)));
         }
     }
 }
@@ -128,9 +114,7 @@ fn describer(case: &Case<'_>) -> Option<(Reason, String)> {
     }
     let revision = case.decision.revision.as_str();
     let mut failures = case.seen.fleet.failures.iter();
-    failures
-        .find(|failure| failure.role == Role::Describe && failure.revision == revision)
-        .map(of)
+    failures.find(|failure| failure.role == Role::Describe && failure.revision == revision).map(of)
 }
 
 /// A failure that a process reported. Only reasons that we know become reasons of ours.
@@ -143,58 +127,27 @@ fn of(failure: &FailureView) -> (Reason, String) {
         Reason::UnsupportedModel,
         Reason::InvalidModelFile,
     ];
-    let other = if failure.role == Role::Describe {
-        Reason::DescribeFailed
-    } else {
-        Reason::FetchFailed
-    };
-    let reason = known
-        .into_iter()
-        .find(|reason| reason.to_string() == failure.reason)
-        .unwrap_or(other);
+    let other = if failure.role == Role::Describe { Reason::DescribeFailed } else { Reason::FetchFailed };
+    let reason = known.into_iter().find(|reason| reason.to_string() == failure.reason).unwrap_or(other);
     (reason, failure.message.clone())
 }
 
 fn image(worker: &Worker) -> Option<String> {
-    let reasons = [
-        "ErrImagePull",
-        "ImagePullBackOff",
-        "InvalidImageName",
-        "ErrImageNeverPull",
-    ];
+    let reasons = ["ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull"];
     worker.containers().find_map(|status| {
         let waiting = status.state.as_ref()?.waiting.as_ref()?;
-        let reason = waiting
-            .reason
-            .as_deref()
-            .filter(|reason| reasons.contains(reason))?;
+        let reason = waiting.reason.as_deref().filter(|reason| reasons.contains(reason))?;
         Some(format!("{reason} {}", status.image))
     })
 }
 
 fn crash(worker: &Worker) -> Option<String> {
-    let reasons = [
-        "CrashLoopBackOff",
-        "CreateContainerConfigError",
-        "CreateContainerError",
-        "RunContainerError",
-    ];
+    let reasons = ["CrashLoopBackOff", "CreateContainerConfigError", "CreateContainerError", "RunContainerError"];
     worker.containers().find_map(|status| {
         let waiting = status.state.as_ref()?.waiting.as_ref()?;
-        let reason = waiting
-            .reason
-            .as_deref()
-            .filter(|reason| reasons.contains(reason))?;
-        let last = status
-            .last_state
-            .as_ref()
-            .and_then(|state| state.terminated.as_ref());
-        let ended = last
-            .map(|last| format!(", exit code {}", last.exit_code))
-            .unwrap_or_default();
-        Some(format!(
-            "{reason}: container {} of worker {}{ended}",
-            status.name, worker.ordinal
-        ))
+        let reason = waiting.reason.as_deref().filter(|reason| reasons.contains(reason))?;
+        let last = status.last_state.as_ref().and_then(|state| state.terminated.as_ref());
+        let ended = last.map(|last| format!(", exit code {}", last.exit_code)).unwrap_or_default();
+        Some(format!("{reason}: container {} of worker {}{ended}", status.name, worker.ordinal))
     })
 }

@@ -15,9 +15,7 @@ pub(super) fn is_label_name(text: &str) -> bool {
 /// `NAME` or `DOMAIN/NAME`.
 pub(super) fn is_label_key(text: &str) -> bool {
     match text.split_once('/') {
-        Some((domain, name)) => {
-            domain.len() <= 253 && is_object_name(domain) && is_label_name(name)
-        }
+        Some((domain, name)) => domain.len() <= 253 && is_object_name(domain) && is_label_name(name),
         None => is_label_name(text),
     }
 }
@@ -30,9 +28,7 @@ pub(super) fn is_label_value(text: &str) -> bool {
 /// Not empty, first and last of one kind, the others of another.
 pub(super) fn is_framed(text: &str, frame: impl Fn(u8) -> bool, free: impl Fn(u8) -> bool) -> bool {
     let bytes = text.as_bytes();
-    let ends = [bytes.first(), bytes.last()]
-        .into_iter()
-        .all(|end| end.is_some_and(|b| frame(*b)));
+    let ends = [bytes.first(), bytes.last()].into_iter().all(|end| end.is_some_and(|b| frame(*b)));
     ends && bytes.iter().all(|b| free(*b))
 }
 
@@ -43,23 +39,9 @@ mod tests {
     #[test]
     fn names_and_labels_are_what_kubernetes_takes() {
         assert!(is_object_name("a") && is_object_name("a-b.c1") && is_object_name("1a"));
-        assert!(
-            !is_object_name("")
-                && !is_object_name("-a")
-                && !is_object_name("A")
-                && !is_object_name("a_b")
-        );
+        assert!(!is_object_name("") && !is_object_name("-a") && !is_object_name("A") && !is_object_name("a_b"));
         assert!(is_label_key("disk") && is_label_key("example.com/disk_Type.1"));
-        assert!(
-            !is_label_key("")
-                && !is_label_key("/a")
-                && !is_label_key("a/b/c")
-                && !is_label_key("a b")
-        );
-        assert!(
-            is_label_value("")
-                && is_label_value(&"a".repeat(63))
-                && !is_label_value(&"a".repeat(64))
-        );
+        assert!(!is_label_key("") && !is_label_key("/a") && !is_label_key("a/b/c") && !is_label_key("a b"));
+        assert!(is_label_value("") && is_label_value(&"a".repeat(63)) && !is_label_value(&"a".repeat(64)));
     }
 }

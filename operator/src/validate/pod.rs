@@ -37,14 +37,7 @@ const POD: &[&str] = &[
     "volumes",
 ];
 const WORKER: &[&str] = &["env", "envFrom", "name", "securityContext", "volumeMounts"];
-const FETCH: &[&str] = &[
-    "env",
-    "envFrom",
-    "name",
-    "resources",
-    "securityContext",
-    "volumeMounts",
-];
+const FETCH: &[&str] = &["env", "envFrom", "name", "resources", "securityContext", "volumeMounts"];
 const POD_SECURITY: &[&str] = &[
     "fsGroup",
     "fsGroupChangePolicy",
@@ -64,24 +57,10 @@ const CONTAINER_SECURITY: &[&str] = &[
     "runAsUser",
     "seccompProfile",
 ];
-const VOLUMES: &[&str] = &[
-    "configMap",
-    "downwardAPI",
-    "emptyDir",
-    "ephemeral",
-    "name",
-    "persistentVolumeClaim",
-    "projected",
-    "secret",
-];
+const VOLUMES: &[&str] =
+    &["configMap", "downwardAPI", "emptyDir", "ephemeral", "name", "persistentVolumeClaim", "projected", "secret"];
 /// Names that the operator gives, and folders that it mounts.
-const OUR_VOLUMES: &[&str] = &[
-    "claim",
-    "hub-certificates",
-    "hub-token",
-    "model",
-    "placement",
-];
+const OUR_VOLUMES: &[&str] = &["claim", "hub-certificates", "hub-token", "model", "placement"];
 const OUR_FOLDERS: &[&str] = &["/etc/modelfleet", "/model", "/pvc", "/var/run/modelfleet"];
 const OUR_VARIABLES: &[&str] = &["HF_", "MODELFLEET_", "POD_IP", "SSL_CERT_FILE"];
 /// Labels that select our pods.
@@ -111,12 +90,7 @@ pub(super) fn reads_back(input: &Input<'_>) -> Vec<Refusal> {
     let mut lost = Vec::new();
     differences(ROOT, template, Some(&back), &mut lost);
     lost.into_iter()
-        .map(|path| {
-            invalid(
-                &path,
-                "is not a field of a pod template, or not its value; remove it",
-            )
-        })
+        .map(|path| invalid(&path, "is not a field of a pod template, or not its value; remove it"))
         .collect()
 }
 
@@ -134,10 +108,7 @@ fn small<'a>(input: &Input<'a>) -> Option<&'a Value> {
 /// Goes down to the field without which the template could be read.
 fn unreadable(template: &Value) -> Refusal {
     let reads = |value: &Value| serde_json::from_value::<PodTemplateSpec>(value.clone());
-    let why = reads(template)
-        .err()
-        .map(|error| error.to_string())
-        .unwrap_or_default();
+    let why = reads(template).err().map(|error| error.to_string()).unwrap_or_default();
     let (mut path, mut pointer) = (ROOT.to_owned(), String::new());
     while let Some((name, step)) = children(template, &pointer).into_iter().find(|(_, step)| {
         let mut without = template.clone();
@@ -149,10 +120,7 @@ fn unreadable(template: &Value) -> Refusal {
         path += &name;
         pointer = step;
     }
-    invalid(
-        &path,
-        &format!("is not what Kubernetes takes there ({why})"),
-    )
+    invalid(&path, &format!("is not what Kubernetes takes there ({why})"))
 }
 
 /// The fields or items at a JSON pointer: how each is told, and its own pointer.
@@ -160,14 +128,9 @@ fn children(value: &Value, pointer: &str) -> Vec<(String, String)> {
     match value.pointer(pointer) {
         Some(Value::Object(fields)) => {
             let step = |name: &String| name.replace('~', "~0").replace('/', "~1");
-            fields
-                .keys()
-                .map(|name| (format!(".{name}"), format!("{pointer}/{}", step(name))))
-                .collect()
+            fields.keys().map(|name| (format!(".{name}"), format!("{pointer}/{}", step(name)))).collect()
         }
-        Some(Value::Array(items)) => (0..items.len())
-            .map(|i| (format!("[{i}]"), format!("{pointer}/{i}")))
-            .collect(),
+        Some(Value::Array(items)) => (0..items.len()).map(|i| (format!("[{i}]"), format!("{pointer}/{i}"))).collect(),
         _ => Vec::new(),
     }
 }
@@ -205,11 +168,7 @@ pub(super) fn closed(input: &Input<'_>) -> Vec<Refusal> {
     };
     let spec = &template["spec"];
     let mut refusals = outside(ROOT, template, TEMPLATE);
-    refusals.extend(outside(
-        &format!("{ROOT}.metadata"),
-        &template["metadata"],
-        METADATA,
-    ));
+    refusals.extend(outside(&format!("{ROOT}.metadata"), &template["metadata"], METADATA));
     refusals.extend(outside(&format!("{ROOT}.spec"), spec, POD));
     let path = format!("{ROOT}.spec.securityContext");
     refusals.extend(outside(&path, &spec["securityContext"], POD_SECURITY));
@@ -217,11 +176,7 @@ pub(super) fn closed(input: &Input<'_>) -> Vec<Refusal> {
         let fields = if container.init { FETCH } else { WORKER };
         refusals.extend(outside(&container.path, container.value, fields));
         let path = format!("{}.securityContext", container.path);
-        refusals.extend(outside(
-            &path,
-            &container.value["securityContext"],
-            CONTAINER_SECURITY,
-        ));
+        refusals.extend(outside(&path, &container.value["securityContext"], CONTAINER_SECURITY));
     }
     for (path, volume) in items(&format!("{ROOT}.spec.volumes"), &spec["volumes"]) {
         refusals.extend(outside(&path, volume, VOLUMES));
@@ -234,10 +189,7 @@ fn outside(path: &str, value: &Value, allowed: &[&str]) -> Vec<Refusal> {
     let strange = fields.filter(|name| !allowed.contains(&name.as_str()));
     let refuse = |name: &String| {
         let field = format!("{path}.{name}");
-        let message = format!(
-            "{field} may not be set; accepted here: {}",
-            allowed.join(", ")
-        );
+        let message = format!("{field} may not be set; accepted here: {}", allowed.join(", "));
         Refusal::new(Reason::ReservedField, field, message)
     };
     strange.map(refuse).collect()
@@ -256,13 +208,9 @@ pub(super) fn labels(input: &Input<'_>) -> Vec<Refusal> {
             let selects = OUR_LABELS.iter().any(|prefix| key.starts_with(prefix));
             if is_ours(key) || (is_label && selects) {
                 refusals.push(reserved(&format!("{path}[{key}]")));
-            } else if !is_label_key(key)
-                || (is_label && !value.as_str().is_some_and(is_label_value))
-            {
-                refusals.push(invalid(
-                    &path,
-                    &format!("holds {key:?}, which is no valid {kind}; use NAME or DOMAIN/NAME"),
-                ));
+            } else if !is_label_key(key) || (is_label && !value.as_str().is_some_and(is_label_value)) {
+                refusals
+                    .push(invalid(&path, &format!("holds {key:?}, which is no valid {kind}; use NAME or DOMAIN/NAME")));
             }
         }
     }
@@ -271,10 +219,7 @@ pub(super) fn labels(input: &Input<'_>) -> Vec<Refusal> {
 
 fn is_ours(key: &str) -> bool {
     let domain = key.split_once('/').map_or("", |(domain, _)| domain);
-    domain == GROUP
-        || domain
-            .strip_suffix(GROUP)
-            .is_some_and(|rest| rest.ends_with('.'))
+    domain == GROUP || domain.strip_suffix(GROUP).is_some_and(|rest| rest.ends_with('.'))
 }
 
 /// The containers are `fetch` and `worker`, and no name stands twice in a list.
@@ -287,30 +232,15 @@ pub(super) fn names(input: &Input<'_>) -> Vec<Refusal> {
         let accepted = if container.init { "fetch" } else { "worker" };
         if container.value["name"] != accepted {
             let field = format!("{}.name", container.path);
-            let message = format!(
-                "{field} is {}; only {accepted} may be changed there",
-                container.value["name"]
-            );
+            let message = format!("{field} is {}; only {accepted} may be changed there", container.value["name"]);
             refusals.push(Refusal::new(Reason::ReservedField, field, message));
         }
-        refusals.extend(twice(
-            &format!("{}.env", container.path),
-            &container.value["env"],
-            "name",
-        ));
+        refusals.extend(twice(&format!("{}.env", container.path), &container.value["env"], "name"));
         let mounts = format!("{}.volumeMounts", container.path);
-        refusals.extend(twice(
-            &mounts,
-            &container.value["volumeMounts"],
-            "mountPath",
-        ));
+        refusals.extend(twice(&mounts, &container.value["volumeMounts"], "mountPath"));
     }
     for list in ["containers", "initContainers", "volumes"] {
-        refusals.extend(twice(
-            &format!("{ROOT}.spec.{list}"),
-            &template["spec"][list],
-            "name",
-        ));
+        refusals.extend(twice(&format!("{ROOT}.spec.{list}"), &template["spec"][list], "name"));
     }
     refusals
 }
@@ -321,8 +251,7 @@ fn twice(path: &str, list: &Value, key: &str) -> Vec<Refusal> {
         let name = item[key].as_str()?;
         (!seen.insert(name)).then(|| {
             let field = format!("{path}.{key}");
-            let message =
-                format!("{field} is {name:?}, which stands in the list already; remove one");
+            let message = format!("{field} is {name:?}, which stands in the list already; remove one");
             Refusal::new(Reason::InvalidPodTemplate, field, message)
         })
     });
@@ -374,8 +303,7 @@ pub(super) fn volumes(input: &Input<'_>) -> Vec<Refusal> {
         for (path, mount) in items(&path, &container.value["volumeMounts"]) {
             let folder = mount["mountPath"].as_str().unwrap_or_default();
             let name = mount["name"].as_str().unwrap_or_default();
-            if OUR_VOLUMES.contains(&name) || OUR_FOLDERS.iter().any(|ours| overlaps(folder, ours))
-            {
+            if OUR_VOLUMES.contains(&name) || OUR_FOLDERS.iter().any(|ours| overlaps(folder, ours)) {
                 refusals.push(reserved(&format!("{path}: {folder}")));
             }
         }
@@ -385,12 +313,7 @@ pub(super) fn volumes(input: &Input<'_>) -> Vec<Refusal> {
 
 /// One path is the other, or lies in it.
 fn overlaps(one: &str, other: &str) -> bool {
-    let parts = |path: &str| {
-        path.split('/')
-            .filter(|p| !p.is_empty())
-            .map(str::to_owned)
-            .collect::<Vec<_>>()
-    };
+    let parts = |path: &str| path.split('/').filter(|p| !p.is_empty()).map(str::to_owned).collect::<Vec<_>>();
     parts(one).iter().zip(&parts(other)).all(|(a, b)| a == b)
 }
 
@@ -411,44 +334,20 @@ pub(super) fn security(input: &Input<'_>) -> Vec<Refusal> {
 fn secure(path: &str, context: &Value) -> Vec<Refusal> {
     let is = |field: &str, value: bool| context[field].is_null() || context[field] == value;
     let profile = &context["seccompProfile"]["type"];
-    let added = context["capabilities"]["add"]
-        .as_array()
-        .is_none_or(Vec::is_empty);
+    let added = context["capabilities"]["add"].as_array().is_none_or(Vec::is_empty);
     let dropped = &context["capabilities"]["drop"];
     let checks = [
         ("privileged", is("privileged", false), "use false"),
-        (
-            "allowPrivilegeEscalation",
-            is("allowPrivilegeEscalation", false),
-            "use false",
-        ),
-        (
-            "readOnlyRootFilesystem",
-            is("readOnlyRootFilesystem", true),
-            "use true",
-        ),
+        ("allowPrivilegeEscalation", is("allowPrivilegeEscalation", false), "use false"),
+        ("readOnlyRootFilesystem", is("readOnlyRootFilesystem", true), "use true"),
         ("runAsNonRoot", is("runAsNonRoot", true), "use true"),
-        (
-            "runAsUser",
-            context["runAsUser"] != 0,
-            "use another user than 0",
-        ),
+        ("runAsUser", context["runAsUser"] != 0, "use another user than 0"),
         ("capabilities.add", added, "add none"),
-        (
-            "capabilities.drop",
-            dropped.is_null() || *dropped == serde_json::json!(["ALL"]),
-            "drop ALL",
-        ),
-        (
-            "seccompProfile.type",
-            profile.is_null() || profile == "RuntimeDefault",
-            "use RuntimeDefault",
-        ),
+        ("capabilities.drop", dropped.is_null() || *dropped == serde_json::json!(["ALL"]), "drop ALL"),
+        ("seccompProfile.type", profile.is_null() || profile == "RuntimeDefault", "use RuntimeDefault"),
     ];
     let broken = checks.into_iter().filter(|(_, holds, _)| !holds);
-    broken
-        .map(|(field, _, accepted)| unsafe_pod(&format!("{path}.{field}"), accepted))
-        .collect()
+    broken.map(|(field, _, accepted)| unsafe_pod(&format!("{path}.{field}"), accepted)).collect()
 }
 
 struct Container<'a> {
@@ -458,14 +357,12 @@ struct Container<'a> {
 }
 
 fn containers(template: &Value) -> impl Iterator<Item = Container<'_>> {
-    [("containers", false), ("initContainers", true)]
-        .into_iter()
-        .flat_map(|(list, init)| {
-            let path = format!("{ROOT}.spec.{list}");
-            items(&path, &template["spec"][list])
-                .map(move |(path, value)| Container { path, value, init })
-                .collect::<Vec<_>>()
-        })
+    [("containers", false), ("initContainers", true)].into_iter().flat_map(|(list, init)| {
+        let path = format!("{ROOT}.spec.{list}");
+        items(&path, &template["spec"][list])
+            .map(move |(path, value)| Container { path, value, init })
+            .collect::<Vec<_>>()
+    })
 }
 
 fn items<'a>(path: &str, list: &'a Value) -> impl Iterator<Item = (String, &'a Value)> {
@@ -479,11 +376,7 @@ fn invalid(path: &str, what: &str) -> Refusal {
 }
 
 fn reserved(path: &str) -> Refusal {
-    Refusal::new(
-        Reason::ReservedField,
-        path,
-        format!("{path} is reserved for the operator; use another"),
-    )
+    Refusal::new(Reason::ReservedField, path, format!("{path} is reserved for the operator; use another"))
 }
 
 fn unsafe_pod(path: &str, accepted: &str) -> Refusal {

@@ -19,13 +19,8 @@ type List = BTreeMap<String, Quantity>;
 /// Requests and limits, each with its place in the arrays of rules.
 fn lists(spec: &ModelDeploymentSpec) -> impl Iterator<Item = (usize, &List)> {
     let resources = spec.resources.as_ref();
-    let lists = resources
-        .map(|r| [r.requests.as_ref(), r.limits.as_ref()])
-        .unwrap_or_default();
-    lists
-        .into_iter()
-        .enumerate()
-        .filter_map(|(i, list)| Some((i, list?)))
+    let lists = resources.map(|r| [r.requests.as_ref(), r.limits.as_ref()]).unwrap_or_default();
+    lists.into_iter().enumerate().filter_map(|(i, list)| Some((i, list?)))
 }
 
 pub(super) fn names(input: &Input<'_>) -> Vec<Refusal> {
@@ -38,11 +33,7 @@ pub(super) fn names(input: &Input<'_>) -> Vec<Refusal> {
         let check = &rules::RESOURCE_NAMES[i];
         let mut refusals = unless(list.keys().all(known), check, Reason::InvalidQuantity);
         if list.len() > NAMES {
-            let message = format!(
-                "{} has {} names; use at most {NAMES}",
-                check.path,
-                list.len()
-            );
+            let message = format!("{} has {} names; use at most {NAMES}", check.path, list.len());
             refusals.push(Refusal::new(Reason::InvalidQuantity, check.path, message));
         }
         refusals
@@ -57,13 +48,8 @@ pub(super) fn amounts(input: &Input<'_>) -> Vec<Refusal> {
             amount > 0 && amount < TOO_MUCH && whole
         })
     };
-    let refuse = |(i, list): (usize, &List)| {
-        unless(
-            list.iter().all(good),
-            &rules::QUANTITIES[i],
-            Reason::InvalidQuantity,
-        )
-    };
+    let refuse =
+        |(i, list): (usize, &List)| unless(list.iter().all(good), &rules::QUANTITIES[i], Reason::InvalidQuantity);
     lists(input.spec).flat_map(refuse).collect()
 }
 
@@ -76,15 +62,9 @@ pub(super) fn within_limits(input: &Input<'_>) -> Vec<Refusal> {
     };
     let within = |(name, request): (&String, &Quantity)| {
         let limit = limits.get(name).and_then(|limit| parse(&limit.0));
-        parse(&request.0)
-            .zip(limit)
-            .is_none_or(|(request, limit)| request <= limit)
+        parse(&request.0).zip(limit).is_none_or(|(request, limit)| request <= limit)
     };
-    unless(
-        requests.iter().all(within),
-        &rules::REQUEST_LIMIT,
-        Reason::InvalidQuantity,
-    )
+    unless(requests.iter().all(within), &rules::REQUEST_LIMIT, Reason::InvalidQuantity)
 }
 
 /// The memory limit of a worker, in whole bytes.
@@ -99,10 +79,7 @@ fn parse(text: &str) -> Option<i128> {
         Some(rest) => (-1, rest),
         None => (1, text.strip_prefix('+').unwrap_or(text)),
     };
-    let end = text
-        .bytes()
-        .take_while(|b| b.is_ascii_digit() || *b == b'.')
-        .count();
+    let end = text.bytes().take_while(|b| b.is_ascii_digit() || *b == b'.').count();
     let (number, suffix) = text.split_at(end);
     let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
     if whole.len() + fraction.len() == 0 || fraction.contains('.') {
@@ -110,12 +87,8 @@ fn parse(text: &str) -> Option<i128> {
     }
     let digits: i128 = format!("{whole}{fraction}").parse().unwrap_or(i128::MAX);
     let (factor, exponent) = scale(suffix)?;
-    let exponent = exponent
-        .saturating_add(9)
-        .saturating_sub(i64::try_from(fraction.len()).ok()?);
-    let amount = digits
-        .checked_mul(factor)
-        .and_then(|amount| shift(amount, exponent));
+    let exponent = exponent.saturating_add(9).saturating_sub(i64::try_from(fraction.len()).ok()?);
+    let amount = digits.checked_mul(factor).and_then(|amount| shift(amount, exponent));
     Some(sign * amount.unwrap_or(i128::MAX))
 }
 

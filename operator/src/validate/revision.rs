@@ -48,10 +48,7 @@ pub(super) fn input(md: &ModelDeployment) -> String {
         resources: spec.resources.as_ref(),
         memory: spec.memory.as_ref(),
         scheduling: spec.scheduling.as_ref(),
-        drain_timeout: spec
-            .rollout
-            .as_ref()
-            .and_then(|rollout| rollout.drain_timeout.as_deref()),
+        drain_timeout: spec.rollout.as_ref().and_then(|rollout| rollout.drain_timeout.as_deref()),
         pod_template,
         restarted_at: md.annotations().get(RESTARTED_AT).map(String::as_str),
     };

@@ -7,11 +7,7 @@ use super::{Input, Refusal, unless};
 const REASON: Reason = Reason::InvalidAutoscaling;
 
 fn scaling<'a>(input: &Input<'a>, mode: AutoscalingMode) -> Option<&'a Autoscaling> {
-    input
-        .spec
-        .autoscaling
-        .as_ref()
-        .filter(|scaling| scaling.mode == mode)
+    input.spec.autoscaling.as_ref().filter(|scaling| scaling.mode == mode)
 }
 
 /// Nothing is accepted and ignored.
@@ -19,10 +15,7 @@ pub(super) fn mode_off(input: &Input<'_>) -> Vec<Refusal> {
     let Some(scaling) = scaling(input, AutoscalingMode::Disabled) else {
         return Vec::new();
     };
-    let only_mode = Autoscaling {
-        mode: AutoscalingMode::Disabled,
-        ..Autoscaling::default()
-    };
+    let only_mode = Autoscaling { mode: AutoscalingMode::Disabled, ..Autoscaling::default() };
     unless(*scaling == only_mode, &rules::AUTOSCALING_OFF, REASON)
 }
 
@@ -30,11 +23,7 @@ pub(super) fn maximum(input: &Input<'_>) -> Vec<Refusal> {
     let Some(scaling) = scaling(input, AutoscalingMode::Internal) else {
         return Vec::new();
     };
-    unless(
-        scaling.max_replicas.is_some(),
-        &rules::AUTOSCALING_MAX,
-        REASON,
-    )
+    unless(scaling.max_replicas.is_some(), &rules::AUTOSCALING_MAX, REASON)
 }
 
 pub(super) fn range(input: &Input<'_>) -> Vec<Refusal> {
@@ -44,11 +33,7 @@ pub(super) fn range(input: &Input<'_>) -> Vec<Refusal> {
     match (scaling.min_replicas, scaling.max_replicas) {
         (Some(min), Some(max)) if min > max => {
             let check = rules::AUTOSCALING_RANGE;
-            vec![Refusal::new(
-                REASON,
-                rules::MIN_REPLICAS.path,
-                check.says(&[&min, &max, &max]),
-            )]
+            vec![Refusal::new(REASON, rules::MIN_REPLICAS.path, check.says(&[&min, &max, &max]))]
         }
         _ => Vec::new(),
     }
@@ -68,11 +53,7 @@ pub(super) fn idle(input: &Input<'_>) -> Vec<Refusal> {
 
 pub(super) fn metrics(input: &Input<'_>) -> Vec<Refusal> {
     const FIELD: &str = "spec.autoscaling.metrics";
-    let metrics = input
-        .spec
-        .autoscaling
-        .as_ref()
-        .and_then(|scaling| scaling.metrics.as_ref());
+    let metrics = input.spec.autoscaling.as_ref().and_then(|scaling| scaling.metrics.as_ref());
     match metrics.map(Vec::len) {
         None | Some(1) => Vec::new(),
         Some(count) => {
@@ -83,11 +64,7 @@ pub(super) fn metrics(input: &Input<'_>) -> Vec<Refusal> {
 }
 
 pub(super) fn rolling_update(input: &Input<'_>) -> Vec<Refusal> {
-    let rolling = input
-        .spec
-        .rollout
-        .as_ref()
-        .and_then(|rollout| rollout.rolling_update.as_ref());
+    let rolling = input.spec.rollout.as_ref().and_then(|rollout| rollout.rolling_update.as_ref());
     let Some(rolling) = rolling else {
         return Vec::new();
     };

@@ -10,21 +10,13 @@ const ENTRIES: usize = 32;
 
 pub(super) fn node_selector(input: &Input<'_>) -> Vec<Refusal> {
     const FIELD: &str = "spec.scheduling.nodeSelector";
-    let selector = input
-        .spec
-        .scheduling
-        .as_ref()
-        .and_then(|s| s.node_selector.as_ref());
+    let selector = input.spec.scheduling.as_ref().and_then(|s| s.node_selector.as_ref());
     let Some(selector) = selector else {
         return Vec::new();
     };
     let ours = format!("{GROUP}/");
     let mut refusals = too_many(FIELD, selector.len());
-    refusals.extend(unless(
-        selector.keys().all(|key| is_label_key(key)),
-        &rules::NODE_LABEL_KEYS,
-        REASON,
-    ));
+    refusals.extend(unless(selector.keys().all(|key| is_label_key(key)), &rules::NODE_LABEL_KEYS, REASON));
     let free = selector.keys().all(|key| !key.starts_with(&ours));
     refusals.extend(unless(free, &rules::NODE_LABEL_RESERVED, REASON));
     let values = selector.values().all(|value| is_label_value(value));
@@ -34,11 +26,7 @@ pub(super) fn node_selector(input: &Input<'_>) -> Vec<Refusal> {
 
 pub(super) fn tolerations(input: &Input<'_>) -> Vec<Refusal> {
     const FIELD: &str = "spec.scheduling.tolerations";
-    let tolerations = input
-        .spec
-        .scheduling
-        .as_ref()
-        .and_then(|s| s.tolerations.as_ref());
+    let tolerations = input.spec.scheduling.as_ref().and_then(|s| s.tolerations.as_ref());
     let Some(tolerations) = tolerations else {
         return Vec::new();
     };
@@ -62,11 +50,7 @@ fn goes_together(toleration: &Toleration) -> bool {
 }
 
 pub(super) fn priority_class(input: &Input<'_>) -> Vec<Refusal> {
-    let class = input
-        .spec
-        .scheduling
-        .as_ref()
-        .and_then(|s| s.priority_class_name.as_ref());
+    let class = input.spec.scheduling.as_ref().and_then(|s| s.priority_class_name.as_ref());
     let Some(class) = class else {
         return Vec::new();
     };
@@ -78,9 +62,5 @@ fn too_many(field: &str, count: usize) -> Vec<Refusal> {
     if count <= ENTRIES {
         return Vec::new();
     }
-    vec![Refusal::new(
-        REASON,
-        field,
-        format!("{field} has {count} entries; use at most {ENTRIES}"),
-    )]
+    vec![Refusal::new(REASON, field, format!("{field} has {count} entries; use at most {ENTRIES}"))]
 }

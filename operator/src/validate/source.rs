@@ -16,9 +16,7 @@ const OBJECT_NAME_LENGTH: usize = 253;
 
 pub(super) fn scheme(input: &Input<'_>) -> Vec<Refusal> {
     let source = &input.spec.model.source;
-    let known = ["hf://", "pvc://", "file://"]
-        .iter()
-        .any(|scheme| source.starts_with(scheme));
+    let known = ["hf://", "pvc://", "file://"].iter().any(|scheme| source.starts_with(scheme));
     unless(known, &rules::SOURCE_SCHEME, Reason::InvalidSource)
 }
 
@@ -29,17 +27,11 @@ pub(super) fn no_user(input: &Input<'_>) -> Vec<Refusal> {
 }
 
 pub(super) fn no_dots(input: &Input<'_>) -> Vec<Refusal> {
-    unless(
-        !has_dots(&input.spec.model.source),
-        &rules::SOURCE_DOTS,
-        Reason::InvalidSource,
-    )
+    unless(!has_dots(&input.spec.model.source), &rules::SOURCE_DOTS, Reason::InvalidSource)
 }
 
 fn has_dots(source: &str) -> bool {
-    let path = source
-        .strip_prefix("hf://")
-        .or_else(|| source.strip_prefix("pvc://"));
+    let path = source.strip_prefix("hf://").or_else(|| source.strip_prefix("pvc://"));
     path.is_some_and(|path| path.split('/').any(|part| part == "." || part == ".."))
 }
 
@@ -54,27 +46,18 @@ pub(super) fn shape(input: &Input<'_>) -> Vec<Refusal> {
         return Vec::new();
     }
     if let Some(path) = source.strip_prefix("hf://") {
-        let repository = path
-            .split_once('/')
-            .is_some_and(|(owner, name)| is_repository(owner) && is_repository(name));
+        let repository = path.split_once('/').is_some_and(|(owner, name)| is_repository(owner) && is_repository(name));
         return unless(repository, &rules::SOURCE_HF, Reason::InvalidSource);
     }
     if let Some(path) = source.strip_prefix("pvc://") {
-        return unless(
-            is_claim_path(path),
-            &rules::SOURCE_PVC,
-            Reason::InvalidSource,
-        );
+        return unless(is_claim_path(path), &rules::SOURCE_PVC, Reason::InvalidSource);
     }
     Vec::new()
 }
 
 /// `[A-Za-z0-9][A-Za-z0-9._-]{0,95}`
 fn is_repository(part: &str) -> bool {
-    let first = part
-        .bytes()
-        .next()
-        .is_some_and(|b| b.is_ascii_alphanumeric());
+    let first = part.bytes().next().is_some_and(|b| b.is_ascii_alphanumeric());
     first && part.len() <= 96 && part.bytes().all(is_path_byte)
 }
 
@@ -90,12 +73,7 @@ fn is_path_byte(byte: u8) -> bool {
 }
 
 pub(super) fn length(input: &Input<'_>) -> Vec<Refusal> {
-    too_long(
-        SOURCE,
-        &input.spec.model.source,
-        SOURCE_LENGTH,
-        Reason::InvalidSource,
-    )
+    too_long(SOURCE, &input.spec.model.source, SOURCE_LENGTH, Reason::InvalidSource)
 }
 
 /// The schema's `maxLength`, in its words.
@@ -104,11 +82,7 @@ pub(super) fn too_long(field: &str, text: &str, most: usize, reason: Reason) -> 
     if length <= most {
         return Vec::new();
     }
-    vec![Refusal::new(
-        reason,
-        field,
-        format!("{field} has {length} characters; use at most {most}"),
-    )]
+    vec![Refusal::new(reason, field, format!("{field} has {length} characters; use at most {most}"))]
 }
 
 /// The API server lets both pass, so that one YAML can be tried in both places.
@@ -131,25 +105,13 @@ pub(super) fn revision(input: &Input<'_>) -> Vec<Refusal> {
     let Some(revision) = &model.revision else {
         return Vec::new();
     };
-    let first = revision
-        .bytes()
-        .next()
-        .is_some_and(|b| b.is_ascii_alphanumeric());
+    let first = revision.bytes().next().is_some_and(|b| b.is_ascii_alphanumeric());
     let rest = revision.bytes().all(|b| is_path_byte(b) || b == b'/');
     let holds = first && rest && !revision.contains("..");
     let mut refusals = unless(holds, &rules::REVISION, Reason::InvalidRevision);
-    refusals.extend(too_long(
-        rules::REVISION.path,
-        revision,
-        REVISION_LENGTH,
-        Reason::InvalidRevision,
-    ));
+    refusals.extend(too_long(rules::REVISION.path, revision, REVISION_LENGTH, Reason::InvalidRevision));
     let hub = model.source.starts_with("hf://");
-    refusals.extend(unless(
-        hub,
-        &rules::REVISION_OF_HUB,
-        Reason::InvalidRevision,
-    ));
+    refusals.extend(unless(hub, &rules::REVISION_OF_HUB, Reason::InvalidRevision));
     refusals
 }
 
@@ -161,25 +123,11 @@ pub(super) fn credentials(input: &Input<'_>) -> Vec<Refusal> {
     let reason = Reason::InvalidReference;
     let name = is_object_name(&secret.name);
     let key = is_secret_key(&secret.key);
-    let mut refusals = unless(
-        model.source.starts_with("hf://"),
-        &rules::CREDENTIALS_OF_HUB,
-        reason,
-    );
+    let mut refusals = unless(model.source.starts_with("hf://"), &rules::CREDENTIALS_OF_HUB, reason);
     refusals.extend(unless(name, &rules::SECRET_NAME, reason));
     refusals.extend(unless(key, &rules::SECRET_KEY, reason));
-    refusals.extend(too_long(
-        rules::SECRET_NAME.path,
-        &secret.name,
-        OBJECT_NAME_LENGTH,
-        reason,
-    ));
-    refusals.extend(too_long(
-        rules::SECRET_KEY.path,
-        &secret.key,
-        OBJECT_NAME_LENGTH,
-        reason,
-    ));
+    refusals.extend(too_long(rules::SECRET_NAME.path, &secret.name, OBJECT_NAME_LENGTH, reason));
+    refusals.extend(too_long(rules::SECRET_KEY.path, &secret.key, OBJECT_NAME_LENGTH, reason));
     refusals
 }
 
@@ -195,31 +143,19 @@ pub(super) fn served_names(input: &Input<'_>) -> Vec<Refusal> {
     };
     let mut refusals = Vec::new();
     if names.is_empty() || names.len() > SERVED_NAMES {
-        let message = format!(
-            "{FIELD} has {} names; use 1 to {SERVED_NAMES}, or leave it out",
-            names.len()
-        );
+        let message = format!("{FIELD} has {} names; use 1 to {SERVED_NAMES}, or leave it out", names.len());
         refusals.push(Refusal::new(reason, FIELD, message));
     }
     if !names.iter().all(|name| is_served_name(name)) {
         refusals.push(Refusal::of(&rules::SERVED_NAME, reason));
     }
-    if let Some(long) = names
-        .iter()
-        .map(String::len)
-        .find(|length| *length > SERVED_NAME_LENGTH)
-    {
-        let message =
-            format!("{FIELD} holds a name of {long} characters; use at most {SERVED_NAME_LENGTH}");
+    if let Some(long) = names.iter().map(String::len).find(|length| *length > SERVED_NAME_LENGTH) {
+        let message = format!("{FIELD} holds a name of {long} characters; use at most {SERVED_NAME_LENGTH}");
         refusals.push(Refusal::new(reason, FIELD, message));
     }
     let mut seen = BTreeSet::new();
     for name in names.iter().filter(|name| !seen.insert(name.as_str())) {
-        refusals.push(Refusal::new(
-            reason,
-            FIELD,
-            format!("{FIELD} holds {name:?} twice; remove one"),
-        ));
+        refusals.push(Refusal::new(reason, FIELD, format!("{FIELD} holds {name:?} twice; remove one")));
     }
     refusals
 }

@@ -99,30 +99,17 @@ impl Api {
 
     /// All objects of a kind (by plural), by name.
     pub fn list(&self, plural: &str) -> Vec<Value> {
-        self.state(|state| {
-            state
-                .objects
-                .iter()
-                .filter(|(key, _)| key.0 == plural)
-                .map(|(_, v)| v.clone())
-                .collect()
-        })
+        self.state(|state| state.objects.iter().filter(|(key, _)| key.0 == plural).map(|(_, v)| v.clone()).collect())
     }
 
     /// One object.
     pub fn get(&self, plural: &str, name: &str) -> Option<Value> {
-        self.list(plural)
-            .into_iter()
-            .find(|object| object["metadata"]["name"] == name)
+        self.list(plural).into_iter().find(|object| object["metadata"]["name"] == name)
     }
 
     /// Applies as a user would: not counted, no fault.
     pub fn apply(&self, object: Value) {
-        let key = (
-            plural(text(&object["kind"])),
-            "default".to_owned(),
-            text(&object["metadata"]["name"]).to_owned(),
-        );
+        let key = (plural(text(&object["kind"])), "default".to_owned(), text(&object["metadata"]["name"]).to_owned());
         let answer = self.state(|state| state.apply(&key, object, false));
         self.0.changed.notify_waiters();
         assert!(answer.is_ok(), "{answer:?}");
@@ -132,11 +119,7 @@ impl Api {
     pub fn edit(&self, plural: &str, name: &str, edit: impl FnOnce(&mut Value)) {
         self.state(|state| {
             let key = (plural.to_owned(), "default".to_owned(), name.to_owned());
-            let mut object = state
-                .objects
-                .get(&key)
-                .unwrap_or_else(|| panic!("{plural} {name}"))
-                .clone();
+            let mut object = state.objects.get(&key).unwrap_or_else(|| panic!("{plural} {name}")).clone();
             edit(&mut object);
             state.store(&key, object);
         });
@@ -145,9 +128,7 @@ impl Api {
 
     /// Deletes as a user would, without its dependents.
     pub fn delete(&self, plural: &str, name: &str) {
-        self.state(|state| {
-            state.remove(&(plural.to_owned(), "default".to_owned(), name.to_owned()))
-        });
+        self.state(|state| state.remove(&(plural.to_owned(), "default".to_owned(), name.to_owned())));
         self.0.changed.notify_waiters();
     }
 
@@ -158,10 +139,7 @@ impl Api {
     async fn answer(&self, request: Request<Body>) -> Response<UnsyncBoxBody<Bytes, Infallible>> {
         let path = Path::parse(request.uri());
         let method = request.method().clone();
-        let partial = request
-            .headers()
-            .get("accept")
-            .is_some_and(|v| v.to_str().unwrap().contains("PartialObject"));
+        let partial = request.headers().get("accept").is_some_and(|v| v.to_str().unwrap().contains("PartialObject"));
         let body = request.into_body().collect().await.unwrap().to_bytes();
         if path.watch {
             return self.watch(path);
@@ -172,11 +150,7 @@ impl Api {
             Some(Fault::Hang) => std::future::pending().await,
             _ => {}
         }
-        let body = if body.is_empty() {
-            Value::Null
-        } else {
-            serde_json::from_slice(&body).unwrap()
-        };
+        let body = if body.is_empty() { Value::Null } else { serde_json::from_slice(&body).unwrap() };
         let mut answer = self.state(|state| state.serve(&method, &path, body));
         self.0.changed.notify_waiters();
         if fault == Some(Fault::LoseReply) {
@@ -196,19 +170,14 @@ impl Api {
             loop {
                 let changed = inner.changed.notified();
                 let next = api.state(|state| {
-                    let later =
-                        |one: &&(u64, &str, String, Value)| one.0 > from && one.2 == path.plural;
+                    let later = |one: &&(u64, &str, String, Value)| one.0 > from && one.2 == path.plural;
                     let mine = |one: &&(u64, &str, String, Value)| path.selects(&one.3);
                     state.history.iter().filter(later).find(mine).cloned()
                 });
                 if let Some((version, kind, _, object)) = next {
-                    let mut line =
-                        serde_json::to_vec(&json!({"type": kind, "object": object})).unwrap();
+                    let mut line = serde_json::to_vec(&json!({"type": kind, "object": object})).unwrap();
                     line.push(b'\n');
-                    return Some((
-                        Ok::<_, Infallible>(Frame::data(Bytes::from(line))),
-                        (api, version, path),
-                    ));
+                    return Some((Ok::<_, Infallible>(Frame::data(Bytes::from(line))), (api, version, path)));
                 }
                 changed.await;
             }
@@ -225,11 +194,7 @@ impl State {
         let mut call = Call {
             write: 0,
             method: method.to_string(),
-            resource: format!(
-                "{}{}",
-                path.plural,
-                if path.status { "/status" } else { "" }
-            ),
+            resource: format!("{}{}", path.plural, if path.status { "/status" } else { "" }),
             name: path.name.clone().unwrap_or_default(),
         };
         if method != Method::GET && !quiet {
@@ -237,25 +202,15 @@ impl State {
             call.write = self.writes;
             self.calls.push(call.clone());
         }
-        self.plan
-            .as_mut()
-            .filter(|_| !quiet)
-            .and_then(|plan| plan(&call))
+        self.plan.as_mut().filter(|_| !quiet).and_then(|plan| plan(&call))
     }
 
     fn serve(&mut self, method: &Method, path: &Path, body: Value) -> Answer {
-        let name = path
-            .name
-            .clone()
-            .or_else(|| body["metadata"]["name"].as_str().map(str::to_owned));
+        let name = path.name.clone().or_else(|| body["metadata"]["name"].as_str().map(str::to_owned));
         let Some(name) = name else {
             return Ok(self.page(path));
         };
-        let key = (
-            path.plural.clone(),
-            path.namespace.clone().unwrap_or_default(),
-            name,
-        );
+        let key = (path.plural.clone(), path.namespace.clone().unwrap_or_default(), name);
         let found = self.objects.get(&key).cloned();
         match (method.as_str(), found) {
             ("GET", Some(object)) => Ok(object),
@@ -292,36 +247,20 @@ impl State {
 
     fn page(&self, path: &Path) -> Value {
         let mine = |(key, object): &(&Key, &Value)| key.0 == path.plural && path.selects(object);
-        let items: Vec<_> = self
-            .objects
-            .iter()
-            .filter(mine)
-            .map(|(_, object)| object.clone())
-            .collect();
+        let items: Vec<_> = self.objects.iter().filter(mine).map(|(_, object)| object.clone()).collect();
         json!({"kind": "List", "apiVersion": "v1", "metadata": {"resourceVersion": self.version.to_string()}, "items": items})
     }
 
     fn apply(&mut self, key: &Key, applied: Value, status: bool) -> Answer {
-        let mut object = self
-            .objects
-            .get(key)
-            .cloned()
-            .unwrap_or_else(|| json!({"metadata": {}}));
+        let mut object = self.objects.get(key).cloned().unwrap_or_else(|| json!({"metadata": {}}));
         let claimed = &applied["metadata"]["uid"];
         if !claimed.is_null() && *claimed != object["metadata"]["uid"] {
             return Err((409, "the UID in the patch differs".to_owned()));
         }
-        if key.0 == "configmaps" && object["immutable"] == true && object["data"] != applied["data"]
-        {
-            return Err((
-                422,
-                "data: field is immutable when `immutable` is set".to_owned(),
-            ));
+        if key.0 == "configmaps" && object["immutable"] == true && object["data"] != applied["data"] {
+            return Err((422, "data: field is immutable when `immutable` is set".to_owned()));
         }
-        if key.0 == "jobs"
-            && !object["spec"].is_null()
-            && object["spec"]["template"] != applied["spec"]["template"]
-        {
+        if key.0 == "jobs" && !object["spec"].is_null() && object["spec"]["template"] != applied["spec"]["template"] {
             return Err((422, "spec.template: field is immutable".to_owned()));
         }
         let part = if status {
@@ -350,34 +289,18 @@ impl State {
         let metadata = object["metadata"].as_object_mut().unwrap();
         metadata.insert("namespace".to_owned(), key.1.clone().into());
         metadata.insert("name".to_owned(), key.2.clone().into());
-        metadata.insert(
-            "resourceVersion".to_owned(),
-            self.version.to_string().into(),
-        );
+        metadata.insert("resourceVersion".to_owned(), self.version.to_string().into());
         if before.is_none() {
             self.uids += 1;
             metadata.insert("uid".to_owned(), format!("uid-{}", self.uids).into());
-            metadata.insert(
-                "creationTimestamp".to_owned(),
-                "2026-01-01T00:00:00Z".into(),
-            );
+            metadata.insert("creationTimestamp".to_owned(), "2026-01-01T00:00:00Z".into());
         }
-        let generation = before
-            .as_ref()
-            .map_or(0, |b| b["metadata"]["generation"].as_i64().unwrap_or(0));
-        if before
-            .as_ref()
-            .is_none_or(|before| before["spec"] != object["spec"])
-        {
+        let generation = before.as_ref().map_or(0, |b| b["metadata"]["generation"].as_i64().unwrap_or(0));
+        if before.as_ref().is_none_or(|before| before["spec"] != object["spec"]) {
             object["metadata"]["generation"] = (generation + 1).into();
         }
-        let kind = if before.is_none() {
-            "ADDED"
-        } else {
-            "MODIFIED"
-        };
-        self.history
-            .push((self.version, kind, key.0.clone(), object.clone()));
+        let kind = if before.is_none() { "ADDED" } else { "MODIFIED" };
+        self.history.push((self.version, kind, key.0.clone(), object.clone()));
         self.objects.insert(key.clone(), object.clone());
         object
     }
@@ -389,8 +312,7 @@ impl State {
         self.applied.retain(|(applied, _), _| applied != key);
         self.version += 1;
         object["metadata"]["resourceVersion"] = self.version.to_string().into();
-        self.history
-            .push((self.version, "DELETED", key.0.clone(), object));
+        self.history.push((self.version, "DELETED", key.0.clone(), object));
     }
 }
 
@@ -466,19 +388,14 @@ fn drop_left_out(object: &mut Value, before: &Value, now: &Value) {
 
 /// The key of a list of objects, as Kubernetes has it for the lists that we apply.
 fn list_key(item: &Value) -> Option<&'static str> {
-    ["uid", "name", "type", "mountPath", "containerPort"]
-        .into_iter()
-        .find(|key| !item[*key].is_null())
+    ["uid", "name", "type", "mountPath", "containerPort"].into_iter().find(|key| !item[*key].is_null())
 }
 
 fn without_nulls(value: Value) -> Value {
     match value {
         Value::Object(fields) => {
             let kept = fields.into_iter().filter(|(_, value)| !value.is_null());
-            Value::Object(
-                kept.map(|(key, value)| (key, without_nulls(value)))
-                    .collect::<Map<_, _>>(),
-            )
+            Value::Object(kept.map(|(key, value)| (key, without_nulls(value))).collect::<Map<_, _>>())
         }
         Value::Array(items) => Value::Array(items.into_iter().map(without_nulls).collect()),
         other => other,

@@ -19,15 +19,8 @@ use crate::{
     process::{self, Place, Shared},
 };
 
-const OWNED: [&str; 7] = [
-    "statefulsets",
-    "services",
-    "serviceaccounts",
-    "configmaps",
-    "poddisruptionbudgets",
-    "jobs",
-    "pods",
-];
+const OWNED: [&str; 7] =
+    ["statefulsets", "services", "serviceaccounts", "configmaps", "poddisruptionbudgets", "jobs", "pods"];
 
 /// A running cluster; ends when dropped.
 pub struct Cluster {
@@ -43,19 +36,13 @@ pub struct Cluster {
 impl Cluster {
     /// Starts one whose processes connect to `operators`.
     pub fn start(operators: Vec<String>, description: Value) -> Self {
-        let (api, stage, no_pods) = (
-            Api::default(),
-            Shared::default(),
-            Arc::new(AtomicBool::new(false)),
-        );
+        let (api, stage, no_pods) = (Api::default(), Shared::default(), Arc::new(AtomicBool::new(false)));
         api.apply(json!({
             "apiVersion": "v1", "kind": "Pod",
             "metadata": {"name": "router", "labels": {
                 "app.kubernetes.io/name": "modelfleet", "app.kubernetes.io/component": "router"}},
         }));
-        api.edit("pods", "router", |pod| {
-            pod["status"] = json!({"podIP": "127.0.0.1"})
-        });
+        api.edit("pods", "router", |pod| pod["status"] = json!({"podIP": "127.0.0.1"}));
         let mut tasks = JoinSet::new();
         let id = text(&api.get("pods", "router").unwrap()["metadata"]["uid"]);
         process::router(&operators, &id, &stage, &mut tasks);
@@ -73,12 +60,7 @@ impl Cluster {
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
         });
-        Self {
-            api,
-            stage,
-            no_pods,
-            _tasks: tasks,
-        }
+        Self { api, stage, no_pods, _tasks: tasks }
     }
 }
 
@@ -104,10 +86,8 @@ impl Node {
     /// Deletes what has a controller that is gone.
     fn collect_garbage(&self) {
         let kinds = OWNED.iter().chain(&["modeldeployments"]);
-        let living: Vec<String> = kinds
-            .flat_map(|plural| self.api.list(plural))
-            .map(|object| text(&object["metadata"]["uid"]))
-            .collect();
+        let living: Vec<String> =
+            kinds.flat_map(|plural| self.api.list(plural)).map(|object| text(&object["metadata"]["uid"])).collect();
         for plural in OWNED {
             for object in self.api.list(plural) {
                 let owner = &object["metadata"]["ownerReferences"][0]["uid"];
@@ -155,19 +135,11 @@ impl Node {
     fn run_pods(&self) {
         let pods = self.api.list("pods");
         let mut running = self.running.lock().unwrap();
-        let ids: Vec<String> = pods
-            .iter()
-            .map(|pod| text(&pod["metadata"]["uid"]))
-            .collect();
+        let ids: Vec<String> = pods.iter().map(|pod| text(&pod["metadata"]["uid"])).collect();
         running.retain(|id, _| ids.contains(id));
-        for pod in pods
-            .iter()
-            .filter(|pod| pod["metadata"]["name"] != "router")
-        {
+        for pod in pods.iter().filter(|pod| pod["metadata"]["name"] != "router") {
             let place = place(pod);
-            running
-                .entry(place.id.clone())
-                .or_insert_with(|| self.start(pod, place.clone()));
+            running.entry(place.id.clone()).or_insert_with(|| self.start(pod, place.clone()));
             self.probe(pod, &place.id);
         }
     }
@@ -176,12 +148,7 @@ impl Node {
         let mut tasks = JoinSet::new();
         match pod["metadata"]["labels"]["app.kubernetes.io/component"].as_str() {
             Some("worker") => process::worker(&self.operators, place, &self.stage, &mut tasks),
-            _ => process::describer(
-                &self.operators,
-                place,
-                self.description.to_string(),
-                &mut tasks,
-            ),
+            _ => process::describer(&self.operators, place, self.description.to_string(), &mut tasks),
         }
         tasks
     }
@@ -190,72 +157,43 @@ impl Node {
     fn probe(&self, pod: &Value, id: &str) {
         let phase = self.stage.lock().unwrap().phases.get(id).copied();
         let loaded = matches!(phase, Some(Phase::Serving | Phase::Drained));
-        let conditions = pod["status"]["conditions"]
-            .as_array()
-            .cloned()
-            .unwrap_or_default();
-        let has = |kind: &str| {
-            conditions
-                .iter()
-                .any(|one| one["type"] == kind && one["status"] == "True")
-        };
+        let conditions = pod["status"]["conditions"].as_array().cloned().unwrap_or_default();
+        let has = |kind: &str| conditions.iter().any(|one| one["type"] == kind && one["status"] == "True");
         let ready = loaded && has("modelfleet.io/routed");
         let probed = pod["status"]["containerStatuses"][0]["ready"] == true;
         if ready == has("Ready") && probed == loaded {
             return;
         }
-        self.api
-            .edit("pods", &text(&pod["metadata"]["name"]), |pod| {
-                let conditions = pod["status"]["conditions"].as_array_mut().unwrap();
-                conditions.retain(|one| one["type"] != "Ready");
-                conditions
-                    .push(json!({"type": "Ready", "status": if ready { "True" } else { "False" }}));
-                let status = |name: &str, ready: bool| {
-                    json!({
+        self.api.edit("pods", &text(&pod["metadata"]["name"]), |pod| {
+            let conditions = pod["status"]["conditions"].as_array_mut().unwrap();
+            conditions.retain(|one| one["type"] != "Ready");
+            conditions.push(json!({"type": "Ready", "status": if ready { "True" } else { "False" }}));
+            let status = |name: &str, ready: bool| {
+                json!({
                 "name": name, "ready": ready, "restartCount": 0, "image": "", "imageID": "",
                 "state": {"terminated": {"exitCode": 0}}})
-                };
-                pod["status"]["initContainerStatuses"] = json!([status("fetch", true)]);
-                pod["status"]["containerStatuses"] = json!([status("worker", loaded)]);
-            });
+            };
+            pod["status"]["initContainerStatuses"] = json!([status("fetch", true)]);
+            pod["status"]["containerStatuses"] = json!([status("worker", loaded)]);
+        });
     }
 }
 
 fn place(pod: &Value) -> Place {
     let labels = &pod["metadata"]["labels"];
-    let number = |label: &str| {
-        labels[label]
-            .as_str()
-            .and_then(|text| text.parse().ok())
-            .unwrap_or(0)
-    };
-    let arguments = pod["spec"]["containers"][0]["args"]
-        .as_array()
-        .cloned()
-        .unwrap_or_default();
-    let environment = pod["spec"]["containers"][0]["env"]
-        .as_array()
-        .cloned()
-        .unwrap_or_default();
-    let revision = environment
-        .iter()
-        .find(|one| one["name"] == "MODELFLEET_REVISION");
-    let flag = arguments
-        .iter()
-        .position(|argument| argument == "--content-hash");
+    let number = |label: &str| labels[label].as_str().and_then(|text| text.parse().ok()).unwrap_or(0);
+    let arguments = pod["spec"]["containers"][0]["args"].as_array().cloned().unwrap_or_default();
+    let environment = pod["spec"]["containers"][0]["env"].as_array().cloned().unwrap_or_default();
+    let revision = environment.iter().find(|one| one["name"] == "MODELFLEET_REVISION");
+    let flag = arguments.iter().position(|argument| argument == "--content-hash");
     Place {
         id: text(&pod["metadata"]["uid"]),
-        model: format!(
-            "default/{}",
-            text(&pod["metadata"]["annotations"]["modelfleet.io/model-name"])
-        ),
+        model: format!("default/{}", text(&pod["metadata"]["annotations"]["modelfleet.io/model-name"])),
         // a worker has it as an argument, which is the label's value too
         revision: text(revision.map_or(&labels["modelfleet.io/revision"], |one| &one["value"])),
         replica: number("modelfleet.io/replica"),
         ordinal: number("apps.kubernetes.io/pod-index"),
-        content_hash: flag
-            .map(|flag| text(&arguments[flag + 1]))
-            .unwrap_or_default(),
+        content_hash: flag.map(|flag| text(&arguments[flag + 1])).unwrap_or_default(),
     }
 }
 

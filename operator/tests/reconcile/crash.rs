@@ -32,8 +32,7 @@ async fn crash(at: usize, fault: Fault) -> Value {
     });
     let operator = world.operator(0).await;
     world.api().apply(model());
-    let over =
-        |world: &World| bitten.load(Ordering::Relaxed) || world.status()["summary"] == "Ready";
+    let over = |world: &World| bitten.load(Ordering::Relaxed) || world.status()["summary"] == "Ready";
     world.until("the fault bites", over).await;
     operator.kill().await;
     world.api().mend();
@@ -47,8 +46,7 @@ async fn a_crash_at_any_write_ends_in_the_same_place() {
     let (writes, wanted) = reference().await;
     assert!(writes >= 10, "{writes} writes");
     let faults = (1..=writes).flat_map(|at| [(at, Fault::Hang), (at, Fault::LoseReply)]);
-    let runs =
-        stream::iter(faults).map(|(at, fault)| async move { (at, fault, crash(at, fault).await) });
+    let runs = stream::iter(faults).map(|(at, fault)| async move { (at, fault, crash(at, fault).await) });
     let mut runs = std::pin::pin!(runs.buffer_unordered(4));
     while let Some((at, fault, objects)) = runs.next().await {
         assert_eq!(objects, wanted, "crash at write {at} ({fault:?})");

@@ -12,9 +12,7 @@ async fn refusals_of_every_second_write_delay_and_do_no_harm() {
     let (reference, _operator) = World::installed().await;
     for code in [409, 500] {
         let world = World::with(1).await;
-        world
-            .api()
-            .break_by(move |call| (call.write % 2 == 1).then_some(Fault::Answer(code)));
+        world.api().break_by(move |call| (call.write % 2 == 1).then_some(Fault::Answer(code)));
         let _operator = world.operator(0).await;
         world.api().apply(model());
         world.ready().await;
@@ -27,15 +25,9 @@ async fn a_write_that_is_forbidden_is_told_and_tried_again() {
     let world = World::with(1).await;
     let _operator = world.operator(0).await;
     let forbidden = |call: &crate::api::Call| call.write > 0 && call.resource == "statefulsets";
-    world
-        .api()
-        .break_by(move |call| forbidden(call).then_some(Fault::Answer(403)));
+    world.api().break_by(move |call| forbidden(call).then_some(Fault::Answer(403)));
     world.api().apply(model());
-    world
-        .until("told", |world| {
-            world.condition("Degraded")["reason"] == "Forbidden"
-        })
-        .await;
+    world.until("told", |world| world.condition("Degraded")["reason"] == "Forbidden").await;
     world.api().mend();
     world.ready().await;
 }
@@ -61,17 +53,10 @@ async fn a_second_operator_takes_over_when_the_first_is_gone() {
     let _second = world.operator(1).await;
     first.kill().await;
     world.edit(|spec| spec["replicas"] = json!(2));
-    world
-        .until("the second acts", |world| {
-            world.status()["printed"]["ready"] == "2/2"
-        })
-        .await;
+    world.until("the second acts", |world| world.status()["printed"]["ready"] == "2/2").await;
     let lease = &world.api().list("leases")[0];
     assert_eq!(
-        (
-            &lease["spec"]["holderIdentity"],
-            &lease["spec"]["leaseTransitions"]
-        ),
+        (&lease["spec"]["holderIdentity"], &lease["spec"]["leaseTransitions"]),
         (&json!("operator-1"), &json!(1))
     );
 }
@@ -86,29 +71,20 @@ async fn an_object_that_cannot_be_read_harms_only_itself() {
     world.api().apply(bad);
     world.api().apply(model());
     world.ready().await;
-    let summary = |world: &World| {
-        world.api().get("modeldeployments", "bad").unwrap()["status"]["summary"].clone()
-    };
-    world
-        .until("told", |world| {
-            summary(world)
-                .as_str()
-                .is_some_and(|text| text.starts_with("Refused: "))
-        })
-        .await;
+    let summary = |world: &World| world.api().get("modeldeployments", "bad").unwrap()["status"]["summary"].clone();
+    world.until("told", |world| summary(world).as_str().is_some_and(|text| text.starts_with("Refused: "))).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_object_of_somebody_else_stays_as_it_is_and_is_named() {
     let world = World::with(1).await;
     let _operator = world.operator(0).await;
-    let foreign = json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": "tiny-workers"}, "spec": {"a": 1}});
+    let foreign =
+        json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": "tiny-workers"}, "spec": {"a": 1}});
     world.api().apply(foreign);
     let before = world.api().get("services", "tiny-workers");
     world.api().apply(model());
-    world
-        .says("Degraded: Service tiny-workers exists and does not belong to this ModelDeployment")
-        .await;
+    world.says("Degraded: Service tiny-workers exists and does not belong to this ModelDeployment").await;
     assert_eq!(world.api().get("services", "tiny-workers"), before);
     world.api().delete("services", "tiny-workers");
     world.ready().await;
@@ -118,15 +94,9 @@ async fn an_object_of_somebody_else_stays_as_it_is_and_is_named() {
 async fn what_somebody_edits_or_deletes_is_put_right() {
     let (world, _operator) = World::installed().await;
     let objects = world.objects();
-    world.api().edit(
-        "poddisruptionbudgets",
-        &world.names("poddisruptionbudgets")[0],
-        |budget| {
-            budget["spec"]["maxUnavailable"] = json!(2);
-        },
-    );
+    world.api().edit("poddisruptionbudgets", &world.names("poddisruptionbudgets")[0], |budget| {
+        budget["spec"]["maxUnavailable"] = json!(2);
+    });
     world.api().delete("services", "tiny-workers");
-    world
-        .until("put right", |world| world.objects() == objects)
-        .await;
+    world.until("put right", |world| world.objects() == objects).await;
 }

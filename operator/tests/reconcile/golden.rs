@@ -17,10 +17,8 @@ const COMMAND: &str = "MODELFLEET_GOLDEN=write cargo test -p operator --test rec
 #[test]
 fn golden_objects_of_every_example() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let mut files: Vec<_> = fs::read_dir(root.join("../manifests/examples"))
-        .unwrap()
-        .map(|entry| entry.unwrap().path())
-        .collect();
+    let mut files: Vec<_> =
+        fs::read_dir(root.join("../manifests/examples")).unwrap().map(|entry| entry.unwrap().path()).collect();
     files.sort();
     assert!(files.len() >= 5, "{files:?}");
     for file in files {
@@ -32,11 +30,7 @@ fn golden_objects_of_every_example() {
             continue;
         }
         let committed = fs::read_to_string(&golden).unwrap_or_default();
-        assert!(
-            rendered == committed,
-            "{} is not what is rendered; run: {COMMAND}",
-            golden.display()
-        );
+        assert!(rendered == committed, "{} is not what is rendered; run: {COMMAND}", golden.display());
     }
 }
 
@@ -50,13 +44,7 @@ fn rendered(yaml: &str) -> String {
     };
     let description = description();
     match planner::plan(&description, &model.request(None)) {
-        Outcome::Planned(plan) => documents(&fresh(
-            &Names::of(&md),
-            &model,
-            &install(),
-            &description,
-            &plan,
-        )),
+        Outcome::Planned(plan) => documents(&fresh(&Names::of(&md), &model, &install(), &description, &plan)),
         Outcome::NoRoom(why) => format!("# does not fit: {why}\n"),
     }
 }
@@ -85,22 +73,14 @@ fn install() -> Install {
         image_pull_secrets: vec!["registry".to_owned()],
         operator: "modelfleet-operator.modelfleet.svc:9100".to_owned(),
         router: "modelfleet-router.modelfleet.svc".to_owned(),
-        hub: HubAccess {
-            certificates: Some("certificates of the hub\n".to_owned()),
-            ..HubAccess::default()
-        },
-        telemetry: vec![(
-            "OTEL_EXPORTER_OTLP_ENDPOINT".to_owned(),
-            "http://collector:4317".to_owned(),
-        )],
+        hub: HubAccess { certificates: Some("certificates of the hub\n".to_owned()), ..HubAccess::default() },
+        telemetry: vec![("OTEL_EXPORTER_OTLP_ENDPOINT".to_owned(), "http://collector:4317".to_owned())],
     }
 }
 
 /// Of the model in `manifests/models/tiny-r1`.
 fn description() -> ModelDescription {
-    let layers: Vec<_> = (1..4)
-        .map(|layer| serde_json::json!({"layer": layer, "expertBytes": 98_304}))
-        .collect();
+    let layers: Vec<_> = (1..4).map(|layer| serde_json::json!({"layer": layer, "expertBytes": 98_304})).collect();
     serde_json::from_value(serde_json::json!({
         "architecture": "DeepseekV3ForCausalLM", "dtype": "bf16", "parameters": 3_604_080, "denseBytes": 2_500_000,
         "kvBytesPerToken": 640, "maxContextTokens": 1024, "vocabSize": 512, "hiddenSize": 256, "layers": 4,

@@ -10,31 +10,17 @@ use crate::world::{MODEL, World, model};
 async fn installs_to_ready_and_says_so_in_every_column() {
     let (world, _operator) = World::installed().await;
     let status = world.status();
-    assert_eq!(
-        status["printed"],
-        json!({"model": "tiny-r1", "ready": "1/1", "shards": "2/2", "experts": "4/4"})
-    );
+    assert_eq!(status["printed"], json!({"model": "tiny-r1", "ready": "1/1", "shards": "2/2", "experts": "4/4"}));
     assert_eq!(status["model"]["resolvedRevision"], "c0ffee");
-    assert_eq!(
-        (&status["replicas"], &status["desiredReplicas"]),
-        (&json!(1), &json!(1))
-    );
+    assert_eq!((&status["replicas"], &status["desiredReplicas"]), (&json!(1), &json!(1)));
     assert_eq!(
         status["selector"],
         "modelfleet.io/model=tiny,app.kubernetes.io/component=worker,apps.kubernetes.io/pod-index=0"
     );
-    for (kind, wanted) in [
-        ("Accepted", "True"),
-        ("Planned", "True"),
-        ("Ready", "True"),
-        ("Degraded", "False"),
-    ] {
+    for (kind, wanted) in [("Accepted", "True"), ("Planned", "True"), ("Ready", "True"), ("Degraded", "False")] {
         assert_eq!(world.condition(kind)["status"], wanted, "{kind}");
     }
-    assert!(
-        world.names("jobs").is_empty(),
-        "the describer is gone once its answer is recorded"
-    );
+    assert!(world.names("jobs").is_empty(), "the describer is gone once its answer is recorded");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -46,64 +32,34 @@ async fn a_second_apply_and_a_restart_write_nothing() {
     world.api().apply(model());
     let routed = |world: &World| {
         let stage = world.cluster.stage.lock().unwrap();
-        stage
-            .snapshots
-            .get(MODEL)
-            .is_some_and(|one| one.version.is_some_and(|v| v.epoch > 1) && one.workers.len() == 2)
+        stage.snapshots.get(MODEL).is_some_and(|one| one.version.is_some_and(|v| v.epoch > 1) && one.workers.len() == 2)
     };
     world.until("the new operator speaks", routed).await;
     // two of its looks later
-    let (leases, end) = (
-        lease_version(&world),
-        std::time::Instant::now() + std::time::Duration::from_secs(4),
-    );
-    world
-        .until("time passes", |_| std::time::Instant::now() > end)
-        .await;
+    let (leases, end) = (lease_version(&world), std::time::Instant::now() + std::time::Duration::from_secs(4));
+    world.until("time passes", |_| std::time::Instant::now() > end).await;
     assert!(lease_version(&world) > leases, "it leads");
     assert_eq!(world.generations(), generations);
-    assert_eq!(
-        world.api().writes()[writes..],
-        [],
-        "nothing changed, so nothing is written"
-    );
+    assert_eq!(world.api().writes()[writes..], [], "nothing changed, so nothing is written");
 }
 
 fn lease_version(world: &World) -> u64 {
-    world.api().list("leases")[0]["metadata"]["resourceVersion"]
-        .as_str()
-        .unwrap()
-        .parse()
-        .unwrap()
+    world.api().list("leases")[0]["metadata"]["resourceVersion"].as_str().unwrap().parse().unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn scales_up_and_drains_before_it_scales_down() {
     let (world, _operator) = World::installed().await;
     world.edit(|spec| spec["replicas"] = json!(2));
-    world
-        .until("two replicas", |world| {
-            world.status()["printed"]["ready"] == "2/2"
-        })
-        .await;
+    world.until("two replicas", |world| world.status()["printed"]["ready"] == "2/2").await;
     world.ready().await;
     world.cluster.stage.lock().unwrap().seen.clear();
     world.edit(|spec| spec["replicas"] = json!(1));
-    world
-        .until("one replica", |world| {
-            world.names("statefulsets").len() == 1
-        })
-        .await;
+    world.until("one replica", |world| world.names("statefulsets").len() == 1).await;
     world.ready().await;
     let stage = world.cluster.stage.lock().unwrap();
-    let drained = stage
-        .seen
-        .iter()
-        .any(|one| one.workers.iter().filter(|worker| worker.draining).count() == 2);
-    assert!(
-        drained,
-        "the routers heard that a replica drains before it went"
-    );
+    let drained = stage.seen.iter().any(|one| one.workers.iter().filter(|worker| worker.draining).count() == 2);
+    assert!(drained, "the routers heard that a replica drains before it went");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -113,27 +69,17 @@ async fn rolls_replica_by_replica_and_never_leaves_the_routers_without() {
     world.cluster.stage.lock().unwrap().seen.clear();
     world.edit(|spec| spec["model"]["maxContextTokens"] = json!(512));
     world
-        .until("rolled", |world| {
-            world.names("statefulsets") != before && world.names("statefulsets").len() == 1
-        })
+        .until("rolled", |world| world.names("statefulsets") != before && world.names("statefulsets").len() == 1)
         .await;
     world.ready().await;
     assert_eq!(world.condition("Progressing")["reason"], "RolledOut");
     let stage = world.cluster.stage.lock().unwrap();
     for snapshot in &stage.seen {
-        let taking = snapshot
-            .workers
-            .iter()
-            .filter(|worker| !worker.draining)
-            .count();
+        let taking = snapshot.workers.iter().filter(|worker| !worker.draining).count();
         assert!(taking >= 2, "{snapshot:?}");
     }
     let records = world.names("configmaps");
-    assert_eq!(
-        records.len(),
-        3,
-        "the old revision's records are gone: {records:?}"
-    );
+    assert_eq!(records.len(), 3, "the old revision's records are gone: {records:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -141,16 +87,8 @@ async fn another_number_of_shards_rolls_within_the_revision() {
     let (world, _operator) = World::installed().await;
     let revision = world.status()["plan"]["revision"].clone();
     world.edit(|spec| spec["parallelism"]["expert"]["shards"] = json!(4));
-    world
-        .until("four shards", |world| {
-            world.status()["printed"]["shards"] == "4/4"
-        })
-        .await;
-    world
-        .until("one replica", |world| {
-            world.names("statefulsets").len() == 1
-        })
-        .await;
+    world.until("four shards", |world| world.status()["printed"]["shards"] == "4/4").await;
+    world.until("one replica", |world| world.names("statefulsets").len() == 1).await;
     world.ready().await;
     assert_eq!(world.status()["plan"]["revision"], revision);
 }
@@ -158,55 +96,30 @@ async fn another_number_of_shards_rolls_within_the_revision() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_bad_revision_leaves_the_old_one_serving_and_going_back_recovers() {
     let (world, _operator) = World::installed().await;
-    let good = world.status()["plan"]["revision"]
-        .as_str()
-        .unwrap()
-        .to_owned();
+    let good = world.status()["plan"]["revision"].as_str().unwrap().to_owned();
     // what loads from now on never ends loading
     let set = format!("tiny-{good}-0");
     world.edit(|spec| spec["model"]["maxContextTokens"] = json!(512));
-    world
-        .until("a second replica", |world| {
-            world.names("statefulsets").len() == 2
-        })
-        .await;
-    let bad = world
-        .names("statefulsets")
-        .into_iter()
-        .find(|name| *name != set)
-        .unwrap();
+    world.until("a second replica", |world| world.names("statefulsets").len() == 2).await;
+    let bad = world.names("statefulsets").into_iter().find(|name| *name != set).unwrap();
     world.cluster.no_pods.store(true, Ordering::Relaxed);
-    for pod in world
-        .names("pods")
-        .into_iter()
-        .filter(|name| name.starts_with(&bad))
-    {
+    for pod in world.names("pods").into_iter().filter(|name| name.starts_with(&bad)) {
         world.api().delete("pods", &pod);
     }
     world.says("Rolling out").await;
     assert!(world.names("statefulsets").contains(&set));
     world.edit(|spec| spec["model"] = model()["spec"]["model"].clone());
-    world
-        .until("the bad one goes", |world| {
-            world.names("statefulsets") == [set.clone()]
-        })
-        .await;
+    world.until("the bad one goes", |world| world.names("statefulsets") == [set.clone()]).await;
     world.ready().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lost_worker_is_named_with_what_it_held_and_comes_back() {
     let (world, _operator) = World::installed().await;
-    let pod = world
-        .names("pods")
-        .into_iter()
-        .find(|name| name.ends_with("-0-1"))
-        .unwrap();
+    let pod = world.names("pods").into_iter().find(|name| name.ends_with("-0-1")).unwrap();
     world.cluster.no_pods.store(true, Ordering::Relaxed);
     world.api().delete("pods", &pod);
-    world
-        .says("Degraded: worker 1 lost, experts 2/4 covered")
-        .await;
+    world.says("Degraded: worker 1 lost, experts 2/4 covered").await;
     assert_eq!(world.condition("Degraded")["reason"], "WorkerLost");
     world.cluster.no_pods.store(false, Ordering::Relaxed);
     world.ready().await;
@@ -218,11 +131,7 @@ async fn a_refused_spec_leaves_what_runs_and_taking_it_back_recovers() {
     let (world, _operator) = World::installed().await;
     let objects = world.objects();
     world.edit(|spec| spec["model"]["source"] = json!("file:///models/tiny"));
-    world
-        .until("refused", |world| {
-            world.condition("Accepted")["status"] == "False"
-        })
-        .await;
+    world.until("refused", |world| world.condition("Accepted")["status"] == "False").await;
     world.says("Refused: ").await;
     assert_eq!(world.objects(), objects);
     assert_eq!(world.status()["printed"]["ready"], "1/1");
@@ -241,26 +150,10 @@ async fn sleeps_when_idle_and_a_request_that_waits_wakes_it() {
         "behavior": {"scaleDown": {"stabilizationWindow": "2s"}}});
     world.api().apply(model);
     world.says("Asleep").await;
-    let snapshot = |world: &World| {
-        world
-            .cluster
-            .stage
-            .lock()
-            .unwrap()
-            .snapshots
-            .contains_key(MODEL)
-    };
+    let snapshot = |world: &World| world.cluster.stage.lock().unwrap().snapshots.contains_key(MODEL);
     world.until("the router knows the model", snapshot).await;
-    world
-        .cluster
-        .stage
-        .lock()
-        .unwrap()
-        .queued
-        .insert(MODEL.to_owned(), 1);
-    world
-        .until("awake", |world| world.status()["printed"]["ready"] == "1/1")
-        .await;
+    world.cluster.stage.lock().unwrap().queued.insert(MODEL.to_owned(), 1);
+    world.until("awake", |world| world.status()["printed"]["ready"] == "1/1").await;
     world.cluster.stage.lock().unwrap().queued.clear();
     world.says("Asleep").await;
     assert!(world.names("statefulsets").is_empty());
@@ -280,31 +173,12 @@ async fn suspended_there_are_no_workers() {
 async fn deleted_in_the_middle_of_a_rollout_nothing_is_left() {
     let (world, _operator) = World::installed().await;
     world.edit(|spec| spec["model"]["maxContextTokens"] = json!(512));
-    world
-        .until("two revisions", |world| {
-            world.names("statefulsets").len() == 2
-        })
-        .await;
+    world.until("two revisions", |world| world.names("statefulsets").len() == 2).await;
     world.api().delete("modeldeployments", "tiny");
     let nothing = |world: &World| {
-        let kinds = [
-            "statefulsets",
-            "services",
-            "serviceaccounts",
-            "configmaps",
-            "poddisruptionbudgets",
-            "jobs",
-        ];
-        let forgotten = !world
-            .cluster
-            .stage
-            .lock()
-            .unwrap()
-            .snapshots
-            .contains_key(MODEL);
-        forgotten
-            && kinds.iter().all(|plural| world.names(plural).is_empty())
-            && world.names("pods") == ["router"]
+        let kinds = ["statefulsets", "services", "serviceaccounts", "configmaps", "poddisruptionbudgets", "jobs"];
+        let forgotten = !world.cluster.stage.lock().unwrap().snapshots.contains_key(MODEL);
+        forgotten && kinds.iter().all(|plural| world.names(plural).is_empty()) && world.names("pods") == ["router"]
     };
     world.until("all gone", nothing).await;
 }

@@ -26,56 +26,29 @@ pub struct Path {
 impl Path {
     /// Parses `/api/v1/...` and `/apis/GROUP/VERSION/...`.
     pub fn parse(uri: &Uri) -> Self {
-        let parts: Vec<&str> = uri
-            .path()
-            .split('/')
-            .filter(|part| !part.is_empty())
-            .collect();
-        let rest = if parts[0] == "api" {
-            &parts[2..]
-        } else {
-            &parts[3..]
-        };
+        let parts: Vec<&str> = uri.path().split('/').filter(|part| !part.is_empty()).collect();
+        let rest = if parts[0] == "api" { &parts[2..] } else { &parts[3..] };
         let (namespace, rest) = match rest {
-            ["namespaces", namespace, rest @ ..] if !rest.is_empty() => {
-                (Some((*namespace).to_owned()), rest)
-            }
+            ["namespaces", namespace, rest @ ..] if !rest.is_empty() => (Some((*namespace).to_owned()), rest),
             rest => (None, rest),
         };
-        let query: Vec<(String, String)> = uri
-            .query()
-            .unwrap_or("")
-            .split('&')
-            .filter_map(pair)
-            .collect();
-        let find = |key: &str| {
-            query
-                .iter()
-                .find(|(name, _)| name == key)
-                .map(|(_, value)| value.clone())
-        };
+        let query: Vec<(String, String)> = uri.query().unwrap_or("").split('&').filter_map(pair).collect();
+        let find = |key: &str| query.iter().find(|(name, _)| name == key).map(|(_, value)| value.clone());
         Self {
             plural: rest[0].to_owned(),
             namespace,
             name: rest.get(1).map(|name| (*name).to_owned()),
             status: rest.get(2) == Some(&"status"),
             watch: find("watch").as_deref() == Some("true"),
-            version: find("resourceVersion")
-                .and_then(|version| version.parse().ok())
-                .unwrap_or(0),
+            version: find("resourceVersion").and_then(|version| version.parse().ok()).unwrap_or(0),
             apply: find("fieldManager").is_some(),
-            labels: find("labelSelector")
-                .map(|selector| selector.split(',').map(label).collect())
-                .unwrap_or_default(),
+            labels: find("labelSelector").map(|selector| selector.split(',').map(label).collect()).unwrap_or_default(),
         }
     }
 
     /// Tells whether an object is in this list or watch.
     pub fn selects(&self, object: &Value) -> bool {
-        let here = self
-            .namespace
-            .as_deref()
-            .is_none_or(|namespace| object["metadata"]["namespace"] == namespace);
+        let here = self.namespace.as_deref().is_none_or(|namespace| object["metadata"]["namespace"] == namespace);
         let labels = &object["metadata"]["labels"];
         here && self.labels.iter().all(|(key, value)| match value {
             Some(value) => labels[key] == value.as_str(),
@@ -91,14 +64,7 @@ pub fn plural(kind: &str) -> String {
 
 fn pair(part: &str) -> Option<(String, String)> {
     let (key, value) = part.split_once('=')?;
-    Some((
-        key.to_owned(),
-        value
-            .replace("%2F", "/")
-            .replace("%3D", "=")
-            .replace("%2C", ",")
-            .replace('+', " "),
-    ))
+    Some((key.to_owned(), value.replace("%2F", "/").replace("%3D", "=").replace("%2C", ",").replace('+', " ")))
 }
 
 fn label(part: &str) -> (String, Option<String>) {

@@ -9,8 +9,8 @@ use std::{
 use futures::StreamExt;
 use tokio::{sync::mpsc, task::JoinSet};
 use wire::proto::{
-    self, Instruction, ModelSnapshot, hello::Role, instruction::Instruction as Told,
-    report::Report as Say, worker_state::Phase,
+    self, Instruction, ModelSnapshot, hello::Role, instruction::Instruction as Told, report::Report as Say,
+    worker_state::Phase,
 };
 
 /// What the doubles did and may do.
@@ -41,36 +41,21 @@ impl Process {
     fn connect(operators: &[String], hello: proto::Hello) -> Self {
         let (say, reports) = mpsc::channel(64);
         let told = wire::fleet::watch(operators.to_vec(), move || hello.clone(), reports);
-        Self {
-            say,
-            told: Box::pin(told),
-        }
+        Self { say, told: Box::pin(told) }
     }
 
     async fn say(&mut self, report: Say) {
-        self.say
-            .send(proto::Report {
-                report: Some(report),
-            })
-            .await
-            .unwrap();
+        self.say.send(proto::Report { report: Some(report) }).await.unwrap();
     }
 
     async fn acknowledge(&mut self, model: String, version: Option<proto::Version>) {
-        self.say(Say::Acknowledgement(proto::Acknowledgement {
-            model,
-            version,
-        }))
-        .await;
+        self.say(Say::Acknowledgement(proto::Acknowledgement { model, version })).await;
     }
 }
 
 /// A router: takes every snapshot, and tells its load.
 pub fn router(operators: &[String], id: &str, stage: &Shared, tasks: &mut JoinSet<()>) {
-    let hello = proto::Hello {
-        http_address: "127.0.0.1:8080".to_owned(),
-        ..hello(Role::Router, id)
-    };
+    let hello = proto::Hello { http_address: "127.0.0.1:8080".to_owned(), ..hello(Role::Router, id) };
     let (mut process, stage) = (Process::connect(operators, hello), stage.clone());
     tasks.spawn(async move {
         let mut tick = tokio::time::interval(std::time::Duration::from_millis(100));
@@ -105,9 +90,7 @@ fn load(stage: &Shared) -> proto::RouterLoad {
         queued: stage.queued.get(model).copied().unwrap_or(0),
         ..proto::ModelLoad::default()
     };
-    proto::RouterLoad {
-        models: stage.snapshots.keys().map(load).collect(),
-    }
+    proto::RouterLoad { models: stage.snapshots.keys().map(load).collect() }
 }
 
 /// Where a worker stands, from its pod.
@@ -151,14 +134,9 @@ pub fn worker(operators: &[String], place: Place, stage: &Shared, tasks: &mut Jo
                 (false, false) => Phase::Serving,
             };
             stage.lock().unwrap().phases.insert(place.id.clone(), phase);
-            let state = proto::WorkerState {
-                phase: phase.into(),
-                placement: mesh.version,
-            };
+            let state = proto::WorkerState { phase: phase.into(), placement: mesh.version };
             process.say(Say::WorkerState(state)).await;
-            process
-                .say(Say::WorkerLoad(proto::WorkerLoad::default()))
-                .await;
+            process.say(Say::WorkerLoad(proto::WorkerLoad::default())).await;
             process.acknowledge(mesh.model, mesh.version).await;
         }
     });
@@ -166,27 +144,14 @@ pub fn worker(operators: &[String], place: Place, stage: &Shared, tasks: &mut Jo
 
 /// A describer: tells what the model weighs.
 pub fn describer(operators: &[String], place: Place, json: String, tasks: &mut JoinSet<()>) {
-    let hello = proto::Hello {
-        model: place.model,
-        revision: place.revision,
-        ..hello(Role::Describe, &place.id)
-    };
+    let hello = proto::Hello { model: place.model, revision: place.revision, ..hello(Role::Describe, &place.id) };
     let mut process = Process::connect(operators, hello);
     tasks.spawn(async move {
-        process
-            .say(Say::Description(proto::Description {
-                json: json.into_bytes().into(),
-            }))
-            .await;
+        process.say(Say::Description(proto::Description { json: json.into_bytes().into() })).await;
         while process.told.next().await.is_some() {}
     });
 }
 
 fn hello(role: Role, id: &str) -> proto::Hello {
-    proto::Hello {
-        role: role.into(),
-        id: id.to_owned(),
-        process: format!("{id} 1"),
-        ..proto::Hello::default()
-    }
+    proto::Hello { role: role.into(), id: id.to_owned(), process: format!("{id} 1"), ..proto::Hello::default() }
 }

@@ -35,23 +35,14 @@ impl World {
     pub async fn with(operators: usize) -> Self {
         // RUST_LOG=operator=debug shows what the operators do
         let filter = tracing_subscriber::EnvFilter::from_default_env();
-        let _ = tracing_subscriber::fmt()
-            .with_env_filter(filter)
-            .with_test_writer()
-            .try_init();
+        let _ = tracing_subscriber::fmt().with_env_filter(filter).with_test_writer().try_init();
         let mut listeners = Vec::new();
         for _ in 0..operators {
             listeners.push(TcpListener::bind("127.0.0.1:0").await.unwrap());
         }
-        let addresses: Vec<_> = listeners
-            .iter()
-            .map(|one| one.local_addr().unwrap().to_string())
-            .collect();
+        let addresses: Vec<_> = listeners.iter().map(|one| one.local_addr().unwrap().to_string()).collect();
         drop(listeners);
-        Self {
-            cluster: Cluster::start(addresses.clone(), description()),
-            addresses,
-        }
+        Self { cluster: Cluster::start(addresses.clone(), description()), addresses }
     }
 
     /// A cluster, an operator, and the model `tiny` with two shards, Ready.
@@ -80,8 +71,7 @@ impl World {
         let settings = Settings {
             namespaces: Vec::new(),
             namespace: "default".to_owned(),
-            router_selector: "app.kubernetes.io/name=modelfleet,app.kubernetes.io/component=router"
-                .to_owned(),
+            router_selector: "app.kubernetes.io/name=modelfleet,app.kubernetes.io/component=router".to_owned(),
             lease: lease.to_owned(),
             identity: format!("operator-{at}"),
             timing: Timing {
@@ -101,17 +91,9 @@ impl World {
         let mut tasks = JoinSet::new();
         let served = fleet.clone();
         tasks.spawn(async move {
-            served
-                .serve(listener, std::future::pending())
-                .await
-                .unwrap();
+            served.serve(listener, std::future::pending()).await.unwrap();
         });
-        tasks.spawn(controller::run(
-            client,
-            settings,
-            fleet,
-            std::future::pending(),
-        ));
+        tasks.spawn(controller::run(client, settings, fleet, std::future::pending()));
         Operator { tasks }
     }
 
@@ -130,11 +112,7 @@ impl World {
     pub async fn until(&self, what: &str, is: impl Fn(&Self) -> bool) {
         let end = Instant::now() + PATIENCE;
         while !is(self) {
-            assert!(
-                Instant::now() < end,
-                "never: {what}; status: {:#}",
-                self.status()
-            );
+            assert!(Instant::now() < end, "never: {what}; status: {:#}", self.status());
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     }
@@ -143,45 +121,32 @@ impl World {
     pub async fn ready(&self) {
         self.until("Ready", |world| {
             let md = world.api().get("modeldeployments", "tiny").unwrap();
-            md["status"]["summary"] == "Ready"
-                && md["status"]["observedGeneration"] == md["metadata"]["generation"]
+            md["status"]["summary"] == "Ready" && md["status"]["observedGeneration"] == md["metadata"]["generation"]
         })
         .await;
     }
 
     /// Waits until the STATUS column has this.
     pub async fn says(&self, summary: &str) {
-        self.until(summary, |world| {
-            world.status()["summary"]
-                .as_str()
-                .is_some_and(|text| text.starts_with(summary))
-        })
-        .await;
+        self.until(summary, |world| world.status()["summary"].as_str().is_some_and(|text| text.starts_with(summary)))
+            .await;
     }
 
     /// The status of the model.
     pub fn status(&self) -> Value {
-        self.api()
-            .get("modeldeployments", "tiny")
-            .map(|md| md["status"].clone())
-            .unwrap_or_default()
+        self.api().get("modeldeployments", "tiny").map(|md| md["status"].clone()).unwrap_or_default()
     }
 
     /// One condition of the model.
     pub fn condition(&self, kind: &str) -> Value {
         let status = self.status();
-        let mut all = status["conditions"]
-            .as_array()
-            .cloned()
-            .unwrap_or_default()
-            .into_iter();
+        let mut all = status["conditions"].as_array().cloned().unwrap_or_default().into_iter();
         all.find(|one| one["type"] == kind).unwrap_or_default()
     }
 
     /// Changes the model as a user would.
     pub fn edit(&self, edit: impl FnOnce(&mut Value)) {
-        self.api()
-            .edit("modeldeployments", "tiny", |md| edit(&mut md["spec"]));
+        self.api().edit("modeldeployments", "tiny", |md| edit(&mut md["spec"]));
     }
 
     /// The names of the objects of a kind.
@@ -192,17 +157,8 @@ impl World {
 
     /// Everything that the operator owns, without what each run numbers anew.
     pub fn objects(&self) -> Value {
-        let kinds = [
-            "statefulsets",
-            "services",
-            "serviceaccounts",
-            "configmaps",
-            "poddisruptionbudgets",
-            "jobs",
-        ];
-        let of = |plural: &str| -> Vec<Value> {
-            self.api().list(plural).into_iter().map(masked).collect()
-        };
+        let kinds = ["statefulsets", "services", "serviceaccounts", "configmaps", "poddisruptionbudgets", "jobs"];
+        let of = |plural: &str| -> Vec<Value> { self.api().list(plural).into_iter().map(masked).collect() };
         kinds
             .into_iter()
             .map(|plural| (plural.to_owned(), Value::Array(of(plural))))
@@ -212,30 +168,14 @@ impl World {
 
     /// `kind name generation` of everything.
     pub fn generations(&self) -> Vec<String> {
-        let kinds = [
-            "statefulsets",
-            "services",
-            "configmaps",
-            "poddisruptionbudgets",
-            "pods",
-            "modeldeployments",
-        ];
+        let kinds = ["statefulsets", "services", "configmaps", "poddisruptionbudgets", "pods", "modeldeployments"];
         let line = |plural: &str, object: &Value| {
             let metadata = &object["metadata"];
-            format!(
-                "{plural} {} {} {}",
-                metadata["name"], metadata["uid"], metadata["generation"]
-            )
+            format!("{plural} {} {} {}", metadata["name"], metadata["uid"], metadata["generation"])
         };
         kinds
             .iter()
-            .flat_map(|plural| {
-                self.api()
-                    .list(plural)
-                    .iter()
-                    .map(|one| line(plural, one))
-                    .collect::<Vec<_>>()
-            })
+            .flat_map(|plural| self.api().list(plural).iter().map(|one| line(plural, one)).collect::<Vec<_>>())
             .collect()
     }
 }
@@ -273,19 +213,10 @@ fn description() -> Value {
 
 fn masked(mut object: Value) -> Value {
     let metadata = object["metadata"].as_object_mut().unwrap();
-    for field in [
-        "uid",
-        "resourceVersion",
-        "generation",
-        "creationTimestamp",
-        "ownerReferences",
-    ] {
+    for field in ["uid", "resourceVersion", "generation", "creationTimestamp", "ownerReferences"] {
         metadata.remove(field);
     }
-    if let Some(annotations) = metadata
-        .get_mut("annotations")
-        .and_then(Value::as_object_mut)
-    {
+    if let Some(annotations) = metadata.get_mut("annotations").and_then(Value::as_object_mut) {
         annotations.remove("modelfleet.io/rendered");
     }
     object.as_object_mut().unwrap().remove("status");

@@ -7,17 +7,12 @@ use std::time::Instant;
 
 use engine::{Engine, Event, Held, NoPeers, Options, Request, Sampling, load};
 
-const TINY_R1: &str = concat!(
-    env!("CARGO_MANIFEST_DIR"),
-    "/../../manifests/models/tiny-r1"
-);
+const TINY_R1: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../manifests/models/tiny-r1");
 const PROMPT: usize = 64;
 const ANSWER: usize = 256;
 
 fn main() -> Result<(), engine::Error> {
-    let folder = std::env::args()
-        .skip(1)
-        .find(|argument| !argument.starts_with('-'));
+    let folder = std::env::args().skip(1).find(|argument| !argument.starts_with('-'));
     let dir = PathBuf::from(folder.unwrap_or_else(|| TINY_R1.into()));
     let options = Options {
         kv_cache_tokens: 8 * (PROMPT + ANSWER),
@@ -39,9 +34,7 @@ fn main() -> Result<(), engine::Error> {
 fn run(engine: &mut impl Engine, requests: usize) -> Result<(f64, f64), engine::Error> {
     for index in 0..requests {
         let request = Request {
-            prompt: (0..PROMPT)
-                .map(|at| ((at * 37 + index * 11) % 500) as u32)
-                .collect(),
+            prompt: (0..PROMPT).map(|at| ((at * 37 + index * 11) % 500) as u32).collect(),
             max_tokens: ANSWER,
             stop_tokens: Vec::new(),
             sampling: Sampling::default(),
@@ -54,20 +47,14 @@ fn run(engine: &mut impl Engine, requests: usize) -> Result<(f64, f64), engine::
     let mut first = None;
     while !engine.is_idle() {
         let events = ready(engine.step(&mut NoPeers))?;
-        drawn += events
-            .iter()
-            .filter(|event| matches!(event, Event::Token { .. }))
-            .count();
+        drawn += events.iter().filter(|event| matches!(event, Event::Token { .. })).count();
         if drawn >= requests {
             first.get_or_insert_with(|| (drawn, start.elapsed()));
         }
     }
     let (early, until) = first.unwrap_or((drawn, start.elapsed()));
     let rest = (start.elapsed() - until).as_secs_f64();
-    Ok((
-        (requests * PROMPT) as f64 / until.as_secs_f64(),
-        (drawn - early) as f64 / rest,
-    ))
+    Ok(((requests * PROMPT) as f64 / until.as_secs_f64(), (drawn - early) as f64 / rest))
 }
 
 /// Without peers no step ever waits.

@@ -24,22 +24,14 @@ struct Repeated {
 impl std::fmt::Debug for Repeated {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         // without the prompt, which is nobody's business in a log
-        f.debug_struct("Repeated")
-            .field("id", &self.id)
-            .field("drawn", &self.drawn)
-            .finish()
+        f.debug_struct("Repeated").field("id", &self.id).field("drawn", &self.drawn).finish()
     }
 }
 
 impl Echo {
     /// An engine that runs `slots` sequences at once and lets the others wait.
     pub fn new(limits: Limits, slots: usize) -> Self {
-        Echo {
-            limits,
-            slots: slots.max(1),
-            next: 0,
-            sequences: VecDeque::new(),
-        }
+        Echo { limits, slots: slots.max(1), next: 0, sequences: VecDeque::new() }
     }
 
     fn running(&self) -> usize {
@@ -49,13 +41,7 @@ impl Echo {
 
 impl Default for Echo {
     fn default() -> Self {
-        Echo::new(
-            Limits {
-                max_context_tokens: 4096,
-                vocab_size: 1 << 17,
-            },
-            64,
-        )
+        Echo::new(Limits { max_context_tokens: 4096, vocab_size: 1 << 17 }, 64)
     }
 }
 
@@ -64,11 +50,7 @@ impl Engine for Echo {
         request.check(&self.limits)?;
         let id = SequenceId(self.next);
         self.next += 1;
-        self.sequences.push_back(Repeated {
-            id,
-            request,
-            drawn: 0,
-        });
+        self.sequences.push_back(Repeated { id, request, drawn: 0 });
         Ok(id)
     }
 
@@ -93,11 +75,7 @@ impl Engine for Echo {
 
     fn load(&self) -> Load {
         let running = self.running();
-        let used = self
-            .sequences
-            .iter()
-            .take(running)
-            .map(|r| r.request.prompt.len() + r.drawn);
+        let used = self.sequences.iter().take(running).map(|r| r.request.prompt.len() + r.drawn);
         Load {
             waiting: self.sequences.len() - running,
             running,
@@ -114,16 +92,9 @@ impl Engine for Echo {
 impl Repeated {
     fn advance(&mut self, events: &mut Vec<Event>) {
         let (sequence, request) = (self.id, &self.request);
-        let certain = |token| TokenLogprob {
-            logprob: 0.0,
-            top: vec![(token, 0.0)],
-        };
+        let certain = |token| TokenLogprob { logprob: 0.0, top: vec![(token, 0.0)] };
         if self.drawn == 0 && request.prompt_logprobs {
-            let seen = request
-                .prompt
-                .iter()
-                .skip(1)
-                .map(|&token| Some(certain(token)));
+            let seen = request.prompt.iter().skip(1).map(|&token| Some(certain(token)));
             let logprobs = std::iter::once(None).chain(seen).collect();
             events.push(Event::Prompt { sequence, logprobs });
         }
@@ -131,24 +102,14 @@ impl Repeated {
         if self.drawn < request.max_tokens {
             let token = request.prompt[self.drawn % request.prompt.len()];
             let logprob = request.logprobs.map(|_| certain(token));
-            events.push(Event::Token {
-                sequence,
-                token,
-                logprob,
-            });
+            events.push(Event::Token { sequence, token, logprob });
             self.drawn += 1;
             last = Some(token);
         }
         if last.is_some_and(|token| request.stop_tokens.contains(&token)) {
-            events.push(Event::Finished {
-                sequence,
-                reason: Finish::Stop,
-            });
+            events.push(Event::Finished { sequence, reason: Finish::Stop });
         } else if self.drawn >= request.max_tokens {
-            events.push(Event::Finished {
-                sequence,
-                reason: Finish::Length,
-            });
+            events.push(Event::Finished { sequence, reason: Finish::Length });
         }
     }
 }
@@ -201,23 +162,14 @@ mod tests {
     fn the_prompt_comes_back_round_and_round() {
         let mut echo = Echo::default();
         echo.submit(request(&[3, 4], 5)).unwrap();
-        assert_eq!(
-            drain(&mut echo),
-            (vec![3, 4, 3, 4, 3], Some(Finish::Length))
-        );
+        assert_eq!(drain(&mut echo), (vec![3, 4, 3, 4, 3], Some(Finish::Length)));
         echo.submit(request(&[3, 9], 5)).unwrap();
         assert_eq!(drain(&mut echo), (vec![3, 9], Some(Finish::Stop)));
     }
 
     #[test]
     fn slots_bound_what_runs_and_cancelling_frees_one() {
-        let mut echo = Echo::new(
-            Limits {
-                max_context_tokens: 10,
-                vocab_size: 10,
-            },
-            1,
-        );
+        let mut echo = Echo::new(Limits { max_context_tokens: 10, vocab_size: 10 }, 1);
         let first = echo.submit(request(&[1], 5)).unwrap();
         echo.submit(request(&[2], 5)).unwrap();
         assert_eq!((echo.load().running, echo.load().waiting), (1, 1));

@@ -160,10 +160,7 @@ pub trait Engine {
     ///
     /// # Errors
     /// [`Error`] only if no sequence can go on; what ends one sequence is an [`Event::Failed`].
-    fn step<E: Exchange>(
-        &mut self,
-        exchange: &mut E,
-    ) -> impl Future<Output = Result<Vec<Event>, Error>>;
+    fn step<E: Exchange>(&mut self, exchange: &mut E) -> impl Future<Output = Result<Vec<Event>, Error>>;
 
     /// Whether a step would have nothing to do.
     fn is_idle(&self) -> bool;
@@ -186,22 +183,10 @@ impl Request {
         }
         let known = |token: u32| (token as usize) < limits.vocab_size;
         let bias = self.sampling.logit_bias.iter().map(|&(token, _)| token);
-        if let Some(token) = self
-            .prompt
-            .iter()
-            .copied()
-            .chain(bias)
-            .find(|&token| !known(token))
-        {
-            return Err(Refusal::UnknownToken {
-                token,
-                vocab_size: limits.vocab_size,
-            });
+        if let Some(token) = self.prompt.iter().copied().chain(bias).find(|&token| !known(token)) {
+            return Err(Refusal::UnknownToken { token, vocab_size: limits.vocab_size });
         }
-        if self
-            .tokens()
-            .is_none_or(|tokens| tokens > limits.max_context_tokens)
-        {
+        if self.tokens().is_none_or(|tokens| tokens > limits.max_context_tokens) {
             return Err(Refusal::Context {
                 prompt: self.prompt.len(),
                 max_tokens: self.max_tokens,
@@ -222,54 +207,17 @@ impl Sampling {
     fn check(&self) -> Result<(), Refusal> {
         let finite = |value: f32| value.is_finite();
         let rules: [(&'static str, f32, bool, &'static str); 6] = [
-            (
-                "temperature",
-                self.temperature,
-                self.temperature >= 0.0,
-                "0 or more",
-            ),
-            (
-                "top_p",
-                self.top_p,
-                self.top_p > 0.0 && self.top_p <= 1.0,
-                "above 0 and at most 1",
-            ),
-            (
-                "min_p",
-                self.min_p,
-                (0.0..=1.0).contains(&self.min_p),
-                "from 0 to 1",
-            ),
-            (
-                "repetition_penalty",
-                self.repetition_penalty,
-                self.repetition_penalty > 0.0,
-                "above 0",
-            ),
-            (
-                "presence_penalty",
-                self.presence_penalty,
-                true,
-                "a finite number",
-            ),
-            (
-                "frequency_penalty",
-                self.frequency_penalty,
-                true,
-                "a finite number",
-            ),
+            ("temperature", self.temperature, self.temperature >= 0.0, "0 or more"),
+            ("top_p", self.top_p, self.top_p > 0.0 && self.top_p <= 1.0, "above 0 and at most 1"),
+            ("min_p", self.min_p, (0.0..=1.0).contains(&self.min_p), "from 0 to 1"),
+            ("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0.0, "above 0"),
+            ("presence_penalty", self.presence_penalty, true, "a finite number"),
+            ("frequency_penalty", self.frequency_penalty, true, "a finite number"),
         ];
-        let bias = self
-            .logit_bias
-            .iter()
-            .map(|&(_, bias)| ("logit_bias", bias, true, "a finite number"));
+        let bias = self.logit_bias.iter().map(|&(_, bias)| ("logit_bias", bias, true, "a finite number"));
         for (name, value, holds, accepted) in rules.into_iter().chain(bias) {
             if !(holds && finite(value)) {
-                return Err(Refusal::Sampling {
-                    name,
-                    value,
-                    accepted,
-                });
+                return Err(Refusal::Sampling { name, value, accepted });
             }
         }
         Ok(())

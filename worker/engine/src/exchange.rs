@@ -27,14 +27,8 @@ impl WireDtype {
     /// Rounds values to the wire: to the nearest, ties to even.
     pub(crate) fn encode(self, values: &[f32]) -> Vec<u8> {
         match self {
-            WireDtype::Bf16 => values
-                .iter()
-                .flat_map(|&value| bf16::from_f32(value).to_le_bytes())
-                .collect(),
-            WireDtype::F32 => values
-                .iter()
-                .flat_map(|value| value.to_le_bytes())
-                .collect(),
+            WireDtype::Bf16 => values.iter().flat_map(|&value| bf16::from_f32(value).to_le_bytes()).collect(),
+            WireDtype::F32 => values.iter().flat_map(|value| value.to_le_bytes()).collect(),
         }
     }
 
@@ -102,9 +96,6 @@ impl Exchange for NoPeers {
     }
 
     fn join(&mut self, pairs: u32) -> impl Future<Output = Replies> {
-        ready(Replies {
-            rows: Vec::new(),
-            missing: (0..pairs).collect(),
-        })
+        ready(Replies { rows: Vec::new(), missing: (0..pairs).collect() })
     }
 }

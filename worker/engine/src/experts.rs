@@ -25,9 +25,7 @@ impl Held {
     /// Whether an expert of a layer is among them.
     pub(crate) fn holds(&self, layer: usize, expert: usize) -> bool {
         let Some(layers) = &self.0 else { return true };
-        layers
-            .get(&layer)
-            .is_some_and(|experts| experts.contains(&expert))
+        layers.get(&layer).is_some_and(|experts| experts.contains(&expert))
     }
 
     /// Refuses layers and experts that a model does not have.
@@ -58,12 +56,7 @@ pub struct Experts {
 impl Experts {
     /// `bytes`: what they take.
     pub(crate) fn new(hidden: usize, dtype: WireDtype, bytes: u64, layers: ByLayer) -> Self {
-        Experts {
-            hidden,
-            dtype,
-            bytes,
-            layers,
-        }
+        Experts { hidden, dtype, bytes, layers }
     }
 
     /// Computes what each pair's expert makes of its row: `[pairs, hidden]`, little endian, in the
@@ -82,8 +75,7 @@ impl Experts {
             let wanted = &batch.pair_rows[start..start + pairs.len()];
             for (to, &row) in rows.chunks_exact_mut(self.hidden).zip(wanted) {
                 let row = row as usize;
-                self.dtype
-                    .decode(&batch.rows[row * row_bytes..(row + 1) * row_bytes], to);
+                self.dtype.decode(&batch.rows[row * row_bytes..(row + 1) * row_bytes], to);
             }
             let expert = self.find(batch.layer, pairs[0] as usize)?;
             answers.extend(self.dtype.encode(&expert.forward(&rows)));
@@ -102,11 +94,7 @@ impl Experts {
             let reason = format!("{rows} rows are named for {experts} experts");
             return Err(ExpertsError::Pairs { reason });
         }
-        if let Some(named) = batch
-            .pair_rows
-            .iter()
-            .find(|&&named| named as usize >= bytes / row)
-        {
+        if let Some(named) = batch.pair_rows.iter().find(|&&named| named as usize >= bytes / row) {
             let reason = format!("row {named} is named; {} were sent", bytes / row);
             return Err(ExpertsError::Pairs { reason });
         }
@@ -115,12 +103,8 @@ impl Experts {
     }
 
     fn find(&self, layer: usize, expert: usize) -> Result<&Mlp, ExpertsError> {
-        let held = self
-            .layers
-            .get(layer)
-            .and_then(|experts| experts.get(expert));
-        held.and_then(Option::as_ref)
-            .ok_or(ExpertsError::NotHeld { layer, expert })
+        let held = self.layers.get(layer).and_then(|experts| experts.get(expert));
+        held.and_then(Option::as_ref).ok_or(ExpertsError::NotHeld { layer, expert })
     }
 
     /// How rows travel.

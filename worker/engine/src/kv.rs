@@ -39,11 +39,7 @@ pub(crate) struct Pages {
 impl Pages {
     /// As many whole pages as `tokens` fill.
     pub(crate) fn new(tokens: usize) -> Self {
-        Pages {
-            total: (tokens / PAGE_TOKENS).min(u32::MAX as usize),
-            fresh: 0,
-            free: Vec::new(),
-        }
+        Pages { total: (tokens / PAGE_TOKENS).min(u32::MAX as usize), fresh: 0, free: Vec::new() }
     }
 
     /// All pages there are, used or not.
@@ -90,11 +86,7 @@ pub(crate) struct Cache {
 impl Cache {
     /// `width`: values cached for a token and layer.
     pub(crate) fn new(layers: usize, width: usize) -> Self {
-        Cache {
-            layers,
-            width,
-            pages: Vec::new(),
-        }
+        Cache { layers, width, pages: Vec::new() }
     }
 
     /// Writes the latent of one token; what was there is forgotten.
@@ -117,22 +109,13 @@ impl Cache {
     }
 
     /// The latents of a sequence's first `length` tokens, page by page: `[up to PAGE_TOKENS, width]`.
-    pub(crate) fn read(
-        &self,
-        layer: usize,
-        pages: &[u32],
-        length: usize,
-    ) -> impl Iterator<Item = &[f32]> {
+    pub(crate) fn read(&self, layer: usize, pages: &[u32], length: usize) -> impl Iterator<Item = &[f32]> {
         let span = PAGE_TOKENS * self.width;
-        pages
-            .iter()
-            .take(length.div_ceil(PAGE_TOKENS))
-            .enumerate()
-            .map(move |(index, &page)| {
-                let tokens = PAGE_TOKENS.min(length - index * PAGE_TOKENS);
-                let start = layer * span;
-                &self.pages[page as usize][start..start + tokens * self.width]
-            })
+        pages.iter().take(length.div_ceil(PAGE_TOKENS)).enumerate().map(move |(index, &page)| {
+            let tokens = PAGE_TOKENS.min(length - index * PAGE_TOKENS);
+            let start = layer * span;
+            &self.pages[page as usize][start..start + tokens * self.width]
+        })
     }
 }
 
@@ -185,9 +168,7 @@ mod tests {
         }
         for layer in 0..2 {
             let read: Vec<f32> = cache.read(layer, &pages, 37).flatten().copied().collect();
-            let want: Vec<f32> = (0..37)
-                .flat_map(|at| [(layer * 100 + at) as f32; 3])
-                .collect();
+            let want: Vec<f32> = (0..37).flat_map(|at| [(layer * 100 + at) as f32; 3]).collect();
             assert_eq!(read, want);
         }
     }

@@ -23,9 +23,7 @@ use std::sync::Arc;
 
 pub use description::{DescribedFile, Description, MoeLayer};
 pub use echo::Echo;
-pub use engine::{
-    Engine, Event, Finish, Limits, Load, Request, Sampling, SequenceId, TokenLogprob,
-};
+pub use engine::{Engine, Event, Finish, Limits, Load, Request, Sampling, SequenceId, TokenLogprob};
 pub use error::{Error, ExpertsError, Refusal};
 pub use exchange::{Exchange, ExpertBatch, NoPeers, Replies, WireDtype};
 pub use experts::{Experts, Held};
@@ -50,12 +48,7 @@ fn check(files: &dyn ModelFiles) -> Result<Checked<'_>, Error> {
     let shelf = Shelf::open(files)?;
     family.check(&shelf)?;
     let tally = weigh(&family, &shelf, &Held::all())?;
-    Ok(Checked {
-        architecture,
-        family,
-        shelf,
-        tally,
-    })
+    Ok(Checked { architecture, family, shelf, tally })
 }
 
 /// What a worker weighs that holds these experts.
@@ -71,20 +64,12 @@ fn weigh(family: &Family, shelf: &Shelf<'_>, held: &Held) -> Result<Tally, Error
 /// # Errors
 /// [`Error`] if a file is missing, damaged, or of an architecture that is not known.
 pub fn describe(files: &dyn ModelFiles) -> Result<Description, Error> {
-    let Checked {
-        architecture,
-        family,
-        tally,
-        ..
-    } = check(files)?;
+    let Checked { architecture, family, tally, .. } = check(files)?;
     let shape = family.shape();
     let moe_layers = tally
         .experts
         .iter()
-        .map(|(&layer, &(bytes, experts))| MoeLayer {
-            layer: layer as u64,
-            expert_bytes: bytes.div_ceil(experts),
-        });
+        .map(|(&layer, &(bytes, experts))| MoeLayer { layer: layer as u64, expert_bytes: bytes.div_ceil(experts) });
     Ok(Description {
         architecture: architecture.into(),
         dtype: tally.dtype().into(),
@@ -117,12 +102,7 @@ pub fn load(
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<(ModelEngine, Arc<Experts>), Error> {
     let files = LocalFiles(dir.into());
-    let Checked {
-        family,
-        shelf,
-        tally,
-        ..
-    } = check(&files)?;
+    let Checked { family, shelf, tally, .. } = check(&files)?;
     let (shape, dtype) = (family.shape(), tally.wire());
     held.check(&shape.moe_layers, shape.experts)?;
     options.check(shape)?;
@@ -131,8 +111,5 @@ pub fn load(
     let loader = Loader::new(&shelf, Mode::Read, own.dense_bytes + bytes, progress);
     let (model, experts) = family.load(&loader.weights(), held)?;
     let experts = Arc::new(Experts::new(shape.hidden, dtype, bytes, experts));
-    Ok((
-        ModelEngine::new(model, experts.clone(), shape, options),
-        experts,
-    ))
+    Ok((ModelEngine::new(model, experts.clone(), shape, options), experts))
 }

@@ -38,19 +38,12 @@ pub(crate) struct Tally {
 impl Tally {
     /// The type that most bytes are stored in.
     pub(crate) fn dtype(&self) -> &'static str {
-        self.by_dtype
-            .iter()
-            .max_by_key(|&(_, bytes)| bytes)
-            .map_or("f32", |(name, _)| name)
+        self.by_dtype.iter().max_by_key(|&(_, bytes)| bytes).map_or("f32", |(name, _)| name)
     }
 
     /// How rows of this model's experts travel.
     pub(crate) fn wire(&self) -> WireDtype {
-        if self.dtype() == "f32" {
-            WireDtype::F32
-        } else {
-            WireDtype::Bf16
-        }
+        if self.dtype() == "f32" { WireDtype::F32 } else { WireDtype::Bf16 }
     }
 
     /// Bytes of all experts named.
@@ -71,30 +64,14 @@ pub(crate) struct Loader<'a> {
 
 impl<'a> Loader<'a> {
     /// `total`: bytes that `progress` is told there are to read.
-    pub(crate) fn new(
-        shelf: &'a Shelf<'a>,
-        mode: Mode,
-        total: u64,
-        progress: &'a mut dyn FnMut(u64, u64),
-    ) -> Self {
+    pub(crate) fn new(shelf: &'a Shelf<'a>, mode: Mode, total: u64, progress: &'a mut dyn FnMut(u64, u64)) -> Self {
         let (tally, done) = (RefCell::default(), Cell::new(0));
-        Loader {
-            shelf,
-            mode,
-            tally,
-            total,
-            done,
-            progress: RefCell::new(progress),
-        }
+        Loader { shelf, mode, tally, total, done, progress: RefCell::new(progress) }
     }
 
     /// The model's tensors, from the top of their names.
     pub(crate) fn weights(&self) -> Weights<'_, 'a> {
-        Weights {
-            loader: self,
-            prefix: String::new(),
-            expert_of: None,
-        }
+        Weights { loader: self, prefix: String::new(), expert_of: None }
     }
 
     /// What was named.
@@ -114,46 +91,25 @@ impl<'w, 'f> Weights<'w, 'f> {
     /// Those one name further down.
     pub(crate) fn at(&self, name: impl std::fmt::Display) -> Weights<'w, 'f> {
         let prefix = format!("{}{name}.", self.prefix);
-        Weights {
-            loader: self.loader,
-            prefix,
-            expert_of: self.expert_of,
-        }
+        Weights { loader: self.loader, prefix, expert_of: self.expert_of }
     }
 
     /// Those of one routed expert, counted as such.
     pub(crate) fn expert(&self, layer: usize, expert: usize) -> Weights<'w, 'f> {
         let loader = self.loader;
-        loader
-            .tally
-            .borrow_mut()
-            .experts
-            .entry(layer)
-            .or_default()
-            .1 += 1;
-        Weights {
-            expert_of: Some(layer),
-            ..self.at(expert)
-        }
+        loader.tally.borrow_mut().experts.entry(layer).or_default().1 += 1;
+        Weights { expert_of: Some(layer), ..self.at(expert) }
     }
 
     /// A matrix in the file's type.
-    pub(crate) fn matrix(
-        &self,
-        name: &str,
-        outputs: usize,
-        inputs: usize,
-    ) -> Result<Matrix, Error> {
+    pub(crate) fn matrix(&self, name: &str, outputs: usize, inputs: usize) -> Result<Matrix, Error> {
         self.keep(name, self.tensor(name, &[outputs, inputs])?)
     }
 
     /// A vector, widened to f32.
     pub(crate) fn vector(&self, name: &str, length: usize) -> Result<Vec<f32>, Error> {
         let tensor = self.tensor(name, &[length])?;
-        tensor
-            .to_dtype(DType::F32)
-            .and_then(|tensor| tensor.to_vec1())
-            .map_err(|source| self.failed(name, source))
+        tensor.to_dtype(DType::F32).and_then(|tensor| tensor.to_vec1()).map_err(|source| self.failed(name, source))
     }
 
     /// Parts the matrix that makes keys and values out of latents: for each head the keys' part
@@ -167,16 +123,10 @@ impl<'w, 'f> Weights<'w, 'f> {
         rank: usize,
     ) -> Result<(Vec<Matrix>, Vec<Matrix>), Error> {
         let whole = self.tensor(name, &[heads * (key + value), rank])?;
-        let part = |start: usize, rows: usize| {
-            whole
-                .narrow(0, start, rows)
-                .map_err(|source| self.failed(name, source))
-        };
+        let part = |start: usize, rows: usize| whole.narrow(0, start, rows).map_err(|source| self.failed(name, source));
         let (mut keys, mut values) = (Vec::new(), Vec::new());
         for start in (0..heads).map(|head| head * (key + value)) {
-            let transposed = part(start, key)?
-                .t()
-                .map_err(|source| self.failed(name, source))?;
+            let transposed = part(start, key)?.t().map_err(|source| self.failed(name, source))?;
             keys.push(self.keep(name, transposed)?);
             values.push(self.keep(name, part(start + key, value)?)?);
         }
@@ -186,9 +136,7 @@ impl<'w, 'f> Weights<'w, 'f> {
     fn keep(&self, name: &str, tensor: Tensor) -> Result<Matrix, Error> {
         let tensor = match self.loader.mode {
             Mode::Check => tensor,
-            Mode::Read => tensor
-                .contiguous()
-                .map_err(|source| self.failed(name, source))?,
+            Mode::Read => tensor.contiguous().map_err(|source| self.failed(name, source))?,
         };
         Ok(Matrix::new(tensor).expect("the shelf hands out only types that matrices take"))
     }
@@ -223,9 +171,6 @@ impl<'w, 'f> Weights<'w, 'f> {
     }
 
     fn failed(&self, name: &str, source: candle_core::Error) -> Error {
-        Error::Keep {
-            tensor: format!("{}{name}", self.prefix),
-            source: Box::new(source),
-        }
+        Error::Keep { tensor: format!("{}{name}", self.prefix), source: Box::new(source) }
     }
 }

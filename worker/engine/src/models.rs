@@ -35,9 +35,8 @@ pub(crate) enum Family {
 type Reader = fn(&Fields) -> Result<Family, Error>;
 
 /// The architectures that are known. A new family is one line here and one file below.
-const KNOWN: &[(&str, Reader)] = &[("DeepseekV3ForCausalLM", |fields| {
-    deepseek_v3::Config::read(fields).map(Family::DeepseekV3)
-})];
+const KNOWN: &[(&str, Reader)] =
+    &[("DeepseekV3ForCausalLM", |fields| deepseek_v3::Config::read(fields).map(Family::DeepseekV3))];
 
 impl Family {
     /// Finds the family that a configuration names, and reads the rest of it.
@@ -45,17 +44,10 @@ impl Family {
     /// # Errors
     /// [`Error::Config`] if it names none that is known, or a field is out of range.
     pub(crate) fn read(fields: &Fields) -> Result<(&'static str, Self), Error> {
-        let named = fields
-            .get("architectures")
-            .and_then(|value| value.as_array());
-        let first = named
-            .and_then(|names| names.first())
-            .and_then(|name| name.as_str());
+        let named = fields.get("architectures").and_then(|value| value.as_array());
+        let first = named.and_then(|names| names.first()).and_then(|name| name.as_str());
         let Some((name, read)) = KNOWN.iter().find(|(name, _)| Some(*name) == first) else {
-            let known: Vec<String> = KNOWN
-                .iter()
-                .map(|(name, _)| format!("[{name:?}]"))
-                .collect();
+            let known: Vec<String> = KNOWN.iter().map(|(name, _)| format!("[{name:?}]")).collect();
             return Err(fields.wrong("architectures", &known.join(" or ")));
         };
         Ok((name, read(fields)?))
@@ -77,11 +69,7 @@ impl Family {
     /// Walks over the model's tensors; of the routed experts over those held.
     ///
     /// Returns the model and its experts.
-    pub(crate) fn load(
-        &self,
-        weights: &Weights<'_, '_>,
-        held: &Held,
-    ) -> Result<(Model, ByLayer), Error> {
+    pub(crate) fn load(&self, weights: &Weights<'_, '_>, held: &Held) -> Result<(Model, ByLayer), Error> {
         match self {
             Family::DeepseekV3(config) => {
                 let (model, experts) = deepseek_v3::DeepseekV3::load(config, weights, held)?;

@@ -18,15 +18,8 @@ impl History {
     /// Remembers only what `sampling` will ask for.
     pub(crate) fn new(prompt: &[u32], sampling: &Sampling) -> Self {
         let repeats = sampling.repetition_penalty != 1.0;
-        let prompt = if repeats {
-            prompt.iter().copied().collect()
-        } else {
-            BTreeSet::new()
-        };
-        History {
-            prompt,
-            answer: BTreeMap::new(),
-        }
+        let prompt = if repeats { prompt.iter().copied().collect() } else { BTreeSet::new() };
+        History { prompt, answer: BTreeMap::new() }
     }
 
     /// Adds a token that was drawn.
@@ -42,22 +35,14 @@ impl History {
 ///
 /// # Assumptions
 /// The logits are finite.
-pub(crate) fn draw(
-    mut logits: Vec<f32>,
-    sampling: &Sampling,
-    history: &History,
-    position: usize,
-) -> u32 {
+pub(crate) fn draw(mut logits: Vec<f32>, sampling: &Sampling, history: &History, position: usize) -> u32 {
     adjust(&mut logits, sampling, history);
     if sampling.temperature == 0.0 {
         return greatest(&logits);
     }
     let most = logits[greatest(&logits) as usize];
     let weight = |logit: f32| kernels::exp((logit - most) / sampling.temperature);
-    let mut left: Vec<(u32, f32)> = (0..)
-        .zip(logits)
-        .map(|(token, logit)| (token, weight(logit)))
-        .collect();
+    let mut left: Vec<(u32, f32)> = (0..).zip(logits).map(|(token, logit)| (token, weight(logit))).collect();
     if sampling.min_p > 0.0 {
         left.retain(|&(_, weight)| weight >= sampling.min_p); // the greatest weight is 1
     }
@@ -69,10 +54,7 @@ pub(crate) fn draw(
     if sampling.top_p < 1.0 {
         keep_nucleus(&mut left, sampling.top_p);
     }
-    pick(
-        &left,
-        uniform(sampling.seed, sampling.stream, position as u64),
-    )
+    pick(&left, uniform(sampling.seed, sampling.stream, position as u64))
 }
 
 fn adjust(logits: &mut [f32], sampling: &Sampling, history: &History) {
@@ -80,10 +62,7 @@ fn adjust(logits: &mut [f32], sampling: &Sampling, history: &History) {
         logits[token as usize] += bias;
     }
     if sampling.repetition_penalty != 1.0 {
-        let answered = history
-            .answer
-            .keys()
-            .filter(|token| !history.prompt.contains(token));
+        let answered = history.answer.keys().filter(|token| !history.prompt.contains(token));
         for &token in history.prompt.iter().chain(answered) {
             let logit = &mut logits[token as usize];
             *logit = match *logit > 0.0 {
@@ -93,8 +72,7 @@ fn adjust(logits: &mut [f32], sampling: &Sampling, history: &History) {
         }
     }
     for (&token, &count) in &history.answer {
-        logits[token as usize] -=
-            sampling.presence_penalty + sampling.frequency_penalty * count as f32;
+        logits[token as usize] -= sampling.presence_penalty + sampling.frequency_penalty * count as f32;
     }
 }
 
@@ -158,10 +136,7 @@ fn uniform(seed: u64, stream: u64, position: u64) -> f64 {
 /// The log probability of a token, with the `count` likeliest ones beside it.
 pub(crate) fn logprob(logits: &[f32], token: u32, count: usize) -> TokenLogprob {
     let most = logits[greatest(logits) as usize];
-    let sum: f64 = logits
-        .iter()
-        .map(|&logit| f64::from(kernels::exp(logit - most)))
-        .sum();
+    let sum: f64 = logits.iter().map(|&logit| f64::from(kernels::exp(logit - most))).sum();
     let all = sum.ln() as f32;
     let of = |logit: f32| logit - most - all;
     let mut top: Vec<(u32, f32)> = (0..).zip(logits.iter().copied()).collect();
@@ -172,10 +147,7 @@ pub(crate) fn logprob(logits: &[f32], token: u32, count: usize) -> TokenLogprob 
     }
     top.sort_unstable_by(likelier);
     top.iter_mut().for_each(|(_, logit)| *logit = of(*logit));
-    TokenLogprob {
-        logprob: of(logits[token as usize]),
-        top,
-    }
+    TokenLogprob { logprob: of(logits[token as usize]), top }
 }
 
 #[cfg(test)]
@@ -185,10 +157,7 @@ mod tests {
     use super::*;
 
     fn hot() -> Sampling {
-        Sampling {
-            temperature: 1.0,
-            ..Sampling::default()
-        }
+        Sampling { temperature: 1.0, ..Sampling::default() }
     }
 
     /// How often each token comes in `count` positions.
@@ -203,14 +172,7 @@ mod tests {
 
     #[test]
     fn greedy_takes_the_greatest_and_ties_by_lowest_id() {
-        let draw = |logits: &[f32]| {
-            draw(
-                logits.to_vec(),
-                &Sampling::default(),
-                &History::default(),
-                0,
-            )
-        };
+        let draw = |logits: &[f32]| draw(logits.to_vec(), &Sampling::default(), &History::default(), 0);
         assert_eq!(draw(&[0.0, 3.0, -1.0, 3.0]), 1);
         assert_eq!(draw(&[-2.0, -2.0]), 0);
     }
@@ -219,20 +181,11 @@ mod tests {
     fn draws_follow_the_probabilities_and_temperature_sharpens_them() {
         let logits = [0.0f32, 1.0, 2.0];
         for temperature in [0.5f32, 1.0, 2.0] {
-            let weights: Vec<f64> = logits
-                .iter()
-                .map(|&logit| f64::from(logit / temperature).exp())
-                .collect();
+            let weights: Vec<f64> = logits.iter().map(|&logit| f64::from(logit / temperature).exp()).collect();
             let all: f64 = weights.iter().sum();
-            let sampling = Sampling {
-                temperature,
-                ..hot()
-            };
+            let sampling = Sampling { temperature, ..hot() };
             for (share, weight) in shares(&logits, &sampling, 20_000).iter().zip(&weights) {
-                assert!(
-                    (share - weight / all).abs() < 0.015,
-                    "{temperature}: {share}"
-                );
+                assert!((share - weight / all).abs() < 0.015, "{temperature}: {share}");
             }
         }
     }
@@ -248,42 +201,11 @@ mod tests {
         assert_eq!(left(hot()), [0, 1, 2, 3]);
         assert_eq!(left(Sampling { top_k: 1, ..hot() }), [1]);
         assert_eq!(left(Sampling { top_k: 3, ..hot() }), [0, 1, 2]);
-        assert_eq!(
-            left(Sampling {
-                top_p: 0.3,
-                ..hot()
-            }),
-            [1]
-        );
-        assert_eq!(
-            left(Sampling {
-                top_p: 0.7,
-                ..hot()
-            }),
-            [1, 2]
-        );
-        assert_eq!(
-            left(Sampling {
-                top_p: 0.85,
-                ..hot()
-            }),
-            [0, 1, 2]
-        );
-        assert_eq!(
-            left(Sampling {
-                min_p: 0.5,
-                ..hot()
-            }),
-            [1, 2]
-        );
-        assert_eq!(
-            left(Sampling {
-                min_p: 0.5,
-                top_k: 1,
-                ..hot()
-            }),
-            [1]
-        );
+        assert_eq!(left(Sampling { top_p: 0.3, ..hot() }), [1]);
+        assert_eq!(left(Sampling { top_p: 0.7, ..hot() }), [1, 2]);
+        assert_eq!(left(Sampling { top_p: 0.85, ..hot() }), [0, 1, 2]);
+        assert_eq!(left(Sampling { min_p: 0.5, ..hot() }), [1, 2]);
+        assert_eq!(left(Sampling { min_p: 0.5, top_k: 1, ..hot() }), [1]);
     }
 
     #[test]
@@ -299,44 +221,17 @@ mod tests {
             logits
         };
         let none = Sampling::default();
-        assert_eq!(
-            adjusted(Sampling {
-                repetition_penalty: 2.0,
-                ..none.clone()
-            }),
-            [1.0, 1.0, -4.0, 2.0]
-        );
-        assert_eq!(
-            adjusted(Sampling {
-                presence_penalty: 0.5,
-                ..none.clone()
-            }),
-            [2.0, 1.5, -2.5, 2.0]
-        );
-        assert_eq!(
-            adjusted(Sampling {
-                frequency_penalty: 0.5,
-                ..none.clone()
-            }),
-            [2.0, 1.0, -2.5, 2.0]
-        );
-        assert_eq!(
-            adjusted(Sampling {
-                logit_bias: vec![(3, -9.0)],
-                ..none
-            }),
-            [2.0, 2.0, -2.0, -7.0]
-        );
+        assert_eq!(adjusted(Sampling { repetition_penalty: 2.0, ..none.clone() }), [1.0, 1.0, -4.0, 2.0]);
+        assert_eq!(adjusted(Sampling { presence_penalty: 0.5, ..none.clone() }), [2.0, 1.5, -2.5, 2.0]);
+        assert_eq!(adjusted(Sampling { frequency_penalty: 0.5, ..none.clone() }), [2.0, 1.0, -2.5, 2.0]);
+        assert_eq!(adjusted(Sampling { logit_bias: vec![(3, -9.0)], ..none }), [2.0, 2.0, -2.0, -7.0]);
     }
 
     #[test]
     fn random_numbers_are_fixed_for_ever() {
         // a worker of another release that takes a stream over must draw the same tokens
         let found = [uniform(0, 0, 0), uniform(1, 2, 3), uniform(u64::MAX, 0, 77)];
-        assert_eq!(
-            found,
-            [0.13870941014555427, 0.814259011529328, 0.6409660045763478]
-        );
+        assert_eq!(found, [0.13870941014555427, 0.814259011529328, 0.6409660045763478]);
     }
 
     #[test]
@@ -345,14 +240,7 @@ mod tests {
         let found = logprob(&logits, 3, 4);
         let sum: f32 = found.top.iter().map(|(_, logprob)| logprob.exp()).sum();
         assert!((sum - 1.0).abs() < 1e-6);
-        assert_eq!(
-            found
-                .top
-                .iter()
-                .map(|&(token, _)| token)
-                .collect::<Vec<_>>(),
-            [1, 2, 0, 3]
-        );
+        assert_eq!(found.top.iter().map(|&(token, _)| token).collect::<Vec<_>>(), [1, 2, 0, 3]);
         assert_eq!(found.logprob, found.top[3].1);
         assert_eq!(logprob(&logits, 0, 2).top.len(), 2);
         assert_eq!(logprob(&logits, 0, 9).top.len(), 4);

@@ -28,10 +28,7 @@ pub(crate) struct Sequence {
 impl std::fmt::Debug for Sequence {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         // without its tokens, which are nobody's business in a log
-        f.debug_struct("Sequence")
-            .field("id", &self.id)
-            .field("cached", &self.cached)
-            .finish()
+        f.debug_struct("Sequence").field("id", &self.id).field("cached", &self.cached).finish()
     }
 }
 
@@ -65,17 +62,12 @@ impl Sequence {
         let sequence = self.id;
         let count = logits.iter().filter(|logit| !logit.is_finite()).count();
         if count > 0 {
-            let error = Error::NotANumber {
-                position: position + 1,
-                count,
-            };
+            let error = Error::NotANumber { position: position + 1, count };
             return events.push(Event::Failed { sequence, error });
         }
         if let Some(&next) = self.request.prompt.get(position + 1) {
             let top = self.request.logprobs.unwrap_or(0);
-            return self
-                .prompt_logprobs
-                .push(Some(sample::logprob(&logits, next, top)));
+            return self.prompt_logprobs.push(Some(sample::logprob(&logits, next, top)));
         }
         if self.request.prompt_logprobs && position + 1 == self.request.prompt.len() {
             let logprobs = std::mem::take(&mut self.prompt_logprobs);
@@ -84,10 +76,7 @@ impl Sequence {
         if self.request.max_tokens > 0 {
             self.draw(position + 1, logits, events);
         } else {
-            events.push(Event::Finished {
-                sequence,
-                reason: Finish::Length,
-            });
+            events.push(Event::Finished { sequence, reason: Finish::Length });
         }
     }
 
@@ -96,23 +85,13 @@ impl Sequence {
         let before = request.logprobs.map(|count| (logits.clone(), count));
         let token = sample::draw(logits, &request.sampling, &self.history, position);
         let logprob = before.map(|(logits, count)| sample::logprob(&logits, token, count));
-        events.push(Event::Token {
-            sequence,
-            token,
-            logprob,
-        });
+        events.push(Event::Token { sequence, token, logprob });
         self.tokens.push(token);
         self.history.push(token);
         if request.stop_tokens.contains(&token) {
-            events.push(Event::Finished {
-                sequence,
-                reason: Finish::Stop,
-            });
+            events.push(Event::Finished { sequence, reason: Finish::Stop });
         } else if self.tokens.len() - request.prompt.len() >= request.max_tokens {
-            events.push(Event::Finished {
-                sequence,
-                reason: Finish::Length,
-            });
+            events.push(Event::Finished { sequence, reason: Finish::Length });
         }
     }
 }
@@ -136,14 +115,7 @@ pub(crate) struct Schedule {
 impl Schedule {
     pub(crate) fn new(pages: Pages, max_sequences: usize, prefill_chunk: usize) -> Self {
         let (waiting, running) = (VecDeque::new(), Vec::new());
-        Schedule {
-            waiting,
-            running,
-            pages,
-            max_sequences,
-            prefill_chunk,
-            next: 0,
-        }
+        Schedule { waiting, running, pages, max_sequences, prefill_chunk, next: 0 }
     }
 
     /// Lets a request wait for its turn.
@@ -176,22 +148,13 @@ impl Schedule {
         for (index, sequence) in self.running.iter().enumerate() {
             let unread = &sequence.tokens[sequence.cached..];
             let generates = sequence.cached >= sequence.request.prompt.len();
-            let tokens = if generates {
-                unread
-            } else {
-                &unread[..unread.len().min(budget)]
-            };
+            let tokens = if generates { unread } else { &unread[..unread.len().min(budget)] };
             if !generates {
                 budget -= tokens.len();
             }
             if !tokens.is_empty() {
                 let (start, pages) = (sequence.cached, &sequence.pages);
-                slices.push(Slice {
-                    sequence: index,
-                    start,
-                    tokens,
-                    pages,
-                });
+                slices.push(Slice { sequence: index, start, tokens, pages });
             }
         }
         slices
@@ -200,19 +163,13 @@ impl Schedule {
     /// The rows of slices that something is to be drawn or learnt from.
     pub(crate) fn wanted(&self, slices: &[Slice<'_>]) -> Vec<Wanted> {
         let mut wanted = Vec::new();
-        let rows = slices
-            .iter()
-            .flat_map(|slice| slice.positions().map(move |at| (slice, at)));
+        let rows = slices.iter().flat_map(|slice| slice.positions().map(move |at| (slice, at)));
         for (row, (slice, position)) in rows.enumerate() {
             let sequence = &self.running[slice.sequence];
             let last = position + 1 == sequence.tokens.len();
             let told = sequence.request.prompt_logprobs && position + 1 < sequence.tokens.len();
             if last || told {
-                wanted.push(Wanted {
-                    row,
-                    sequence: slice.sequence,
-                    position,
-                });
+                wanted.push(Wanted { row, sequence: slice.sequence, position });
             }
         }
         wanted
@@ -284,11 +241,9 @@ mod tests {
     #[test]
     fn prompts_share_the_chunk_and_generation_is_not_held_up() {
         let mut schedule = schedule(99);
-        [request(12, 5), request(4, 5), request(30, 5), request(1, 1)]
-            .into_iter()
-            .for_each(|r| {
-                schedule.push(r);
-            });
+        [request(12, 5), request(4, 5), request(30, 5), request(1, 1)].into_iter().for_each(|r| {
+            schedule.push(r);
+        });
         schedule.admit();
         assert_eq!(spans(&schedule), [(0, 0, 10)]);
         schedule.commit(0, 10);

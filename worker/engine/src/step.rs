@@ -32,20 +32,11 @@ impl Options {
     /// # Errors
     /// [`Error::Option`] with the option's value and what is accepted.
     pub(crate) fn check(&self, shape: &Shape) -> Result<(), Error> {
-        let refuse = |option, value: usize, accepted: String| {
-            Err(Error::Option {
-                option,
-                value: value.to_string(),
-                accepted,
-            })
-        };
+        let refuse =
+            |option, value: usize, accepted: String| Err(Error::Option { option, value: value.to_string(), accepted });
         let at_least = |least: usize| format!("use at least {least}");
         if self.kv_cache_tokens < PAGE_TOKENS {
-            return refuse(
-                "kv_cache_tokens",
-                self.kv_cache_tokens,
-                at_least(PAGE_TOKENS),
-            );
+            return refuse("kv_cache_tokens", self.kv_cache_tokens, at_least(PAGE_TOKENS));
         }
         if self.max_sequences == 0 {
             return refuse("max_sequences", 0, at_least(1));
@@ -79,12 +70,7 @@ pub struct ModelEngine {
 }
 
 impl ModelEngine {
-    pub(crate) fn new(
-        model: Model,
-        experts: Arc<Experts>,
-        shape: &Shape,
-        options: &Options,
-    ) -> Self {
+    pub(crate) fn new(model: Model, experts: Arc<Experts>, shape: &Shape, options: &Options) -> Self {
         let pages = Pages::new(options.kv_cache_tokens);
         ModelEngine {
             model,
@@ -100,10 +86,7 @@ impl ModelEngine {
     }
 
     fn forget_ended(&mut self, events: &[Event]) {
-        events
-            .iter()
-            .filter_map(Event::ends)
-            .for_each(|ended| self.schedule.remove(ended));
+        events.iter().filter_map(Event::ends).for_each(|ended| self.schedule.remove(ended));
     }
 }
 
@@ -128,33 +111,18 @@ impl Engine for ModelEngine {
         if slices.is_empty() {
             return Ok(Vec::new());
         }
-        let hidden = self
-            .model
-            .forward(&mut slices, &mut self.cache, &self.experts, exchange)
-            .await?;
+        let hidden = self.model.forward(&mut slices, &mut self.cache, &self.experts, exchange).await?;
 
         // from here on nothing waits, so a step that was given up has changed nothing
         let wanted = self.schedule.wanted(&slices);
-        let lengths: Vec<(usize, usize)> = slices
-            .iter()
-            .map(|slice| (slice.sequence, slice.positions().end))
-            .collect();
-        lengths
-            .into_iter()
-            .for_each(|(index, length)| self.schedule.commit(index, length));
+        let lengths: Vec<(usize, usize)> = slices.iter().map(|slice| (slice.sequence, slice.positions().end)).collect();
+        lengths.into_iter().for_each(|(index, length)| self.schedule.commit(index, length));
         let mut events = Vec::new();
         for wanted in wanted.chunks(LOGIT_ROWS) {
             let row = |row: usize| &hidden[row * self.hidden..(row + 1) * self.hidden];
-            let rows: Vec<f32> = wanted
-                .iter()
-                .flat_map(|wanted| row(wanted.row))
-                .copied()
-                .collect();
+            let rows: Vec<f32> = wanted.iter().flat_map(|wanted| row(wanted.row)).copied().collect();
             let logits = self.model.logits(&rows);
-            for (wanted, logits) in wanted
-                .iter()
-                .zip(logits.chunks_exact(self.limits.vocab_size))
-            {
+            for (wanted, logits) in wanted.iter().zip(logits.chunks_exact(self.limits.vocab_size)) {
                 self.schedule.take(wanted, logits.to_vec(), &mut events);
             }
         }

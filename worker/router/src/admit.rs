@@ -41,22 +41,15 @@ pub struct Scan<'a> {
 /// # Errors
 /// A refusal with status 400 that names the place, or the field and its range.
 pub fn scan(body: &[u8]) -> Result<Scan<'_>, Refusal> {
-    let text = std::str::from_utf8(body).map_err(|error| {
-        Refusal::invalid(
-            None,
-            format!("The body is not UTF-8 at byte {}", error.valid_up_to()),
-        )
-    })?;
+    let text = std::str::from_utf8(body)
+        .map_err(|error| Refusal::invalid(None, format!("The body is not UTF-8 at byte {}", error.valid_up_to())))?;
     check_depth(body)?;
     let keys: Keys<'_> = serde_json::from_str(text).map_err(|error| not_json(&error))?;
     keys.check()
 }
 
 fn not_json(error: &serde_json::Error) -> Refusal {
-    Refusal::invalid(
-        None,
-        format!("The body is not a JSON object as expected: {error}"),
-    )
+    Refusal::invalid(None, format!("The body is not a JSON object as expected: {error}"))
 }
 
 /// Refuses nesting deeper than [`DEPTH`] before anything recurses into it. Brackets in strings do not count.
@@ -80,10 +73,7 @@ fn check_depth(body: &[u8]) -> Result<(), Refusal> {
 
 /// The position after the string whose content begins at `at`, or the end of `body`.
 fn after_string(body: &[u8], mut at: usize) -> usize {
-    while let Some(found) = body
-        .get(at..)
-        .and_then(|rest| memchr::memchr2(b'"', b'\\', rest))
-    {
+    while let Some(found) = body.get(at..).and_then(|rest| memchr::memchr2(b'"', b'\\', rest)) {
         match body[at + found] {
             b'"' => return at + found + 1,
             _ => at += found + 2, // an escape, and what it escapes
@@ -109,10 +99,7 @@ impl<'a> Keys<'a> {
         let model = match self.model {
             Some(Kind::Text(model)) if !model.is_empty() => model,
             None => {
-                return Err(Refusal::invalid(
-                    Some("model"),
-                    "model is missing; name one of /v1/models",
-                ));
+                return Err(Refusal::invalid(Some("model"), "model is missing; name one of /v1/models"));
             }
             Some(other) => return Err(wrong("model", &other, "a string that is not empty")),
         };
@@ -120,11 +107,7 @@ impl<'a> Keys<'a> {
             None => 1,
             Some(Kind::Whole(n)) if (1..=CHOICES).contains(&n) => n as u32,
             Some(other) => {
-                return Err(wrong(
-                    "n",
-                    &other,
-                    &format!("a whole number from 1 to {CHOICES}"),
-                ));
+                return Err(wrong("n", &other, &format!("a whole number from 1 to {CHOICES}")));
             }
         };
         match self.stop {
@@ -143,20 +126,12 @@ impl<'a> Keys<'a> {
             None | Some(Kind::List(_)) => {}
             Some(other) => return Err(wrong("messages", &other, "a list")),
         }
-        if let Some(other) = self
-            .stream_options
-            .filter(|options| !matches!(options, Kind::Object))
-        {
+        if let Some(other) = self.stream_options.filter(|options| !matches!(options, Kind::Object)) {
             return Err(wrong("stream_options", &other, "an object"));
         }
         let stream = flag("stream", self.stream)?;
         let include_usage = flag("stream_options.include_usage", self.include_usage)?;
-        Ok(Scan {
-            model,
-            stream,
-            include_usage,
-            choices,
-        })
+        Ok(Scan { model, stream, include_usage, choices })
     }
 }
 
@@ -208,10 +183,7 @@ impl<'de: 'a, 'a> Visitor<'de> for KeysVisitor<'a> {
                 return Err(M::Error::custom(format_args!("`{name}` comes twice")));
             }
             if index == 5 {
-                let Options {
-                    kind,
-                    include_usage,
-                } = map.next_value()?;
+                let Options { kind, include_usage } = map.next_value()?;
                 (keys.stream_options, keys.include_usage) = (kind, include_usage);
             } else {
                 *slot = map.next_value::<Found<'_>>()?.0;
@@ -331,10 +303,7 @@ impl<'de> Visitor<'de> for OptionsVisitor {
     }
 
     fn visit_unit<E>(self) -> Result<Self::Value, E> {
-        Ok(Options {
-            kind: None,
-            include_usage: None,
-        })
+        Ok(Options { kind: None, include_usage: None })
     }
 
     fn visit_map<M: MapAccess<'de>>(self, mut map: M) -> Result<Self::Value, M::Error> {
@@ -342,17 +311,11 @@ impl<'de> Visitor<'de> for OptionsVisitor {
         while let Some(Name(name)) = map.next_key()? {
             if name != "include_usage" {
                 map.next_value::<IgnoredAny>()?;
-            } else if include_usage
-                .replace(map.next_value::<Found<'_>>()?.0)
-                .is_some()
-            {
+            } else if include_usage.replace(map.next_value::<Found<'_>>()?.0).is_some() {
                 return Err(M::Error::custom("`include_usage` comes twice"));
             }
         }
-        Ok(Options {
-            kind: Some(Kind::Object),
-            include_usage: include_usage.flatten(),
-        })
+        Ok(Options { kind: Some(Kind::Object), include_usage: include_usage.flatten() })
     }
 }
 

@@ -52,12 +52,7 @@ struct Choice {
 impl Whole {
     /// Nothing yet.
     pub fn new(endpoint: Endpoint) -> Self {
-        Self {
-            endpoint,
-            head: None,
-            choices: BTreeMap::new(),
-            bytes: 0,
-        }
+        Self { endpoint, head: None, choices: BTreeMap::new(), bytes: 0 }
     }
 
     /// Adds a piece.
@@ -93,17 +88,11 @@ impl Whole {
         let choices = self.choices.into_iter();
         let body = Body {
             id: head.id,
-            object: if is_chat {
-                "chat.completion"
-            } else {
-                "text_completion"
-            },
+            object: if is_chat { "chat.completion" } else { "text_completion" },
             created: head.created,
             model: head.model,
             system_fingerprint: head.system_fingerprint,
-            choices: choices
-                .map(|(index, choice)| choice.whole(index, is_chat))
-                .collect(),
+            choices: choices.map(|(index, choice)| choice.whole(index, is_chat)).collect(),
             usage: last.usage,
         };
         Ok(serde_json::to_vec(&body)?)
@@ -121,11 +110,7 @@ impl Choice {
             self.reasoning.get_or_insert_default().push_str(&reasoning);
         }
         if let Some(logprobs) = part.logprobs {
-            join(
-                self.logprobs
-                    .get_or_insert_with(|| Value::Object(Map::new())),
-                logprobs,
-            );
+            join(self.logprobs.get_or_insert_with(|| Value::Object(Map::new())), logprobs);
         }
         self.finish_reason = part.finish_reason.or(self.finish_reason.take());
     }
@@ -141,13 +126,7 @@ impl Choice {
         } else {
             (Some(self.text), None)
         };
-        WholeChoice {
-            index,
-            message,
-            text,
-            logprobs: self.logprobs,
-            finish_reason: self.finish_reason,
-        }
+        WholeChoice { index, message, text, logprobs: self.logprobs, finish_reason: self.finish_reason }
     }
 }
 
@@ -238,13 +217,10 @@ mod tests {
     fn whole(endpoint: Endpoint, pieces: &[Value]) -> Value {
         let mut whole = Whole::new(endpoint);
         for choices in pieces {
-            let piece =
-                json!({"id": "x-1", "object": "o", "created": 7, "model": "m", "choices": choices});
+            let piece = json!({"id": "x-1", "object": "o", "created": 7, "model": "m", "choices": choices});
             whole.add(piece.to_string().as_bytes()).unwrap();
         }
-        let body = whole
-            .finish(br#"{"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":2}}"#)
-            .unwrap();
+        let body = whole.finish(br#"{"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":2}}"#).unwrap();
         serde_json::from_slice(&body).unwrap()
     }
 
@@ -262,10 +238,7 @@ mod tests {
                 json!([{"index": 0, "delta": {}, "finish_reason": "stop"}]),
             ],
         );
-        let content = [
-            json!({"token": "1", "logprob": -0.5}),
-            json!({"token": "13", "logprob": -0.5}),
-        ];
+        let content = [json!({"token": "1", "logprob": -0.5}), json!({"token": "13", "logprob": -0.5})];
         assert_eq!(
             body,
             json!({
@@ -306,13 +279,7 @@ mod tests {
 
     #[test]
     fn what_is_no_piece_is_an_error() {
-        assert!(matches!(
-            Whole::new(Endpoint::Completions).add(b"{}"),
-            Err(Error::Json(_))
-        ));
-        assert!(matches!(
-            Whole::new(Endpoint::Completions).finish(b"{}"),
-            Err(Error::Empty)
-        ));
+        assert!(matches!(Whole::new(Endpoint::Completions).add(b"{}"), Err(Error::Json(_))));
+        assert!(matches!(Whole::new(Endpoint::Completions).finish(b"{}"), Err(Error::Empty)));
     }
 }

@@ -35,23 +35,11 @@ pub fn ask(
         return Err(Refusal::not_ready());
     }
     let scan = admit::scan(&body)?;
-    let line = router
-        .find(&scan.model)
-        .ok_or_else(|| Refusal::no_model(&scan.model))?;
-    let measured = router
-        .metrics()
-        .begin(operation(endpoint), line.model().name.clone(), arrived);
-    let (model, stream, include_usage, choices) = (
-        scan.model.into_owned(),
-        scan.stream,
-        scan.include_usage,
-        scan.choices,
-    );
-    let prefix = if endpoint == Endpoint::ChatCompletions {
-        "chatcmpl"
-    } else {
-        "cmpl"
-    };
+    let line = router.find(&scan.model).ok_or_else(|| Refusal::no_model(&scan.model))?;
+    let measured = router.metrics().begin(operation(endpoint), line.model().name.clone(), arrived);
+    let (model, stream, include_usage, choices) =
+        (scan.model.into_owned(), scan.stream, scan.include_usage, scan.choices);
+    let prefix = if endpoint == Endpoint::ChatCompletions { "chatcmpl" } else { "cmpl" };
     let call = Call {
         endpoint,
         body,
@@ -62,30 +50,18 @@ pub fn ask(
         arrived,
         deadline: None,
     };
-    Ok(Asked {
-        call,
-        stream,
-        include_usage,
-        measured,
-    })
+    Ok(Asked { call, stream, include_usage, measured })
 }
 
 /// The GenAI conventions' name of what an endpoint does.
 pub fn operation(endpoint: Endpoint) -> &'static str {
-    if endpoint == Endpoint::ChatCompletions {
-        genai::CHAT
-    } else {
-        genai::TEXT_COMPLETION
-    }
+    if endpoint == Endpoint::ChatCompletions { genai::CHAT } else { genai::TEXT_COMPLETION }
 }
 
 /// A name for a request: the client's, if it may stand in headers and logs as it is, else a new one.
 pub fn request_id(given: Option<&[u8]>) -> String {
     let fits = |id: &&[u8]| {
-        (1..=128).contains(&id.len())
-            && id
-                .iter()
-                .all(|b| b.is_ascii_alphanumeric() || b"-_.:".contains(b))
+        (1..=128).contains(&id.len()) && id.iter().all(|b| b.is_ascii_alphanumeric() || b"-_.:".contains(b))
     };
     match given.filter(fits).map(std::str::from_utf8) {
         Some(Ok(id)) => id.to_owned(),
@@ -94,9 +70,7 @@ pub fn request_id(given: Option<&[u8]>) -> String {
 }
 
 fn unix_seconds() -> i64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |since| since.as_secs() as i64)
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs() as i64)
 }
 
 #[cfg(test)]

@@ -19,8 +19,7 @@ use wire::{
     MAX_MESSAGE_BYTES,
     openai::ErrorObject,
     proto::{
-        Chunk, Endpoint, GenerateCall, GenerateReply, chunk::Kind, generate_reply::Reply,
-        worker_client::WorkerClient,
+        Chunk, Endpoint, GenerateCall, GenerateReply, chunk::Kind, generate_reply::Reply, worker_client::WorkerClient,
     },
 };
 
@@ -70,11 +69,7 @@ pub struct Trip {
 impl Trip {
     /// A request that comes now.
     pub fn new(arrived: Instant) -> Self {
-        Self {
-            losses: 0,
-            attempts: 0,
-            waiting_since: arrived,
-        }
+        Self { losses: 0, attempts: 0, waiting_since: arrived }
     }
 
     /// A worker that had taken it was lost.
@@ -84,11 +79,7 @@ impl Trip {
     pub fn lost(&mut self) -> Result<(), Refusal> {
         self.losses += 1;
         self.waiting_since = Instant::now();
-        if self.losses >= LOSSES {
-            Err(Refusal::workers_failed())
-        } else {
-            Ok(())
-        }
+        if self.losses >= LOSSES { Err(Refusal::workers_failed()) } else { Ok(()) }
     }
 }
 
@@ -132,13 +123,9 @@ impl Running {
         }
         match until(self.deadline, self.replies.message()).await {
             None => Err(Broken::Deadline),
-            Some(Ok(Some(GenerateReply {
-                reply: Some(Reply::Chunk(chunk)),
-            }))) => Ok(chunk),
+            Some(Ok(Some(GenerateReply { reply: Some(Reply::Chunk(chunk)) }))) => Ok(chunk),
             Some(other) => {
-                self.span.in_scope(
-                    || debug!(status = ?other.err().map(|status| status.code()), "lost a worker"),
-                );
+                self.span.in_scope(|| debug!(status = ?other.err().map(|status| status.code()), "lost a worker"));
                 Err(Broken::Lost)
             }
         }
@@ -190,13 +177,7 @@ pub async fn begin(router: &Router, call: &Call, trip: &mut Trip) -> Result<Runn
             None => return Err(Refusal::deadline()),
             Some(Ok((first, replies))) => {
                 grant.worker().load.answered();
-                return Ok(Running {
-                    first: Some(first),
-                    replies,
-                    deadline: call.deadline,
-                    grant,
-                    span,
-                });
+                return Ok(Running { first: Some(first), replies, deadline: call.deadline, grant, span });
             }
             Some(Err(failed)) => failed,
         };
@@ -224,41 +205,28 @@ pub async fn begin(router: &Router, call: &Call, trip: &mut Trip) -> Result<Runn
 impl Call {
     /// The model's own name for metrics, which have no room for what clients may write.
     fn model_label(&self, router: &Router) -> String {
-        router
-            .find(&self.model)
-            .map_or_else(String::new, |line| line.model().name.clone())
+        router.find(&self.model).map_or_else(String::new, |line| line.model().name.clone())
     }
 }
 
 /// A worker for `call`, after a wait if need be.
 async fn admit(router: &Router, call: &Call, trip: &Trip) -> Result<Grant, Refusal> {
-    let line = router
-        .find(&call.model)
-        .ok_or_else(|| Refusal::no_model(&call.model))?;
+    let line = router.find(&call.model).ok_or_else(|| Refusal::no_model(&call.model))?;
     let (sender, granted) = oneshot::channel();
     let waiter = || -> Waiter { Box::new(move |grant| sender.send(grant)) };
-    let entry = Entry {
-        weight: call.choices,
-        arrived: router.since_start(call.arrived),
-        is_retry: trip.attempts > 0,
-    };
+    let entry = Entry { weight: call.choices, arrived: router.since_start(call.arrived), is_retry: trip.attempts > 0 };
     let (ticket, why) = match line.enter(entry, router.now(), fastrand::u64(..), waiter) {
         Entered::Granted(grant) => return Ok(grant),
         Entered::Full => return Err(Refusal::queue_full()),
         Entered::Off => return Err(Refusal::no_worker()),
         Entered::Waiting(ticket, why) => (ticket, why),
     };
-    let _place = Place {
-        line: &line,
-        ticket,
-    };
+    let _place = Place { line: &line, ticket };
     if why == Why::NoWorker {
         router.wake_operator();
     }
     let patience = trip.waiting_since + line.model().max_wait;
-    let ends = call
-        .deadline
-        .map_or(patience, |deadline| deadline.min(patience));
+    let ends = call.deadline.map_or(patience, |deadline| deadline.min(patience));
     match until(Some(ends), granted).await {
         Some(Ok(grant)) => Ok(grant),
         Some(Err(_)) => Err(Refusal::no_model(&call.model)), // gone while it waited
@@ -279,15 +247,9 @@ impl Drop for Place<'_> {
     }
 }
 
-async fn attempt(
-    router: &Router,
-    call: &Call,
-    grant: &Grant,
-) -> Result<(Chunk, Streaming<GenerateReply>), Failed> {
+async fn attempt(router: &Router, call: &Call, grant: &Grant) -> Result<(Chunk, Streaming<GenerateReply>), Failed> {
     let worker = grant.worker();
-    let remaining = call
-        .deadline
-        .map(|deadline| deadline.saturating_duration_since(Instant::now()));
+    let remaining = call.deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
     let mut request = Request::new(GenerateCall {
         endpoint: call.endpoint.into(),
         body: call.body.clone(),
@@ -301,15 +263,9 @@ async fn attempt(
     let mut client = WorkerClient::new(router.channels().get(worker.target()))
         .max_decoding_message_size(MAX_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_MESSAGE_BYTES);
-    let mut replies = client
-        .generate(request)
-        .await
-        .map_err(|status| refused(&status))?
-        .into_inner();
+    let mut replies = client.generate(request).await.map_err(|status| refused(&status))?.into_inner();
     let head = match replies.message().await {
-        Ok(Some(GenerateReply {
-            reply: Some(Reply::Head(head)),
-        })) => head,
+        Ok(Some(GenerateReply { reply: Some(Reply::Head(head)) })) => head,
         Ok(_) => return Err(Failed::Final(Refusal::broken())),
         Err(status) => return Err(lost(&status)),
     };
@@ -323,12 +279,8 @@ async fn attempt(
         _ => return Err(Failed::Final(Refusal::broken())),
     }
     match replies.message().await {
-        Ok(Some(GenerateReply {
-            reply: Some(Reply::Chunk(first)),
-        })) => match first.kind() {
-            Kind::Error => Err(Failed::Final(Refusal::of_stream(ErrorObject::from_json(
-                &first.json,
-            )))),
+        Ok(Some(GenerateReply { reply: Some(Reply::Chunk(first)) })) => match first.kind() {
+            Kind::Error => Err(Failed::Final(Refusal::of_stream(ErrorObject::from_json(&first.json)))),
             _ => Ok((first, replies)),
         },
         Ok(_) => Err(Failed::Lost),
@@ -351,9 +303,7 @@ fn refused(status: &Status) -> Failed {
 fn lost(status: &Status) -> Failed {
     debug!(code = ?status.code(), "lost a worker before its answer");
     match status.code() {
-        Code::Unavailable | Code::FailedPrecondition | Code::ResourceExhausted | Code::Aborted => {
-            Failed::NotTaken
-        }
+        Code::Unavailable | Code::FailedPrecondition | Code::ResourceExhausted | Code::Aborted => Failed::NotTaken,
         Code::DeadlineExceeded => Failed::Final(Refusal::deadline()),
         _ => Failed::Lost,
     }

@@ -47,12 +47,7 @@ const READ_BUFFER: usize = 64 << 10;
 const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
 /// Serves HTTP/1.1 and HTTP/2 on `listener` until `shutdown`, then gives running requests `grace` to end.
-pub async fn serve(
-    listener: TcpListener,
-    router: Router,
-    shutdown: impl Future<Output = ()>,
-    grace: Duration,
-) {
+pub async fn serve(listener: TcpListener, router: Router, shutdown: impl Future<Output = ()>, grace: Duration) {
     let protocols = Arc::new(Protocols::new());
     wire::connections::accept(listener, shutdown, grace, move |stream, watcher| {
         connection(stream, watcher, protocols.clone(), router.clone())
@@ -84,12 +79,7 @@ impl Protocols {
     }
 }
 
-async fn connection(
-    stream: TcpStream,
-    watcher: Watcher,
-    protocols: Arc<Protocols>,
-    router: Router,
-) {
+async fn connection(stream: TcpStream, watcher: Watcher, protocols: Arc<Protocols>, router: Router) {
     if stream.set_nodelay(true).is_err() {
         return;
     }
@@ -101,8 +91,7 @@ async fn connection(
             };
             let activity = Activity::of_http2(STALL_TIMEOUT);
             let io = TokioIo::new(Watched::new(stream, activity.clone()));
-            let connection =
-                watcher.watch(protocols.http2.serve_connection(io, service_fn(answer)));
+            let connection = watcher.watch(protocols.http2.serve_connection(io, service_fn(answer)));
             tokio::select! {
                 ended = connection => ended,
                 () = activity.is_overdue() => return,
@@ -113,9 +102,7 @@ async fn connection(
             let io = TokioIo::new(Watched::new(stream, activity.clone()));
             let service = {
                 let activity = activity.clone();
-                service_fn(move |request| {
-                    answer_and_tell(router.clone(), request, activity.clone())
-                })
+                service_fn(move |request| answer_and_tell(router.clone(), request, activity.clone()))
             };
             let connection = watcher.watch(protocols.http1.serve_connection(io, service));
             tokio::select! {
@@ -150,10 +137,7 @@ impl http_body::Body for Told {
     type Data = Bytes;
     type Error = Infallible;
 
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
         Pin::new(&mut self.body).poll_frame(cx)
     }
 

@@ -12,10 +12,7 @@ use std::{
 use futures::{Stream, stream};
 use http::StatusCode;
 use tokio::sync::watch;
-use tonic::{
-    Code, Request, Response, Status, metadata::MetadataMap, metadata::MetadataValue,
-    service::Routes,
-};
+use tonic::{Code, Request, Response, Status, metadata::MetadataMap, metadata::MetadataValue, service::Routes};
 use tonic_health::{ServingStatus, server::HealthReporter};
 use tracing::{Instrument as _, Span, field::Empty, info_span};
 use tracing_opentelemetry::OpenTelemetrySpanExt as _;
@@ -43,11 +40,8 @@ pub const SERVICE: &str = "modelfleet.v1.Inference";
 ///
 /// # Errors
 /// The descriptors that are built in cannot be read.
-pub fn routes(
-    router: &Router,
-) -> Result<(Routes, impl Future<Output = ()> + use<>), tonic_reflection::server::Error> {
-    let inference =
-        InferenceServer::new(Service(router.clone())).max_decoding_message_size(BODY_BYTES);
+pub fn routes(router: &Router) -> Result<(Routes, impl Future<Output = ()> + use<>), tonic_reflection::server::Error> {
+    let inference = InferenceServer::new(Service(router.clone())).max_decoding_message_size(BODY_BYTES);
     let (reporter, health) = tonic_health::server::health_reporter();
     let reflection = || {
         tonic_reflection::server::Builder::configure()
@@ -64,11 +58,7 @@ pub fn routes(
 async fn report(reporter: HealthReporter, mut ready: watch::Receiver<bool>) {
     loop {
         let is_ready = *ready.borrow_and_update();
-        let status = if is_ready {
-            ServingStatus::Serving
-        } else {
-            ServingStatus::NotServing
-        };
+        let status = if is_ready { ServingStatus::Serving } else { ServingStatus::NotServing };
         for service in ["", SERVICE] {
             reporter.set_service_status(service, status).await;
         }
@@ -84,17 +74,9 @@ struct Service(Router);
 impl Inference for Service {
     type GenerateStream = Pin<Box<dyn Stream<Item = Result<GenerateResponse, Status>> + Send>>;
 
-    async fn generate(
-        &self,
-        request: Request<GenerateRequest>,
-    ) -> Result<Response<Self::GenerateStream>, Status> {
+    async fn generate(&self, request: Request<GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
         let arrived = Instant::now();
-        let id = request_id(
-            request
-                .metadata()
-                .get("x-request-id")
-                .map(|id| id.as_encoded_bytes()),
-        );
+        let id = request_id(request.metadata().get("x-request-id").map(|id| id.as_encoded_bytes()));
         let span = info_span!(
             "request",
             otel.name = "modelfleet.v1.Inference/Generate",
@@ -108,10 +90,7 @@ impl Inference for Service {
             modelfleet.request.id = id,
         );
         let _ = span.set_parent(telemetry::extract(request.metadata())); // fails only if nothing is exported
-        let answer = self
-            .answer(request, id.clone(), arrived)
-            .instrument(span)
-            .await;
+        let answer = self.answer(request, id.clone(), arrived).instrument(span).await;
         let mut response = answer.map_err(|refusal| Status::from(&refusal))?;
         if let Ok(id) = MetadataValue::try_from(id) {
             response.metadata_mut().insert("x-request-id", id);
@@ -156,8 +135,7 @@ impl Service {
                 let response = match piece {
                     Piece::Failed(refusal) => Err(Status::from(&refusal)),
                     Piece::Delta(chunk) | Piece::Usage(chunk) => {
-                        convert::response(&id, endpoint, chunk)
-                            .map_err(|_| Status::from(&Refusal::broken()))
+                        convert::response(&id, endpoint, chunk).map_err(|_| Status::from(&Refusal::broken()))
                     }
                     Piece::Waiting => Ok(GenerateResponse::default()),
                 };
@@ -173,12 +151,8 @@ impl From<&Refusal> for Status {
         let code = match refusal.status {
             StatusCode::BAD_REQUEST => Code::InvalidArgument,
             StatusCode::NOT_FOUND => Code::NotFound,
-            StatusCode::PAYLOAD_TOO_LARGE | StatusCode::TOO_MANY_REQUESTS => {
-                Code::ResourceExhausted
-            }
-            StatusCode::SERVICE_UNAVAILABLE if refusal.reason == "queue_timeout" => {
-                Code::DeadlineExceeded
-            }
+            StatusCode::PAYLOAD_TOO_LARGE | StatusCode::TOO_MANY_REQUESTS => Code::ResourceExhausted,
+            StatusCode::SERVICE_UNAVAILABLE if refusal.reason == "queue_timeout" => Code::DeadlineExceeded,
             StatusCode::SERVICE_UNAVAILABLE => Code::Unavailable,
             StatusCode::GATEWAY_TIMEOUT => Code::DeadlineExceeded,
             status if status.is_client_error() => Code::InvalidArgument,

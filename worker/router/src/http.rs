@@ -48,10 +48,7 @@ impl<'a> Route<'a> {
             "/v1/chat/completions" => Some(Self::Generate(Endpoint::ChatCompletions)),
             "/v1/completions" => Some(Self::Generate(Endpoint::Completions)),
             "/v1/models" => Some(Self::Models),
-            _ => path
-                .strip_prefix("/v1/models/")
-                .filter(|name| !name.is_empty())
-                .map(Self::Model),
+            _ => path.strip_prefix("/v1/models/").filter(|name| !name.is_empty()).map(Self::Model),
         }
     }
 
@@ -66,11 +63,7 @@ impl<'a> Route<'a> {
     }
 
     fn method(self) -> Method {
-        if matches!(self, Self::Generate(_)) {
-            Method::POST
-        } else {
-            Method::GET
-        }
+        if matches!(self, Self::Generate(_)) { Method::POST } else { Method::GET }
     }
 }
 
@@ -92,9 +85,7 @@ pub async fn respond(router: Router, request: Request<Incoming>) -> Response<Bod
         modelfleet.request.id = id,
     );
     let _ = span.set_parent(telemetry::extract(request.headers())); // fails only if nothing is exported
-    let answer = answer(&router, request, &id, arrived)
-        .instrument(span.clone())
-        .await;
+    let answer = answer(&router, request, &id, arrived).instrument(span.clone()).await;
     let mut response = answer.unwrap_or_else(|refusal| refused(&refusal));
     span.record("http.response.status_code", response.status().as_u16());
     if let Ok(id) = HeaderValue::try_from(id) {
@@ -117,9 +108,7 @@ async fn answer(
     let route = routed(&path, request.method()).map_err(count)?;
     match route {
         Route::Generate(endpoint) => {
-            let asked = read(router, endpoint, request, id, arrived)
-                .await
-                .map_err(count)?;
+            let asked = read(router, endpoint, request, id, arrived).await.map_err(count)?;
             generate(router, asked).await
         }
         Route::Models => models(router).map_err(count),
@@ -128,13 +117,7 @@ async fn answer(
 }
 
 fn routed<'a>(path: &'a str, method: &Method) -> Result<Route<'a>, Refusal> {
-    let no_route = || {
-        Refusal::protocol(
-            StatusCode::NOT_FOUND,
-            "There is nothing at this path",
-            "no_route",
-        )
-    };
+    let no_route = || Refusal::protocol(StatusCode::NOT_FOUND, "There is nothing at this path", "no_route");
     let route = Route::find(path).ok_or_else(no_route)?;
     if *method == route.method() {
         return Ok(route);
@@ -159,27 +142,17 @@ async fn read(
 }
 
 fn check_headers(headers: &HeaderMap) -> Result<(), Refusal> {
-    let unsupported = |message: String| {
-        Refusal::protocol(StatusCode::UNSUPPORTED_MEDIA_TYPE, message, "content_type")
-    };
+    let unsupported = |message: String| Refusal::protocol(StatusCode::UNSUPPORTED_MEDIA_TYPE, message, "content_type");
     if let Some(kind) = headers.get(header::CONTENT_TYPE) {
-        let essence = kind
-            .to_str()
-            .unwrap_or_default()
-            .split(';')
-            .next()
-            .unwrap_or_default()
-            .trim();
+        let essence = kind.to_str().unwrap_or_default().split(';').next().unwrap_or_default().trim();
         if !essence.eq_ignore_ascii_case("application/json") {
-            return Err(unsupported(
-                "The content type must be application/json".to_owned(),
-            ));
+            return Err(unsupported("The content type must be application/json".to_owned()));
         }
     }
     match headers.get(header::CONTENT_ENCODING) {
-        Some(encoding) if encoding != "identity" => Err(unsupported(
-            "The body must not be compressed: leave out content-encoding".to_owned(),
-        )),
+        Some(encoding) if encoding != "identity" => {
+            Err(unsupported("The body must not be compressed: leave out content-encoding".to_owned()))
+        }
         _ => Ok(()),
     }
 }
@@ -205,20 +178,9 @@ async fn read_body(mut body: Incoming) -> Result<Bytes, Refusal> {
         }
         Ok(joined(frames, length))
     };
-    let late = || {
-        Refusal::protocol(
-            StatusCode::REQUEST_TIMEOUT,
-            "The body took too long to come",
-            "body_timeout",
-        )
-    };
-    let read = tokio::time::timeout(BODY_TIMEOUT, read)
-        .await
-        .unwrap_or_else(|_| Err(late()));
-    if read
-        .as_ref()
-        .is_err_and(|refusal| refusal.status == StatusCode::PAYLOAD_TOO_LARGE)
-    {
+    let late = || Refusal::protocol(StatusCode::REQUEST_TIMEOUT, "The body took too long to come", "body_timeout");
+    let read = tokio::time::timeout(BODY_TIMEOUT, read).await.unwrap_or_else(|_| Err(late()));
+    if read.as_ref().is_err_and(|refusal| refusal.status == StatusCode::PAYLOAD_TOO_LARGE) {
         discard(body).await;
     }
     read
@@ -229,9 +191,7 @@ fn joined(mut frames: Vec<Bytes>, length: usize) -> Bytes {
         return frames.swap_remove(0);
     }
     let mut whole = Vec::with_capacity(length);
-    frames
-        .iter()
-        .for_each(|frame| whole.extend_from_slice(frame));
+    frames.iter().for_each(|frame| whole.extend_from_slice(frame));
     whole.into()
 }
 
@@ -273,17 +233,11 @@ fn events(first: Option<Piece>, pieces: Pieces, include_usage: bool) -> Response
             Some(piece) => piece,
             None => pieces.next().await?,
         };
-        Some((
-            Ok(Frame::data(event(&piece, include_usage))),
-            (None, pieces),
-        ))
+        Some((Ok(Frame::data(event(&piece, include_usage))), (None, pieces)))
     });
     let mut response = Response::new(StreamBody::new(frames).boxed_unsync());
     let headers = response.headers_mut();
-    headers.insert(
-        header::CONTENT_TYPE,
-        HeaderValue::from_static("text/event-stream"),
-    );
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
     headers.insert("x-accel-buffering", HeaderValue::from_static("no")); // or nginx holds tokens back
     response
@@ -295,13 +249,9 @@ fn event(piece: &Piece, include_usage: bool) -> Bytes {
         Piece::Waiting => Bytes::from_static(b": waiting\n\n"),
         Piece::Delta(chunk) if include_usage => framed(&with_null_usage(&chunk.json)),
         Piece::Delta(chunk) => framed(&chunk.json),
-        Piece::Usage(chunk) if include_usage => {
-            [b"data: ", &*chunk.json, b"\n\n", DONE].concat().into()
-        }
+        Piece::Usage(chunk) if include_usage => [b"data: ", &*chunk.json, b"\n\n", DONE].concat().into(),
         Piece::Usage(_) => Bytes::from_static(DONE),
-        Piece::Failed(refusal) => [b"event: error\ndata: ", &*refusal.error.to_json(), b"\n\n"]
-            .concat()
-            .into(),
+        Piece::Failed(refusal) => [b"event: error\ndata: ", &*refusal.error.to_json(), b"\n\n"].concat().into(),
     }
 }
 
@@ -323,10 +273,7 @@ fn models(router: &Router) -> Result<Response<Body>, Refusal> {
         return Err(Refusal::not_ready());
     }
     let table = router.table();
-    let models = table
-        .names()
-        .into_iter()
-        .map(|(name, line)| shown(name, line.model().created));
+    let models = table.names().into_iter().map(|(name, line)| shown(name, line.model().created));
     let list = json!({"object": "list", "data": models.collect::<Vec<_>>()});
     Ok(json_response(StatusCode::OK, list.to_string().into_bytes()))
 }
@@ -337,10 +284,7 @@ fn model(router: &Router, name: &str) -> Result<Response<Body>, Refusal> {
     }
     let name = unescaped(name).ok_or_else(|| Refusal::no_model(name))?;
     let line = router.find(&name).ok_or_else(|| Refusal::no_model(&name))?;
-    Ok(json_response(
-        StatusCode::OK,
-        shown(&name, line.model().created).to_string().into_bytes(),
-    ))
+    Ok(json_response(StatusCode::OK, shown(&name, line.model().created).to_string().into_bytes()))
 }
 
 fn shown(name: &str, created: i64) -> serde_json::Value {
@@ -353,11 +297,7 @@ fn unescaped(part: &str) -> Option<String> {
     let mut rest = part.as_bytes();
     while let Some((&first, after)) = rest.split_first() {
         if first == b'%' {
-            let digit = |index: usize| {
-                after
-                    .get(index)
-                    .and_then(|&digit| char::from(digit).to_digit(16))
-            };
+            let digit = |index: usize| after.get(index).and_then(|&digit| char::from(digit).to_digit(16));
             bytes.push((digit(0)? * 16 + digit(1)?) as u8);
             rest = &after[2..];
         } else {
@@ -371,10 +311,7 @@ fn unescaped(part: &str) -> Option<String> {
 fn json_response(status: StatusCode, body: Vec<u8>) -> Response<Body> {
     let mut response = Response::new(Full::new(Bytes::from(body)).boxed_unsync());
     *response.status_mut() = status;
-    response.headers_mut().insert(
-        header::CONTENT_TYPE,
-        HeaderValue::from_static("application/json"),
-    );
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
     response
 }
 
@@ -385,11 +322,7 @@ fn refused(refusal: &Refusal) -> Response<Body> {
     if let Some(seconds) = refusal.retry_after {
         headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
     }
-    if let Some(Ok(allowed)) = refusal
-        .allow
-        .as_ref()
-        .map(|method| HeaderValue::from_str(method.as_str()))
-    {
+    if let Some(Ok(allowed)) = refusal.allow.as_ref().map(|method| HeaderValue::from_str(method.as_str())) {
         headers.insert(header::ALLOW, allowed);
     }
     if matches!(refusal.reason, "body_too_large" | "body_timeout") {
@@ -405,20 +338,9 @@ mod tests {
 
     #[test]
     fn only_exact_paths_are_routes() {
-        assert_eq!(
-            Route::find("/v1/chat/completions"),
-            Some(Route::Generate(Endpoint::ChatCompletions))
-        );
+        assert_eq!(Route::find("/v1/chat/completions"), Some(Route::Generate(Endpoint::ChatCompletions)));
         assert_eq!(Route::find("/v1/models/ns/m"), Some(Route::Model("ns/m")));
-        for path in [
-            "/",
-            "//v1/models",
-            "/v1/models/",
-            "/v1/completions/",
-            "/v1/./models",
-            "/V1/models",
-            "/metrics",
-        ] {
+        for path in ["/", "//v1/models", "/v1/models/", "/v1/completions/", "/v1/./models", "/V1/models", "/metrics"] {
             assert_eq!(Route::find(path), None, "{path}");
         }
     }
@@ -433,18 +355,9 @@ mod tests {
 
     #[test]
     fn usage_is_null_where_it_is_not_known_yet() {
-        assert_eq!(
-            with_null_usage(br#"{"id":"x"}"#),
-            br#"{"id":"x","usage":null}"#
-        );
-        assert_eq!(
-            with_null_usage(br#"{"id":"x","usage":null}"#),
-            br#"{"id":"x","usage":null}"#
-        );
+        assert_eq!(with_null_usage(br#"{"id":"x"}"#), br#"{"id":"x","usage":null}"#);
+        assert_eq!(with_null_usage(br#"{"id":"x","usage":null}"#), br#"{"id":"x","usage":null}"#);
         let quoted = br#"{"text":"\"usage\": 1"}"#;
-        assert_eq!(
-            with_null_usage(quoted),
-            br#"{"text":"\"usage\": 1","usage":null}"#
-        );
+        assert_eq!(with_null_usage(quoted), br#"{"text":"\"usage\": 1","usage":null}"#);
     }
 }

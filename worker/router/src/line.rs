@@ -38,9 +38,7 @@ pub struct Line {
 
 impl fmt::Debug for Line {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Line")
-            .field("model", &self.model.load().name)
-            .finish_non_exhaustive()
+        f.debug_struct("Line").field("model", &self.model.load().name).finish_non_exhaustive()
     }
 }
 
@@ -92,13 +90,7 @@ impl Line {
     }
 
     /// Gives a worker, or a place in the queue that `waiter` belongs to.
-    pub fn enter(
-        self: &Arc<Self>,
-        entry: Entry,
-        now: Duration,
-        draw: u64,
-        waiter: impl FnOnce() -> Waiter,
-    ) -> Entered {
+    pub fn enter(self: &Arc<Self>, entry: Entry, now: Duration, draw: u64, waiter: impl FnOnce() -> Waiter) -> Entered {
         let model = self.model.load();
         let mut queue = self.lock();
         if model.availability == Availability::Off {

@@ -41,8 +41,7 @@ impl WorkerLoad {
     pub fn failed(&self, now: Duration, nobody_there: bool) {
         let failures = self.failures.fetch_add(1, Relaxed).min(8);
         let suspicion = (FIRST_SUSPICION * 2_u32.pow(failures)).min(LONGEST_SUSPICION);
-        self.suspect_until
-            .store((now + suspicion).as_millis() as u64, Relaxed);
+        self.suspect_until.store((now + suspicion).as_millis() as u64, Relaxed);
         if nobody_there {
             self.by_name.fetch_xor(true, Relaxed);
         }
@@ -75,12 +74,7 @@ impl Grant {
     pub(crate) fn new(line: &Arc<Line>, worker: &Arc<Worker>, weight: u32) -> Self {
         worker.load.outstanding.fetch_add(weight, Relaxed);
         line.running.fetch_add(1, Relaxed);
-        Self {
-            line: line.clone(),
-            worker: worker.clone(),
-            weight,
-            is_refused: false,
-        }
+        Self { line: line.clone(), worker: worker.clone(), weight, is_refused: false }
     }
 
     /// The worker.

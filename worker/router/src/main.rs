@@ -41,12 +41,7 @@ struct Arguments {
     #[arg(long)]
     advertise_grpc: Option<String>,
     /// The pod's UID, or in local mode a token of the parent.
-    #[arg(
-        long,
-        env = "MODELFLEET_ID",
-        hide_env_values = true,
-        default_value = ""
-    )]
+    #[arg(long, env = "MODELFLEET_ID", hide_env_values = true, default_value = "")]
     id: String,
     /// Seconds for which requests are still taken after SIGTERM, until clients know other routers only.
     #[arg(long, default_value_t = 5)]
@@ -69,10 +64,7 @@ async fn main() -> anyhow::Result<()> {
 }
 
 async fn run(arguments: Arguments, telemetry: &telemetry::Telemetry) -> anyhow::Result<()> {
-    let listeners = Listeners {
-        http: bind(&arguments.http).await?,
-        grpc: bind(&arguments.grpc).await?,
-    };
+    let listeners = Listeners { http: bind(&arguments.http).await?, grpc: bind(&arguments.grpc).await? };
     let admin_listener = bind(&arguments.admin).await?;
     let (http, grpc) = (listeners.http.local_addr()?, listeners.grpc.local_addr()?);
     info!(%http, %grpc, admin = %admin_listener.local_addr()?, "listening");
@@ -80,16 +72,9 @@ async fn run(arguments: Arguments, telemetry: &telemetry::Telemetry) -> anyhow::
 
     let ready = router.readiness();
     let ready = move || {
-        if *ready.borrow() {
-            Ok(())
-        } else {
-            Err("does not know the models yet, or ends".to_owned())
-        }
+        if *ready.borrow() { Ok(()) } else { Err("does not know the models yet, or ends".to_owned()) }
     };
-    let admin = Admin {
-        ready,
-        registry: telemetry.registry(),
-    };
+    let admin = Admin { ready, registry: telemetry.registry() };
     let admin = tokio::spawn(admin::serve(admin_listener, admin, std::future::pending()));
 
     let hello = hello(&arguments, http, grpc);
@@ -98,16 +83,10 @@ async fn run(arguments: Arguments, telemetry: &telemetry::Telemetry) -> anyhow::
     let control = tokio::spawn(control::follow(router.clone(), instructions, reports));
 
     let ending = Ending {
-        linger: Duration::from_secs(if arguments.exit_with_stdin {
-            0
-        } else {
-            arguments.linger
-        }),
+        linger: Duration::from_secs(if arguments.exit_with_stdin { 0 } else { arguments.linger }),
         grace: Duration::from_secs(arguments.drain_timeout),
     };
-    serve(listeners, router, end(arguments.exit_with_stdin)?, ending)
-        .await
-        .context("serving")?;
+    serve(listeners, router, end(arguments.exit_with_stdin)?, ending).await.context("serving")?;
     control.abort();
     admin.abort();
     info!("ended");
@@ -115,15 +94,11 @@ async fn run(arguments: Arguments, telemetry: &telemetry::Telemetry) -> anyhow::
 }
 
 async fn bind(address: &str) -> anyhow::Result<TcpListener> {
-    TcpListener::bind(address)
-        .await
-        .with_context(|| format!("listening on {address}"))
+    TcpListener::bind(address).await.with_context(|| format!("listening on {address}"))
 }
 
 fn hello(arguments: &Arguments, http: SocketAddr, grpc: SocketAddr) -> Hello {
-    let advertised = |given: &Option<String>, bound: SocketAddr| {
-        given.clone().unwrap_or_else(|| bound.to_string())
-    };
+    let advertised = |given: &Option<String>, bound: SocketAddr| given.clone().unwrap_or_else(|| bound.to_string());
     Hello {
         role: Role::Router.into(),
         id: arguments.id.clone(),

@@ -33,45 +33,21 @@ impl Metrics {
                     observer.observe(of(line.counts()), &[model]);
                 }
             };
-            meter
-                .u64_observable_gauge(name)
-                .with_description(description)
-                .with_callback(observe)
-                .build();
+            meter.u64_observable_gauge(name).with_description(description).with_callback(observe).build();
         };
-        gauge(
-            "modelfleet_router_queued_requests",
-            "Requests that wait for a worker",
-            |counts| counts.0,
-        );
-        gauge(
-            "modelfleet_router_running_requests",
-            "Requests that run on a worker",
-            |counts| counts.1,
-        );
-        let counter = |name: &'static str, description| {
-            meter
-                .u64_counter(name)
-                .with_description(description)
-                .build()
-        };
+        gauge("modelfleet_router_queued_requests", "Requests that wait for a worker", |counts| counts.0);
+        gauge("modelfleet_router_running_requests", "Requests that run on a worker", |counts| counts.1);
+        let counter = |name: &'static str, description| meter.u64_counter(name).with_description(description).build();
         Self {
             requests: Instruments::new(meter),
-            retries: counter(
-                "modelfleet_router_retries",
-                "Attempts that went to another worker",
-            ),
-            rejected: counter(
-                "modelfleet_router_rejected_requests",
-                "Requests that got an error, by reason",
-            ),
+            retries: counter("modelfleet_router_retries", "Attempts that went to another worker"),
+            rejected: counter("modelfleet_router_rejected_requests", "Requests that got an error, by reason"),
         }
     }
 
     /// A request goes to another worker.
     pub fn retried(&self, model: &str) {
-        self.retries
-            .add(1, &[KeyValue::new("model", model.to_owned())]);
+        self.retries.add(1, &[KeyValue::new("model", model.to_owned())]);
     }
 
     /// A request gets an error.

@@ -50,37 +50,21 @@ pub enum Why {
 /// `draw` is uniformly random. Routers that know nothing of each other do not herd on one worker, as they would on the
 /// least loaded one of a snapshot.
 pub fn pick(workers: &[View], weight: u32, draw: u64) -> Pick {
-    let able = || {
-        workers
-            .iter()
-            .enumerate()
-            .filter(|(_, worker)| worker.can_take(weight))
-    };
+    let able = || workers.iter().enumerate().filter(|(_, worker)| worker.can_take(weight));
     let count = able().count() as u64;
     if count == 0 {
         return Pick::Wait(why(workers));
     }
     let first = draw % count;
     // another one than the first, unless there is only one
-    let second = if count == 1 {
-        first
-    } else {
-        (first + 1 + (draw / count) % (count - 1)) % count
-    };
+    let second = if count == 1 { first } else { (first + 1 + (draw / count) % (count - 1)) % count };
     let drawn = |nth: u64| able().nth(nth as usize).expect("it was counted a line ago");
     let (a, b) = (drawn(first), drawn(second));
-    Pick::Worker(if b.1.outstanding < a.1.outstanding {
-        b.0
-    } else {
-        a.0
-    })
+    Pick::Worker(if b.1.outstanding < a.1.outstanding { b.0 } else { a.0 })
 }
 
 fn why(workers: &[View]) -> Why {
-    let mut here = workers
-        .iter()
-        .filter(|worker| !worker.is_draining)
-        .peekable();
+    let mut here = workers.iter().filter(|worker| !worker.is_draining).peekable();
     if here.peek().is_none() {
         Why::NoWorker
     } else if here.all(|worker| worker.is_suspect) {
@@ -97,23 +81,13 @@ mod tests {
     use super::*;
 
     fn with(outstanding: u32) -> View {
-        View {
-            outstanding,
-            is_draining: false,
-            is_suspect: false,
-        }
+        View { outstanding, is_draining: false, is_suspect: false }
     }
 
     #[test]
     fn why_nobody_takes_it() {
-        let draining = View {
-            is_draining: true,
-            ..with(0)
-        };
-        let suspect = View {
-            is_suspect: true,
-            ..with(0)
-        };
+        let draining = View { is_draining: true, ..with(0) };
+        let suspect = View { is_suspect: true, ..with(0) };
         let busy = with(SEQUENCES_PER_WORKER);
         let table: [(&[View], Why); 5] = [
             (&[], Why::NoWorker),
@@ -129,24 +103,16 @@ mod tests {
 
     #[test]
     fn more_than_a_worker_takes_at_once_goes_to_one_without_other_work() {
-        assert_eq!(
-            pick(&[with(1), with(0)], SEQUENCES_PER_WORKER + 1, 7),
-            Pick::Worker(1)
-        );
-        assert_eq!(
-            pick(&[with(1)], SEQUENCES_PER_WORKER + 1, 7),
-            Pick::Wait(Why::AllBusy)
-        );
+        assert_eq!(pick(&[with(1), with(0)], SEQUENCES_PER_WORKER + 1, 7), Pick::Worker(1));
+        assert_eq!(pick(&[with(1)], SEQUENCES_PER_WORKER + 1, 7), Pick::Wait(Why::AllBusy));
     }
 
     fn views() -> impl Strategy<Value = Vec<View>> {
-        let view = (0..80_u32, any::<bool>(), any::<bool>()).prop_map(
-            |(outstanding, is_draining, is_suspect)| View {
-                outstanding,
-                is_draining,
-                is_suspect,
-            },
-        );
+        let view = (0..80_u32, any::<bool>(), any::<bool>()).prop_map(|(outstanding, is_draining, is_suspect)| View {
+            outstanding,
+            is_draining,
+            is_suspect,
+        });
         proptest::collection::vec(view, 0..20)
     }
 
@@ -172,9 +138,7 @@ mod tests {
         let workers = [with(3); 5];
         let mut counts = [0; 5];
         for draw in 0..5000 {
-            let Pick::Worker(index) = pick(&workers, 1, draw) else {
-                panic!("all can take it")
-            };
+            let Pick::Worker(index) = pick(&workers, 1, draw) else { panic!("all can take it") };
             counts[index] += 1;
         }
         assert_eq!(counts, [1000; 5]);

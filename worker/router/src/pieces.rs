@@ -55,9 +55,7 @@ enum Phase {
 
 impl fmt::Debug for Pieces {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Pieces")
-            .field("measured", &self.measured)
-            .finish_non_exhaustive()
+        f.debug_struct("Pieces").field("measured", &self.measured).finish_non_exhaustive()
     }
 }
 
@@ -81,16 +79,14 @@ impl Pieces {
         loop {
             match &mut self.phase {
                 Phase::Ended => return None,
-                Phase::Beginning(beginning) => {
-                    match tokio::time::timeout(self.patience, beginning).await {
-                        Err(_) => {
-                            self.patience = REMIND_EVERY;
-                            return Some(Piece::Waiting);
-                        }
-                        Ok(Ok(running)) => self.phase = Phase::Running(Box::new(running)),
-                        Ok(Err(refusal)) => return Some(self.fail(refusal)),
+                Phase::Beginning(beginning) => match tokio::time::timeout(self.patience, beginning).await {
+                    Err(_) => {
+                        self.patience = REMIND_EVERY;
+                        return Some(Piece::Waiting);
                     }
-                }
+                    Ok(Ok(running)) => self.phase = Phase::Running(Box::new(running)),
+                    Ok(Err(refusal)) => return Some(self.fail(refusal)),
+                },
                 Phase::Running(running) => {
                     let next = running.next().await;
                     if next == Err(Broken::Lost) {
@@ -142,11 +138,7 @@ pub async fn whole(router: &Router, asked: Asked) -> Result<Vec<u8>, Refusal> {
     answer
 }
 
-async fn collect(
-    router: &Router,
-    call: &Call,
-    measured: &mut Measured,
-) -> Result<Vec<u8>, Refusal> {
+async fn collect(router: &Router, call: &Call, measured: &mut Measured) -> Result<Vec<u8>, Refusal> {
     let mut trip = Trip::new(call.arrived);
     loop {
         let mut running = begin(router, call, &mut trip).await?;
@@ -160,9 +152,7 @@ async fn collect(
                 Kind::Error => return Err(Refusal::of_stream(ErrorObject::from_json(&chunk.json))),
                 Kind::Usage => {
                     measured.done(usage(&chunk.json));
-                    return whole
-                        .finish(&chunk.json)
-                        .map_err(|error| unreadable(&error));
+                    return whole.finish(&chunk.json).map_err(|error| unreadable(&error));
                 }
                 Kind::Delta | Kind::Unspecified => {
                     measured.piece();

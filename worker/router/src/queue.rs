@@ -29,10 +29,7 @@ struct Place<T> {
 
 impl<T> Default for Queue<T> {
     fn default() -> Self {
-        Self {
-            places: VecDeque::new(),
-            next: 0,
-        }
+        Self { places: VecDeque::new(), next: 0 }
     }
 }
 
@@ -41,35 +38,19 @@ impl<T> Queue<T> {
     ///
     /// # Errors
     /// [`Full`].
-    pub fn push(
-        &mut self,
-        item: T,
-        weight: u32,
-        arrived: Duration,
-        most: usize,
-    ) -> Result<Ticket, Full> {
+    pub fn push(&mut self, item: T, weight: u32, arrived: Duration, most: usize) -> Result<Ticket, Full> {
         if self.places.len() >= most {
             return Err(Full);
         }
         let ticket = self.ticket();
-        self.places.push_back(Place {
-            ticket,
-            weight,
-            arrived,
-            item,
-        });
+        self.places.push_back(Place { ticket, weight, arrived, item });
         Ok(ticket)
     }
 
     /// Puts back at the front what had left the queue and lost its worker. It was let in before, so there is room.
     pub fn put_back(&mut self, item: T, weight: u32, arrived: Duration) -> Ticket {
         let ticket = self.ticket();
-        self.places.push_front(Place {
-            ticket,
-            weight,
-            arrived,
-            item,
-        });
+        self.places.push_front(Place { ticket, weight, arrived, item });
         ticket
     }
 
@@ -90,10 +71,7 @@ impl<T> Queue<T> {
 
     /// Takes out who leaves; nothing if they have been served.
     pub fn remove(&mut self, ticket: Ticket) -> Option<T> {
-        let index = self
-            .places
-            .iter()
-            .position(|place| place.ticket == ticket)?;
+        let index = self.places.iter().position(|place| place.ticket == ticket)?;
         self.places.remove(index).map(|place| place.item)
     }
 
@@ -143,10 +121,7 @@ mod tests {
         queue.put_back('z', 3, Duration::from_secs(2));
         assert_eq!((queue.first(), queue.len()), (Some(3), 2));
         assert_eq!(queue.oldest_wait(NOW), Duration::from_secs(7));
-        assert_eq!(
-            (queue.pop(), queue.pop(), queue.pop()),
-            (Some('z'), Some('a'), None)
-        );
+        assert_eq!((queue.pop(), queue.pop(), queue.pop()), (Some('z'), Some('a'), None));
     }
 
     #[test]

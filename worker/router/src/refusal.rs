@@ -22,11 +22,7 @@ impl Refusal {
     /// The request is at fault, in `param` if it is one field of it.
     pub fn invalid(param: Option<&str>, message: impl Into<String>) -> Self {
         let error = ErrorObject::invalid_request(message);
-        let error = if let Some(param) = param {
-            error.param(param)
-        } else {
-            error
-        };
+        let error = if let Some(param) = param { error.param(param) } else { error };
         Self::new(StatusCode::BAD_REQUEST, error, "invalid_request")
     }
 
@@ -39,33 +35,20 @@ impl Refusal {
     pub fn wrong_method(allowed: Method) -> Self {
         let message = format!("This path takes {allowed} only");
         let refusal = Self::protocol(StatusCode::METHOD_NOT_ALLOWED, message, "wrong_method");
-        Self {
-            allow: Some(allowed),
-            ..refusal
-        }
+        Self { allow: Some(allowed), ..refusal }
     }
 
     /// No model answers to `name`, shown as far as it can be a name.
     pub fn no_model(name: &str) -> Self {
         let shown: String = name.chars().filter(|c| !c.is_control()).take(320).collect();
         let error = ErrorObject::invalid_request(format!("The model `{shown}` does not exist"));
-        Self::new(
-            StatusCode::NOT_FOUND,
-            error.param("model").code("model_not_found"),
-            "model_not_found",
-        )
+        Self::new(StatusCode::NOT_FOUND, error.param("model").code("model_not_found"), "model_not_found")
     }
 
     /// As many wait as may.
     pub fn queue_full() -> Self {
-        let error =
-            ErrorObject::rate_limit("Too many requests wait for this model; try again later");
-        Self::new(
-            StatusCode::TOO_MANY_REQUESTS,
-            error.code("queue_full"),
-            "queue_full",
-        )
-        .retry_after(1)
+        let error = ErrorObject::rate_limit("Too many requests wait for this model; try again later");
+        Self::new(StatusCode::TOO_MANY_REQUESTS, error.code("queue_full"), "queue_full").retry_after(1)
     }
 
     /// The model has no worker, and waiting does not help.
@@ -75,20 +58,12 @@ impl Refusal {
 
     /// It waited as long as it may.
     pub fn waited_too_long() -> Self {
-        Self::unavailable(
-            "No worker was free in time; try again later",
-            "queue_timeout",
-        )
-        .retry_after(5)
+        Self::unavailable("No worker was free in time; try again later", "queue_timeout").retry_after(5)
     }
 
     /// Workers were lost, again and again.
     pub fn workers_failed() -> Self {
-        Self::unavailable(
-            "The model could not answer; try again later",
-            "workers_failed",
-        )
-        .retry_after(5)
+        Self::unavailable("The model could not answer; try again later", "workers_failed").retry_after(5)
     }
 
     /// The router itself ends, or has not begun.
@@ -98,8 +73,7 @@ impl Refusal {
 
     /// The client's own deadline passed.
     pub fn deadline() -> Self {
-        let error =
-            ErrorObject::server("The deadline of the request passed").code("deadline_exceeded");
+        let error = ErrorObject::server("The deadline of the request passed").code("deadline_exceeded");
         Self::new(StatusCode::GATEWAY_TIMEOUT, error, "deadline_exceeded")
     }
 
@@ -111,11 +85,7 @@ impl Refusal {
 
     /// What a worker refused, in its words.
     pub fn of_worker(status: StatusCode, error: ErrorObject) -> Self {
-        let reason = if status.is_client_error() {
-            "invalid_request"
-        } else {
-            "worker_error"
-        };
+        let reason = if status.is_client_error() { "invalid_request" } else { "worker_error" };
         Self::new(status, error, reason)
     }
 
@@ -131,21 +101,11 @@ impl Refusal {
     }
 
     fn unavailable(message: &str, reason: &'static str) -> Self {
-        Self::new(
-            StatusCode::SERVICE_UNAVAILABLE,
-            ErrorObject::server(message).code(reason),
-            reason,
-        )
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, ErrorObject::server(message).code(reason), reason)
     }
 
     fn new(status: StatusCode, error: ErrorObject, reason: &'static str) -> Self {
-        Self {
-            status,
-            error: Box::new(error),
-            retry_after: None,
-            allow: None,
-            reason,
-        }
+        Self { status, error: Box::new(error), retry_after: None, allow: None, reason }
     }
 
     fn retry_after(mut self, seconds: u32) -> Self {

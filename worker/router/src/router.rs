@@ -40,9 +40,7 @@ struct State {
 
 impl fmt::Debug for Router {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Router")
-            .field("table", &self.0.table.load())
-            .finish_non_exhaustive()
+        f.debug_struct("Router").field("table", &self.0.table.load()).finish_non_exhaustive()
     }
 }
 
@@ -50,8 +48,7 @@ impl Router {
     /// A router that knows no model yet, with its instruments in `meter`.
     pub fn new(meter: &Meter) -> Self {
         let started = Instant::now();
-        let freed: Freed =
-            Arc::new(move |line| line.serve(started.elapsed(), || fastrand::u64(..)));
+        let freed: Freed = Arc::new(move |line| line.serve(started.elapsed(), || fastrand::u64(..)));
         let table = Arc::new(ArcSwap::<Table>::default());
         Self(Arc::new(State {
             metrics: Metrics::new(meter, &table),
@@ -101,9 +98,7 @@ impl Router {
             .flat_map(|worker| [worker.address.clone(), worker.named_address.clone()])
             .collect();
         self.0.table.store(Arc::new(table));
-        self.0
-            .channels
-            .retain(|address| addresses.contains(address));
+        self.0.channels.retain(|address| addresses.contains(address));
     }
 
     /// The model that answers to `name`.
@@ -119,15 +114,7 @@ impl Router {
     /// What the operator is told every second.
     pub fn load(&self) -> RouterLoad {
         let now = self.now();
-        RouterLoad {
-            models: self
-                .0
-                .table
-                .load()
-                .lines()
-                .map(|line| line.load(now))
-                .collect(),
-        }
+        RouterLoad { models: self.0.table.load().lines().map(|line| line.load(now)).collect() }
     }
 
     /// Gives workers to those in line whose reason to wait has passed with time.

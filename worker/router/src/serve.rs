@@ -53,12 +53,7 @@ pub async fn serve(
         async move { drop(stopped.wait_for(|stopped| *stopped).await) }
     };
     let doors = async {
-        let http = edge::serve(
-            listeners.http,
-            router.clone(),
-            until_stopped(),
-            ending.grace,
-        );
+        let http = edge::serve(listeners.http, router.clone(), until_stopped(), ending.grace);
         let grpc = wire::serve_until(listeners.grpc, routes, until_stopped(), ending.grace);
         let ((), grpc) = tokio::join!(http, grpc);
         grpc.map_err(Error::Grpc)

@@ -54,28 +54,18 @@ pub struct Worker {
 impl Worker {
     /// Where to call it now.
     pub fn target(&self) -> &str {
-        if self.load.is_by_name() && !self.named_address.is_empty() {
-            &self.named_address
-        } else {
-            &self.address
-        }
+        if self.load.is_by_name() && !self.named_address.is_empty() { &self.named_address } else { &self.address }
     }
 }
 
 impl Model {
     /// `snapshot`, with the counters that `previous` has of the same workers.
     fn new(snapshot: ModelSnapshot, previous: Option<&Model>) -> Self {
-        let loads: HashMap<&str, &Arc<WorkerLoad>> = previous
-            .iter()
-            .flat_map(|model| &model.workers)
-            .map(|worker| (&*worker.id, &worker.load))
-            .collect();
+        let loads: HashMap<&str, &Arc<WorkerLoad>> =
+            previous.iter().flat_map(|model| &model.workers).map(|worker| (&*worker.id, &worker.load)).collect();
         let availability = snapshot.availability();
         let worker = |entry: WorkerEntry| {
-            let load = loads
-                .get(&*entry.id)
-                .map(|load| Arc::clone(load))
-                .unwrap_or_default();
+            let load = loads.get(&*entry.id).map(|load| Arc::clone(load)).unwrap_or_default();
             Arc::new(Worker {
                 named_address: named_address(&entry),
                 id: entry.id,
@@ -128,10 +118,7 @@ impl Table {
 
     /// All names that are answered to, in order, with their models.
     pub fn names(&self) -> BTreeMap<&str, &Arc<Line>> {
-        self.names
-            .iter()
-            .map(|(name, line)| (&**name, line))
-            .collect()
+        self.names.iter().map(|(name, line)| (&**name, line)).collect()
     }
 
     /// This table with a newer snapshot of one model. Its line stays; `freed` is for one that is new.
@@ -161,15 +148,11 @@ impl Table {
     fn of(models: BTreeMap<String, Arc<Line>>) -> Self {
         let mut by_age: Vec<Arc<Model>> = models.values().map(|line| line.model()).collect();
         by_age.sort_by(|a, b| (a.created, &a.name).cmp(&(b.created, &b.name)));
-        let mut names: HashMap<String, Arc<Line>> = models
-            .iter()
-            .map(|(name, line)| (name.clone(), line.clone()))
-            .collect();
+        let mut names: HashMap<String, Arc<Line>> =
+            models.iter().map(|(name, line)| (name.clone(), line.clone())).collect();
         for model in by_age {
             for name in &model.served_names {
-                names
-                    .entry(name.clone())
-                    .or_insert_with(|| models[&model.name].clone());
+                names.entry(name.clone()).or_insert_with(|| models[&model.name].clone());
             }
         }
         Self { models, names }
@@ -185,10 +168,7 @@ mod tests {
     }
 
     fn snapshot(model: &str, created: i64, names: &[&str], workers: &[&str]) -> ModelSnapshot {
-        let workers = workers.iter().map(|id| WorkerEntry {
-            id: (*id).into(),
-            ..Default::default()
-        });
+        let workers = workers.iter().map(|id| WorkerEntry { id: (*id).into(), ..Default::default() });
         ModelSnapshot {
             model: model.into(),
             created,
@@ -209,11 +189,7 @@ mod tests {
             .with(snapshot("b/old", 5, &["m"], &[]), &freed());
         assert_eq!(holder(&table, "m").as_deref(), Some("b/old"));
         assert_eq!(holder(&table, "b/young").as_deref(), Some("b/young"));
-        assert_eq!(
-            holder(&table, "b/old").as_deref(),
-            Some("b/old"),
-            "its own name is nobody else's"
-        );
+        assert_eq!(holder(&table, "b/old").as_deref(), Some("b/old"), "its own name is nobody else's");
         let table = table.without("b/old");
         assert_eq!(holder(&table, "m").as_deref(), Some("b/young"));
         assert_eq!(holder(&table, "unknown"), None);
@@ -237,10 +213,7 @@ mod tests {
             dns_name: dns_name.into(),
             ..Default::default()
         };
-        assert_eq!(
-            named_address(&entry("m-0.m-workers.ns")),
-            "m-0.m-workers.ns:9000"
-        );
+        assert_eq!(named_address(&entry("m-0.m-workers.ns")), "m-0.m-workers.ns:9000");
         assert_eq!(named_address(&entry("localhost:1")), "localhost:1");
         assert_eq!(named_address(&entry("")), "");
     }

@@ -21,10 +21,7 @@ fn request(prompt: &[u32], max_tokens: usize) -> Request {
 }
 
 fn echo() -> Driver {
-    let limits = Limits {
-        max_context_tokens: 1 << 40,
-        vocab_size: 1 << 17,
-    };
+    let limits = Limits { max_context_tokens: 1 << 40, vocab_size: 1 << 17 };
     Driver::start(Echo::new(limits, 8), NoPeers, metrics()).unwrap()
 }
 
@@ -48,34 +45,17 @@ async fn sequences_get_their_tokens_and_end() {
         events.push(event);
     }
     let token = |id| Progress::Token(id, None);
-    assert_eq!(
-        events,
-        [
-            token(5),
-            token(6),
-            token(5),
-            Progress::Finished(Finish::Length)
-        ]
-    );
+    assert_eq!(events, [token(5), token(6), token(5), Progress::Finished(Finish::Length)]);
     assert_eq!(sequences[1].recv().await, Some(token(9)));
 }
 
 #[tokio::test]
 async fn a_request_is_taken_whole_or_not_at_all() {
     let driver = echo();
-    let result = driver
-        .submit(vec![request(&[5], 1000), request(&[], 3)], Span::none())
-        .await;
-    assert!(matches!(
-        result,
-        Err(SubmitError::Refused(Refusal::EmptyPrompt))
-    ));
+    let result = driver.submit(vec![request(&[5], 1000), request(&[], 3)], Span::none()).await;
+    assert!(matches!(result, Err(SubmitError::Refused(Refusal::EmptyPrompt))));
     until("the first one is forgotten", || {
-        driver.load()
-            == Load {
-                kv_tokens_total: driver.load().kv_tokens_total,
-                ..Load::default()
-            }
+        driver.load() == Load { kv_tokens_total: driver.load().kv_tokens_total, ..Load::default() }
     })
     .await;
 }
@@ -83,10 +63,7 @@ async fn a_request_is_taken_whole_or_not_at_all() {
 #[tokio::test]
 async fn dropping_a_sequence_frees_its_place() {
     let driver = Driver::start(Stalled(Echo::default()), Away(None), metrics()).unwrap();
-    let sequences = driver
-        .submit(vec![request(&[5], 3)], Span::none())
-        .await
-        .unwrap();
+    let sequences = driver.submit(vec![request(&[5], 3)], Span::none()).await.unwrap();
     until("the sequence runs", || driver.load().running == 1).await;
     drop(sequences);
     until("the place is free", || driver.load().running == 0).await;
@@ -95,22 +72,13 @@ async fn dropping_a_sequence_frees_its_place() {
 #[tokio::test]
 async fn who_does_not_read_loses_the_sequence() {
     let driver = echo();
-    let mut sequences = driver
-        .submit(vec![request(&[5], 1 << 30)], Span::none())
-        .await
-        .unwrap();
-    until("the sequence is cut", || {
-        driver.load().running == 0 && sequences[0].len() == EVENTS
-    })
-    .await;
+    let mut sequences = driver.submit(vec![request(&[5], 1 << 30)], Span::none()).await.unwrap();
+    until("the sequence is cut", || driver.load().running == 0 && sequences[0].len() == EVENTS).await;
     let mut last = None;
     while let Some(event) = sequences[0].recv().await {
         last = Some(event);
     }
-    assert!(
-        matches!(last, Some(Progress::Token(..))),
-        "cut without an end: {last:?}"
-    );
+    assert!(matches!(last, Some(Progress::Token(..))), "cut without an end: {last:?}");
 }
 
 /// Every step wants rows from a holder that is never there.
@@ -162,20 +130,10 @@ async fn a_sequence_waits_for_its_experts_and_then_fails_loudly() {
     let wait = Duration::from_millis(300);
     let driver = Driver::start_with(Stalled(Echo::default()), Away(None), metrics(), wait).unwrap();
     let started = Instant::now();
-    let mut sequences = driver
-        .submit(vec![request(&[5], 3)], Span::none())
-        .await
-        .unwrap();
+    let mut sequences = driver.submit(vec![request(&[5], 3)], Span::none()).await.unwrap();
     let event = sequences[0].recv().await;
-    assert!(
-        matches!(&event, Some(Progress::Failed(message)) if message.contains("not reachable")),
-        "{event:?}"
-    );
-    assert!(
-        started.elapsed() >= wait,
-        "failed after {:?}",
-        started.elapsed()
-    );
+    assert!(matches!(&event, Some(Progress::Failed(message)) if message.contains("not reachable")), "{event:?}");
+    assert!(started.elapsed() >= wait, "failed after {:?}", started.elapsed());
 }
 
 /// Panics when the token 13 is asked for.
@@ -190,12 +148,7 @@ impl Engine for Superstitious {
     }
     async fn step<E: Exchange>(&mut self, exchange: &mut E) -> Result<Vec<Event>, Error> {
         let events = self.0.step(exchange).await?;
-        assert!(
-            !events
-                .iter()
-                .any(|event| matches!(event, Event::Token { token: 13, .. })),
-            "thirteen"
-        );
+        assert!(!events.iter().any(|event| matches!(event, Event::Token { token: 13, .. })), "thirteen");
         Ok(events)
     }
     fn is_idle(&self) -> bool {
@@ -212,17 +165,8 @@ impl Engine for Superstitious {
 #[tokio::test]
 async fn a_panic_of_the_engine_fails_its_sequences_and_is_noticed() {
     let driver = Driver::start(Superstitious(Echo::default()), NoPeers, metrics()).unwrap();
-    let mut sequences = driver
-        .submit(vec![request(&[13], 3)], Span::none())
-        .await
-        .unwrap();
-    assert!(matches!(
-        sequences[0].recv().await,
-        Some(Progress::Failed(_))
-    ));
+    let mut sequences = driver.submit(vec![request(&[13], 3)], Span::none()).await.unwrap();
+    assert!(matches!(sequences[0].recv().await, Some(Progress::Failed(_))));
     driver.ended().await;
-    assert!(matches!(
-        driver.submit(vec![request(&[1], 1)], Span::none()).await,
-        Err(SubmitError::Ended)
-    ));
+    assert!(matches!(driver.submit(vec![request(&[1], 1)], Span::none()).await, Err(SubmitError::Ended)));
 }

@@ -104,9 +104,7 @@ impl MeshExchange {
 
     /// Ends a step; returns since when rows have been missing in every step, if some were missing in this one.
     pub fn end_step(&mut self) -> Option<Instant> {
-        self.missing_since = self
-            .missed
-            .then(|| self.missing_since.unwrap_or_else(Instant::now));
+        self.missing_since = self.missed.then(|| self.missing_since.unwrap_or_else(Instant::now));
         self.missing_since
     }
 
@@ -122,24 +120,14 @@ impl MeshExchange {
     fn follow(&mut self, mesh: &Mesh) {
         let own = &self.own;
         let ours = |peer: &&proto::Peer| peer.replica == own.replica && peer.ordinal != own.ordinal;
-        let peers: HashMap<u32, &proto::Peer> = mesh
-            .peers
-            .iter()
-            .filter(ours)
-            .map(|p| (p.ordinal, p))
-            .collect();
-        self.links.retain(|ordinal, link| {
-            peers
-                .get(ordinal)
-                .is_some_and(|peer| peer.address == link.address)
-        });
+        let peers: HashMap<u32, &proto::Peer> = mesh.peers.iter().filter(ours).map(|p| (p.ordinal, p)).collect();
+        self.links.retain(|ordinal, link| peers.get(ordinal).is_some_and(|peer| peer.address == link.address));
         for (ordinal, peer) in peers {
             match self.links.get(&ordinal) {
                 Some(link) if peer.loaded => link.hurry(),
                 Some(_) => {}
                 None => {
-                    let link =
-                        Link::open(peer.address.clone(), &peer.dns_name, self.changes.clone());
+                    let link = Link::open(peer.address.clone(), &peer.dns_name, self.changes.clone());
                     self.links.insert(ordinal, link);
                 }
             }
@@ -149,19 +137,10 @@ impl MeshExchange {
     /// The worker that is asked for an expert: the first of its holders that is connected.
     fn holder(&self, mesh: &Mesh, layer: u32, expert: u32) -> Option<u32> {
         let holders = mesh.placement.holders(layer, expert);
-        holders
-            .iter()
-            .copied()
-            .find(|ordinal| self.links.get(ordinal).is_some_and(Link::is_up))
+        holders.iter().copied().find(|ordinal| self.links.get(ordinal).is_some_and(Link::is_up))
     }
 
-    fn ask(
-        &mut self,
-        batch: &ExpertBatch<'_>,
-        layer: u32,
-        ordinal: u32,
-        pairs: Vec<u32>,
-    ) -> Result<Asked, Vec<u32>> {
+    fn ask(&mut self, batch: &ExpertBatch<'_>, layer: u32, ordinal: u32, pairs: Vec<u32>) -> Result<Asked, Vec<u32>> {
         let Some(link) = self.links.get(&ordinal) else {
             return Err(pairs);
         };
@@ -173,12 +152,7 @@ impl MeshExchange {
         match link.send(call) {
             Some(reply) => {
                 self.metrics.rows_sent(rows);
-                Ok(Asked {
-                    pairs,
-                    reply,
-                    span,
-                    deadline: Instant::now() + CALL_WAIT,
-                })
+                Ok(Asked { pairs, reply, span, deadline: Instant::now() + CALL_WAIT })
             }
             None => Err(pairs),
         }
@@ -192,11 +166,7 @@ impl Exchange for MeshExchange {
         let layer = u32::try_from(batch.layer).unwrap_or(u32::MAX);
         let mesh = self.mesh.borrow().clone();
         let mut by_holder: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
-        let mut ticket = Ticket {
-            pairs: batch.pair_experts.len(),
-            asked: Vec::new(),
-            unasked: Vec::new(),
-        };
+        let mut ticket = Ticket { pairs: batch.pair_experts.len(), asked: Vec::new(), unasked: Vec::new() };
         for (pair, &expert) in (0..).zip(batch.pair_experts) {
             match self.holder(&mesh, layer, expert) {
                 Some(ordinal) => by_holder.entry(ordinal).or_default().push(pair),
@@ -214,14 +184,8 @@ impl Exchange for MeshExchange {
 
     async fn join(&mut self, ticket: Ticket) -> Replies {
         let row = self.own.row_bytes();
-        let mut replies = Replies {
-            rows: vec![0; ticket.pairs * row],
-            missing: ticket.unasked,
-        };
-        self.metrics.calls(
-            CallResult::Unreachable,
-            usize::from(!replies.missing.is_empty()),
-        );
+        let mut replies = Replies { rows: vec![0; ticket.pairs * row], missing: ticket.unasked };
+        self.metrics.calls(CallResult::Unreachable, usize::from(!replies.missing.is_empty()));
         for asked in ticket.asked {
             let reply = tokio::time::timeout_at(asked.deadline, asked.reply).await;
             let result = match &reply {
@@ -262,10 +226,7 @@ impl Own {
                 u32::try_from(rows.len() / row - 1).unwrap_or(u32::MAX)
             })
         };
-        let pair_rows = pairs
-            .iter()
-            .map(|&pair| place(batch.pair_rows[pair as usize]))
-            .collect();
+        let pair_rows = pairs.iter().map(|&pair| place(batch.pair_rows[pair as usize])).collect();
         RunCall {
             sequence,
             layer,
@@ -274,10 +235,7 @@ impl Own {
             dtype: dtype(self.dtype).into(),
             rows: rows.into(),
             pair_rows,
-            pair_experts: pairs
-                .iter()
-                .map(|&pair| batch.pair_experts[pair as usize])
-                .collect(),
+            pair_experts: pairs.iter().map(|&pair| batch.pair_experts[pair as usize]).collect(),
             traceparent: String::new(),
         }
     }
@@ -289,12 +247,7 @@ fn result(reply: &RunReply, bytes: usize) -> CallResult {
         if reply.rows.len() == bytes {
             return CallResult::Answered;
         }
-        warn!(
-            layer = reply.layer,
-            got = reply.rows.len(),
-            want = bytes,
-            "a holder answered with other rows"
-        );
+        warn!(layer = reply.layer, got = reply.rows.len(), want = bytes, "a holder answered with other rows");
         return CallResult::Malformed;
     };
     match refusal.reason() {
@@ -303,11 +256,7 @@ fn result(reply: &RunReply, bytes: usize) -> CallResult {
         Reason::NotHeld => CallResult::NotHeld,
         reason @ (Reason::OtherContent | Reason::Malformed | Reason::Unspecified) => {
             warn!(layer = reply.layer, ?reason, "a holder refused rows");
-            if reason == Reason::OtherContent {
-                CallResult::OtherContent
-            } else {
-                CallResult::Malformed
-            }
+            if reason == Reason::OtherContent { CallResult::OtherContent } else { CallResult::Malformed }
         }
     }
 }
@@ -324,9 +273,5 @@ fn traceparent() -> String {
     if !Span::current().is_none() {
         wire::telemetry::inject(&mut metadata);
     }
-    metadata
-        .get("traceparent")
-        .and_then(|value| value.to_str().ok())
-        .unwrap_or_default()
-        .to_owned()
+    metadata.get("traceparent").and_then(|value| value.to_str().ok()).unwrap_or_default().to_owned()
 }

@@ -48,20 +48,9 @@ impl Link {
         let (calls, sent) = mpsc::channel(CALLS);
         let (up, hurry) = (Arc::new(AtomicBool::new(false)), Arc::new(Notify::new()));
         let ways = ways(&address, name);
-        let run = Run {
-            sent,
-            up: up.clone(),
-            hurry: hurry.clone(),
-            changes,
-        };
+        let run = Run { sent, up: up.clone(), hurry: hurry.clone(), changes };
         let task = tokio::spawn(run.forever(ways)).abort_handle();
-        Self {
-            address,
-            calls,
-            up,
-            hurry,
-            task,
-        }
+        Self { address, calls, up, hurry, task }
     }
 
     /// Whether calls have a chance of being answered.
@@ -177,13 +166,7 @@ mod tests {
     #[test]
     fn the_name_is_the_second_way_with_the_same_port() {
         assert_eq!(ways("10.0.0.7:9000", ""), ["10.0.0.7:9000"]);
-        assert_eq!(
-            ways("[fd00::7]:9000", "m-0.workers"),
-            ["[fd00::7]:9000", "m-0.workers:9000"]
-        );
-        assert_eq!(
-            ways("10.0.0.7:9000", "m-0.workers:9001"),
-            ["10.0.0.7:9000", "m-0.workers:9001"]
-        );
+        assert_eq!(ways("[fd00::7]:9000", "m-0.workers"), ["[fd00::7]:9000", "m-0.workers:9000"]);
+        assert_eq!(ways("10.0.0.7:9000", "m-0.workers:9001"), ["10.0.0.7:9000", "m-0.workers:9001"]);
     }
 }

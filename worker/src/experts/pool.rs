@@ -54,25 +54,17 @@ impl Pool {
     ///
     /// # Errors
     /// If the system has no more threads.
-    pub fn start(
-        experts: &Arc<Experts>,
-        threads: usize,
-        metrics: Arc<Metrics>,
-    ) -> std::io::Result<Self> {
-        let pool = Self {
-            queue: Arc::default(),
-        };
+    pub fn start(experts: &Arc<Experts>, threads: usize, metrics: Arc<Metrics>) -> std::io::Result<Self> {
+        let pool = Self { queue: Arc::default() };
         for index in 0..threads.max(1) {
             let (queue, experts, metrics) = (pool.queue.clone(), experts.clone(), metrics.clone());
-            thread::Builder::new()
-                .name(format!("experts-{index}"))
-                .spawn(move || {
-                    while let Some(job) = queue.next() {
-                        let reply = job.span.in_scope(|| run_caught(&experts, &job));
-                        metrics.rows_served(job.call.pair_rows.len());
-                        job.reply.send(Ok(reply));
-                    }
-                })?;
+            thread::Builder::new().name(format!("experts-{index}")).spawn(move || {
+                while let Some(job) = queue.next() {
+                    let reply = job.span.in_scope(|| run_caught(&experts, &job));
+                    metrics.rows_served(job.call.pair_rows.len());
+                    job.reply.send(Ok(reply));
+                }
+            })?;
         }
         Ok(pool)
     }
@@ -106,10 +98,7 @@ impl Queue {
 
     fn next(&self) -> Option<Job> {
         let empty = |waiting: &mut Waiting| waiting.jobs.is_empty() && !waiting.ended;
-        let mut waiting = self
-            .more
-            .wait_while(self.lock(), empty)
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut waiting = self.more.wait_while(self.lock(), empty).unwrap_or_else(PoisonError::into_inner);
         let job = waiting.jobs.pop_front()?;
         waiting.bytes -= job.call.rows.len();
         Some(job)
@@ -120,25 +109,14 @@ impl Queue {
 fn run_caught(experts: &Experts, job: &Job) -> RunReply {
     catch_unwind(AssertUnwindSafe(|| run(experts, job))).unwrap_or_else(|_| {
         error!(layer = job.call.layer, "computing rows of experts panicked");
-        refuse(
-            &job.call,
-            Reason::Unspecified,
-            "the rows cannot be computed",
-        )
+        refuse(&job.call, Reason::Unspecified, "the rows cannot be computed")
     })
 }
 
 fn run(experts: &Experts, job: &Job) -> RunReply {
     let call = &job.call;
-    if job
-        .deadline
-        .is_some_and(|deadline| Instant::now() >= deadline)
-    {
-        return refuse(
-            call,
-            Reason::Expired,
-            "the call waited longer than its caller does",
-        );
+    if job.deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+        return refuse(call, Reason::Expired, "the call waited longer than its caller does");
     }
     let batch = ExpertBatch {
         layer: call.layer as usize,
@@ -147,15 +125,8 @@ fn run(experts: &Experts, job: &Job) -> RunReply {
         pair_experts: &call.pair_experts,
     };
     match experts.run(&batch) {
-        Ok(rows) => RunReply {
-            sequence: call.sequence,
-            layer: call.layer,
-            rows: rows.into(),
-            refusal: None,
-        },
-        Err(error @ ExpertsError::NotHeld { .. }) => {
-            refuse(call, Reason::NotHeld, &error.to_string())
-        }
+        Ok(rows) => RunReply { sequence: call.sequence, layer: call.layer, rows: rows.into(), refusal: None },
+        Err(error @ ExpertsError::NotHeld { .. }) => refuse(call, Reason::NotHeld, &error.to_string()),
         Err(error @ (ExpertsError::Rows { .. } | ExpertsError::Pairs { .. })) => {
             refuse(call, Reason::Malformed, &error.to_string())
         }
@@ -164,14 +135,6 @@ fn run(experts: &Experts, job: &Job) -> RunReply {
 
 /// The reply that says why a call is not computed.
 pub(super) fn refuse(call: &RunCall, reason: Reason, message: &str) -> RunReply {
-    let refusal = Refusal {
-        reason: reason.into(),
-        message: message.to_owned(),
-    };
-    RunReply {
-        sequence: call.sequence,
-        layer: call.layer,
-        rows: Default::default(),
-        refusal: Some(refusal),
-    }
+    let refusal = Refusal { reason: reason.into(), message: message.to_owned() };
+    RunReply { sequence: call.sequence, layer: call.layer, rows: Default::default(), refusal: Some(refusal) }
 }

@@ -32,35 +32,21 @@ pub struct ExpertsService {
 impl ExpertsService {
     /// Serves `experts` of the model files with this content hash.
     pub fn new(experts: Arc<Experts>, pool: Pool, content_hash: &str) -> Self {
-        Self {
-            experts,
-            pool: Arc::new(pool),
-            content_hash: content_hash.into(),
-        }
+        Self { experts, pool: Arc::new(pool), content_hash: content_hash.into() }
     }
 
     /// Checks everything about a call that can be checked without computing.
     fn check(&self, call: &RunCall) -> Result<(), (Reason, String)> {
         let malformed = |message: String| Err((Reason::Malformed, message));
         if *call.content_hash != *self.content_hash {
-            return Err((
-                Reason::OtherContent,
-                "this worker serves other model files".into(),
-            ));
+            return Err((Reason::OtherContent, "this worker serves other model files".into()));
         }
         if call.dtype() != dtype(self.experts.dtype()) {
-            return malformed(format!(
-                "rows are {:?}; this model's are {:?}",
-                call.dtype(),
-                self.experts.dtype()
-            ));
+            return malformed(format!("rows are {:?}; this model's are {:?}", call.dtype(), self.experts.dtype()));
         }
         let row = self.experts.hidden() * self.experts.dtype().size();
         if !call.rows.len().is_multiple_of(row) {
-            return malformed(format!(
-                "{} bytes are not whole rows of {row} bytes",
-                call.rows.len()
-            ));
+            return malformed(format!("{} bytes are not whole rows of {row} bytes", call.rows.len()));
         }
         if call.pair_rows.len() != call.pair_experts.len() {
             let (rows, experts) = (call.pair_rows.len(), call.pair_experts.len());
@@ -72,51 +58,28 @@ impl ExpertsService {
         }
         // a reply has a row a pair, so their number is bounded by what a message may hold
         if call.pair_rows.len() > wire::MAX_MESSAGE_BYTES / row {
-            return malformed(format!(
-                "{} pairs are more than a reply can hold",
-                call.pair_rows.len()
-            ));
+            return malformed(format!("{} pairs are more than a reply can hold", call.pair_rows.len()));
         }
         let held = |expert: &&u32| !self.experts.holds(call.layer as usize, **expert as usize);
         if let Some(expert) = call.pair_experts.iter().find(held) {
-            return Err((
-                Reason::NotHeld,
-                format!("expert {expert} of layer {} is not held here", call.layer),
-            ));
+            return Err((Reason::NotHeld, format!("expert {expert} of layer {} is not held here", call.layer)));
         }
         Ok(())
     }
 
     /// Queues a call; `Some` is the reply to one that is not computed.
-    fn take(
-        &self,
-        call: RunCall,
-        replies: &mpsc::Sender<Result<RunReply, Status>>,
-    ) -> Option<RunReply> {
+    fn take(&self, call: RunCall, replies: &mpsc::Sender<Result<RunReply, Status>>) -> Option<RunReply> {
         if let Err((reason, message)) = self.check(&call) {
             return Some(refuse(&call, reason, &message));
         }
         let deadline = (call.remaining_ms > 0).then(|| Duration::from_millis(call.remaining_ms));
         let deadline = deadline.and_then(|remaining| Instant::now().checked_add(remaining));
         let Ok(reply) = replies.clone().try_reserve_owned() else {
-            return Some(refuse(
-                &call,
-                Reason::Busy,
-                "too many replies of this stream wait to be read",
-            ));
+            return Some(refuse(&call, Reason::Busy, "too many replies of this stream wait to be read"));
         };
         let span = server_span(&call);
-        let rejected = self.pool.submit(Job {
-            call,
-            deadline,
-            reply,
-            span,
-        })?;
-        Some(refuse(
-            &rejected.call,
-            Reason::Busy,
-            "more rows wait here than this worker takes",
-        ))
+        let rejected = self.pool.submit(Job { call, deadline, reply, span })?;
+        Some(refuse(&rejected.call, Reason::Busy, "more rows wait here than this worker takes"))
     }
 }
 
@@ -124,10 +87,7 @@ impl ExpertsService {
 impl proto::experts_server::Experts for ExpertsService {
     type RunStream = ReceiverStream<Result<RunReply, Status>>;
 
-    async fn run(
-        &self,
-        request: Request<Streaming<RunCall>>,
-    ) -> Result<Response<Self::RunStream>, Status> {
+    async fn run(&self, request: Request<Streaming<RunCall>>) -> Result<Response<Self::RunStream>, Status> {
         let mut calls = request.into_inner();
         let (replies, outgoing) = mpsc::channel(STREAM_CALLS);
         let service = self.clone();

@@ -17,8 +17,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::service::Routes;
 use tracing::Span;
 use wire::proto::{
-    self, RunCall, RunReply, experts_client::ExpertsClient, experts_server::ExpertsServer,
-    refusal::Reason,
+    self, RunCall, RunReply, experts_client::ExpertsClient, experts_server::ExpertsServer, refusal::Reason,
 };
 
 use super::{
@@ -43,30 +42,15 @@ fn folder() -> PathBuf {
 }
 
 fn load(held: &Held) -> (ModelEngine, Arc<Experts>) {
-    let options = engine::Options {
-        kv_cache_tokens: 4096,
-        max_context_tokens: None,
-        max_sequences: 16,
-        prefill_chunk: 16,
-    };
+    let options =
+        engine::Options { kv_cache_tokens: 4096, max_context_tokens: None, max_sequences: 16, prefill_chunk: 16 };
     engine::load(&folder(), held, &options, &mut |_, _| {}).unwrap()
 }
 
 /// Experts dealt out to `shards` workers like cards: layers 1 to 3 of 16 experts.
 fn placement(shards: u32) -> Placement {
-    let experts = || {
-        (0..16)
-            .map(|expert| proto::Holders {
-                ordinals: vec![expert % shards],
-            })
-            .collect()
-    };
-    let layers = (1..4)
-        .map(|layer| proto::LayerPlacement {
-            layer,
-            experts: experts(),
-        })
-        .collect();
+    let experts = || (0..16).map(|expert| proto::Holders { ordinals: vec![expert % shards] }).collect();
+    let layers = (1..4).map(|layer| proto::LayerPlacement { layer, experts: experts() }).collect();
     Placement::from(&proto::Placement { shards, layers })
 }
 
@@ -82,12 +66,7 @@ impl Worker {
     async fn start(placement: &Placement, ordinal: u32, hash: &str) -> Self {
         let (engine, experts) = load(&placement.held(ordinal));
         let (server, address) = serve(&experts, hash, "127.0.0.1:0").await;
-        Self {
-            address,
-            experts,
-            engine: Some(engine),
-            server,
-        }
+        Self { address, experts, engine: Some(engine), server }
     }
 
     fn driver(&mut self, ordinal: u32, mesh: watch::Receiver<Arc<Mesh>>) -> Driver {
@@ -98,12 +77,7 @@ impl Worker {
             hidden: self.experts.hidden(),
             dtype: self.experts.dtype(),
         };
-        Driver::start(
-            self.engine.take().unwrap(),
-            MeshExchange::new(own, mesh, metrics()),
-            metrics(),
-        )
-        .unwrap()
+        Driver::start(self.engine.take().unwrap(), MeshExchange::new(own, mesh, metrics()), metrics()).unwrap()
     }
 }
 
@@ -113,11 +87,7 @@ async fn serve(experts: &Arc<Experts>, hash: &str, at: &str) -> (JoinHandle<()>,
     let pool = Pool::start(experts, 1, metrics()).unwrap();
     let service = ExpertsServer::new(ExpertsService::new(experts.clone(), pool, hash));
     let routes = Routes::new(service.max_decoding_message_size(wire::MAX_MESSAGE_BYTES));
-    let server = tokio::spawn(async move {
-        wire::serve(listener, routes, std::future::pending())
-            .await
-            .unwrap()
-    });
+    let server = tokio::spawn(async move { wire::serve(listener, routes, std::future::pending()).await.unwrap() });
     (server, address)
 }
 
@@ -144,11 +114,7 @@ fn request(prompt: &str, seed: u64, tokens: usize) -> Request {
         prompt: text.encode(prompt, false).unwrap(),
         max_tokens: tokens,
         stop_tokens: Vec::new(),
-        sampling: Sampling {
-            temperature: 0.8,
-            seed,
-            ..Sampling::default()
-        },
+        sampling: Sampling { temperature: 0.8, seed, ..Sampling::default() },
         logprobs: Some(2),
         prompt_logprobs: false,
     }
@@ -156,13 +122,7 @@ fn request(prompt: &str, seed: u64, tokens: usize) -> Request {
 
 fn requests(count: u64, tokens: usize) -> Vec<Request> {
     (0..count)
-        .map(|seed| {
-            request(
-                &format!("<｜User｜>What is {seed}7 + 85?<｜Assistant｜><think>\n"),
-                seed,
-                tokens,
-            )
-        })
+        .map(|seed| request(&format!("<｜User｜>What is {seed}7 + 85?<｜Assistant｜><think>\n"), seed, tokens))
         .collect()
 }
 
@@ -194,10 +154,7 @@ async fn shards_give_the_bits_of_one_worker_alone_and_in_company() {
         for ordinal in 0..shards {
             workers.push(Worker::start(&placement, ordinal, HASH).await);
         }
-        let addresses: Vec<_> = workers
-            .iter()
-            .map(|worker| worker.address.clone())
-            .collect();
+        let addresses: Vec<_> = workers.iter().map(|worker| worker.address.clone()).collect();
         let (_keep, mesh) = watch::channel(mesh(&placement, &addresses, 1));
         let driver = workers[0].driver(0, mesh.clone());
         let one = driver.submit(requests(1, 12), Span::none()).await.unwrap();
@@ -211,10 +168,7 @@ async fn shards_give_the_bits_of_one_worker_alone_and_in_company() {
 async fn a_holder_that_is_killed_and_comes_back_elsewhere_changes_no_token() {
     let wanted = alone(requests(2, 40)).await;
     let placement = placement(2);
-    let mut workers = [
-        Worker::start(&placement, 0, HASH).await,
-        Worker::start(&placement, 1, HASH).await,
-    ];
+    let mut workers = [Worker::start(&placement, 0, HASH).await, Worker::start(&placement, 1, HASH).await];
     let addresses = workers.each_ref().map(|worker| worker.address.clone());
     let (meshes, receiver) = watch::channel(mesh(&placement, &addresses, 1));
     let driver = workers[0].driver(0, receiver);
@@ -240,27 +194,12 @@ async fn a_holder_that_is_killed_and_comes_back_elsewhere_changes_no_token() {
 async fn rows_for_a_holder_of_other_files_stay_missing() {
     let placement = placement(2);
     let worker = Worker::start(&placement, 1, "other content").await;
-    let (_keep, receiver) = watch::channel(mesh(
-        &placement,
-        &[String::from("127.0.0.1:1"), worker.address],
-        1,
-    ));
-    let own = Own {
-        replica: 0,
-        ordinal: 0,
-        content_hash: HASH.into(),
-        hidden: 256,
-        dtype: engine::WireDtype::Bf16,
-    };
+    let (_keep, receiver) = watch::channel(mesh(&placement, &[String::from("127.0.0.1:1"), worker.address], 1));
+    let own = Own { replica: 0, ordinal: 0, content_hash: HASH.into(), hidden: 256, dtype: engine::WireDtype::Bf16 };
     let mut exchange = MeshExchange::new(own, receiver, metrics());
     exchange.begin_step(Span::none());
     let rows = [0; 512];
-    let batch = ExpertBatch {
-        layer: 1,
-        rows: &rows,
-        pair_rows: &[0, 0],
-        pair_experts: &[1, 3],
-    };
+    let batch = ExpertBatch { layer: 1, rows: &rows, pair_rows: &[0, 0], pair_experts: &[1, 3] };
     for _ in 0..3 {
         exchange.changed().await;
         let ticket = exchange.send(&batch);
@@ -279,11 +218,7 @@ async fn calls_that_cannot_be_computed_are_refused_each_with_its_reason() {
     let worker = Worker::start(&placement, 1, HASH).await;
     let mut client = ExpertsClient::new(wire::connect(&worker.address));
     let (calls, receiver) = mpsc::channel(16);
-    let mut replies = client
-        .run(ReceiverStream::new(receiver))
-        .await
-        .unwrap()
-        .into_inner();
+    let mut replies = client.run(ReceiverStream::new(receiver)).await.unwrap().into_inner();
     let good = RunCall {
         sequence: 1,
         layer: 1,
@@ -296,70 +231,18 @@ async fn calls_that_cannot_be_computed_are_refused_each_with_its_reason() {
     };
     let table = [
         (good.clone(), None),
+        (RunCall { content_hash: "x".into(), ..good.clone() }, Some(Reason::OtherContent)),
+        (RunCall { dtype: proto::Dtype::F32.into(), ..good.clone() }, Some(Reason::Malformed)),
+        (RunCall { rows: vec![0; 511].into(), ..good.clone() }, Some(Reason::Malformed)),
+        (RunCall { pair_rows: vec![1], ..good.clone() }, Some(Reason::Malformed)),
+        (RunCall { pair_rows: vec![0, 0], ..good.clone() }, Some(Reason::Malformed)),
         (
-            RunCall {
-                content_hash: "x".into(),
-                ..good.clone()
-            },
-            Some(Reason::OtherContent),
-        ),
-        (
-            RunCall {
-                dtype: proto::Dtype::F32.into(),
-                ..good.clone()
-            },
+            RunCall { pair_rows: vec![0; 200_000], pair_experts: vec![1; 200_000], ..good.clone() },
             Some(Reason::Malformed),
         ),
-        (
-            RunCall {
-                rows: vec![0; 511].into(),
-                ..good.clone()
-            },
-            Some(Reason::Malformed),
-        ),
-        (
-            RunCall {
-                pair_rows: vec![1],
-                ..good.clone()
-            },
-            Some(Reason::Malformed),
-        ),
-        (
-            RunCall {
-                pair_rows: vec![0, 0],
-                ..good.clone()
-            },
-            Some(Reason::Malformed),
-        ),
-        (
-            RunCall {
-                pair_rows: vec![0; 200_000],
-                pair_experts: vec![1; 200_000],
-                ..good.clone()
-            },
-            Some(Reason::Malformed),
-        ),
-        (
-            RunCall {
-                pair_experts: vec![2],
-                ..good.clone()
-            },
-            Some(Reason::NotHeld),
-        ),
-        (
-            RunCall {
-                layer: 99,
-                ..good.clone()
-            },
-            Some(Reason::NotHeld),
-        ),
-        (
-            RunCall {
-                pair_experts: vec![u32::MAX],
-                ..good.clone()
-            },
-            Some(Reason::NotHeld),
-        ),
+        (RunCall { pair_experts: vec![2], ..good.clone() }, Some(Reason::NotHeld)),
+        (RunCall { layer: 99, ..good.clone() }, Some(Reason::NotHeld)),
+        (RunCall { pair_experts: vec![u32::MAX], ..good.clone() }, Some(Reason::NotHeld)),
     ];
     for (call, wanted) in table {
         calls.send(call).await.unwrap();

@@ -22,16 +22,10 @@ pub(super) enum Class {
 fn class(address: IpAddr) -> Class {
     match address.to_canonical() {
         IpAddr::V4(v4) if v4.is_loopback() || v4.is_unspecified() => Class::Loopback,
-        IpAddr::V4(v4) if v4.is_link_local() || v4.is_broadcast() || v4.is_multicast() => {
-            Class::Link
-        }
+        IpAddr::V4(v4) if v4.is_link_local() || v4.is_broadcast() || v4.is_multicast() => Class::Link,
         IpAddr::V6(v6) if v6.is_loopback() || v6.is_unspecified() => Class::Loopback,
         // fd00:ec2::254 is a cloud's metadata service, like 169.254.169.254
-        IpAddr::V6(v6)
-            if v6.is_unicast_link_local()
-                || v6.is_multicast()
-                || v6.segments()[..2] == [0xfd00, 0x0ec2] =>
-        {
+        IpAddr::V6(v6) if v6.is_unicast_link_local() || v6.is_multicast() || v6.segments()[..2] == [0xfd00, 0x0ec2] => {
             Class::Link
         }
         _ => Class::Other,
@@ -73,9 +67,7 @@ impl Resolve for Guard {
         let trusted = host == self.trusted;
         Box::pin(async move {
             let found = tokio::net::lookup_host((host.as_str(), 0)).await?;
-            let allowed: Vec<SocketAddr> = found
-                .filter(|address| trusted || may_visit(address.ip(), own))
-                .collect();
+            let allowed: Vec<SocketAddr> = found.filter(|address| trusted || may_visit(address.ip(), own)).collect();
             if allowed.is_empty() {
                 return Err(io::Error::other(Forbidden).into());
             }
@@ -104,16 +96,9 @@ mod tests {
         for (address, expected) in table {
             let address: IpAddr = address.parse().unwrap();
             assert_eq!(class(address), expected, "{address}");
-            assert_eq!(
-                may_visit(address, Class::Other),
-                expected == Class::Other,
-                "{address}"
-            );
+            assert_eq!(may_visit(address, Class::Other), expected == Class::Other, "{address}");
         }
         assert!(may_visit("127.0.0.1".parse().unwrap(), Class::Loopback));
-        assert!(!may_visit(
-            "169.254.169.254".parse().unwrap(),
-            Class::Loopback
-        ));
+        assert!(!may_visit("169.254.169.254".parse().unwrap(), Class::Loopback));
     }
 }

@@ -28,13 +28,7 @@ const AT_ONCE: usize = 4;
 ///
 /// # Errors
 /// The first file that cannot be had.
-pub async fn all(
-    hub: &Hub,
-    repository: &str,
-    listing: &Listing,
-    to: &Path,
-    progress: OnProgress,
-) -> Result<(), Error> {
+pub async fn all(hub: &Hub, repository: &str, listing: &Listing, to: &Path, progress: OnProgress) -> Result<(), Error> {
     use futures::{StreamExt as _, TryStreamExt as _};
     let total = listing.files.iter().map(|file| file.size).sum();
     let done = Arc::new(AtomicU64::new(0));
@@ -44,27 +38,11 @@ pub async fn all(
             let before = done.fetch_add(bytes.cast_unsigned(), Ordering::Relaxed);
             progress(before.wrapping_add_signed(bytes), total);
         };
-        let one = One {
-            hub,
-            repository,
-            commit: &listing.commit,
-            to,
-            file,
-            arrived: Box::new(arrived),
-        };
+        let one = One { hub, repository, commit: &listing.commit, to, file, arrived: Box::new(arrived) };
         async move { one.fetch().await }
     };
-    futures::stream::iter(listing.files.clone())
-        .map(fetch)
-        .buffer_unordered(AT_ONCE)
-        .try_collect::<Vec<()>>()
-        .await?;
-    info!(
-        files = listing.files.len(),
-        bytes = total,
-        commit = listing.commit,
-        "fetched and verified"
-    );
+    futures::stream::iter(listing.files.clone()).map(fetch).buffer_unordered(AT_ONCE).try_collect::<Vec<()>>().await?;
+    info!(files = listing.files.len(), bytes = total, commit = listing.commit, "fetched and verified");
     Ok(())
 }
 
@@ -96,10 +74,7 @@ impl One<'_> {
             if !resumed {
                 return Err(error);
             }
-            warn!(
-                path = self.file.path,
-                "what was resumed is wrong; fetching it anew"
-            );
+            warn!(path = self.file.path, "what was resumed is wrong; fetching it anew");
             self.download(&part).await?;
             if let Err(error) = self.check(&part).await {
                 fs::remove_file(&part).map_err(|error| self.io(error))?;
@@ -129,21 +104,13 @@ impl One<'_> {
             let Some(pause) = self.hub.pause(attempt) else {
                 return Err(error);
             };
-            warn!(
-                path = self.file.path,
-                attempt,
-                error = crate::serve::chain(&error),
-                "download cut; resuming"
-            );
+            warn!(path = self.file.path, attempt, error = crate::serve::chain(&error), "download cut; resuming");
             tokio::time::sleep(pause).await;
         }
     }
 
     async fn attempt(&self, part: &Path, offset: u64) -> Result<(), Error> {
-        let mut response = self
-            .hub
-            .open(self.repository, self.commit, &self.file.path, offset)
-            .await?;
+        let mut response = self.hub.open(self.repository, self.commit, &self.file.path, offset).await?;
         let resumes = response.status() == StatusCode::PARTIAL_CONTENT;
         let mut file = OpenOptions::new()
             .create(true)
@@ -157,10 +124,7 @@ impl One<'_> {
             (self.arrived)(-signed(offset));
         }
         loop {
-            let piece = response
-                .chunk()
-                .await
-                .map_err(|_| self.hub.unreachable("the connection was cut".into()))?;
+            let piece = response.chunk().await.map_err(|_| self.hub.unreachable("the connection was cut".into()))?;
             let Some(piece) = piece else { break };
             length += piece.len() as u64;
             if length > self.file.size {
@@ -170,9 +134,7 @@ impl One<'_> {
             (self.arrived)(signed(piece.len() as u64));
         }
         if length < self.file.size {
-            return Err(self
-                .hub
-                .unreachable(format!("{length} of {} bytes came", self.file.size)));
+            return Err(self.hub.unreachable(format!("{length} of {} bytes came", self.file.size)));
         }
         Ok(())
     }
@@ -181,17 +143,11 @@ impl One<'_> {
     async fn check(&self, path: &Path) -> Result<(), Error> {
         let (path, file) = (path.to_owned(), self.file.clone());
         let work = move || match (&file.sha256, &file.git_oid) {
-            (Some(want), _) => {
-                folder::digest(&path, &mut |_| {}).map(|(size, got)| (size, got, want.clone()))
-            }
-            (None, Some(want)) => {
-                git_blob(&path, want.len()).map(|(size, got)| (size, got, want.clone()))
-            }
+            (Some(want), _) => folder::digest(&path, &mut |_| {}).map(|(size, got)| (size, got, want.clone())),
+            (None, Some(want)) => git_blob(&path, want.len()).map(|(size, got)| (size, got, want.clone())),
             (None, None) => Err(io::Error::other("no digest")),
         };
-        let checked = tokio::task::spawn_blocking(work)
-            .await
-            .unwrap_or_else(|error| Err(io::Error::other(error)));
+        let checked = tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| Err(io::Error::other(error)));
         let (size, got, want) = checked.map_err(|error| self.io(error))?;
         if size != self.file.size {
             return Err(self.wrong(format!("has {size} bytes; the hub says {}", self.file.size)));
@@ -211,10 +167,7 @@ impl One<'_> {
     }
 
     fn wrong(&self, reason: String) -> Error {
-        Error::ChecksumMismatch {
-            path: self.file.path.clone(),
-            reason,
-        }
+        Error::ChecksumMismatch { path: self.file.path.clone(), reason }
     }
 
     fn io(&self, error: io::Error) -> Error {
@@ -239,10 +192,7 @@ fn git_blob(path: &Path, digits: usize) -> io::Result<(u64, String)> {
             hash.update(&content);
             hex(hash.finish().as_ref())
         }
-        _ => hex(&Sha256::new()
-            .chain_update(head)
-            .chain_update(&content)
-            .finalize()),
+        _ => hex(&Sha256::new().chain_update(head).chain_update(&content).finalize()),
     };
     Ok((content.len() as u64, oid))
 }
@@ -257,9 +207,6 @@ mod tests {
         let path = dir.path().join("hello");
         fs::write(&path, "hello\n").unwrap();
         // `git hash-object hello`
-        assert_eq!(
-            git_blob(&path, 40).unwrap(),
-            (6, "ce013625030ba8dba906f756967f9e9ca394464a".into())
-        );
+        assert_eq!(git_blob(&path, 40).unwrap(), (6, "ce013625030ba8dba906f756967f9e9ca394464a".into()));
     }
 }

@@ -21,18 +21,12 @@ pub fn list(folder: &Path, progress: &dyn Fn(u64, u64)) -> Result<Vec<DescribedF
         return Err(Error::SourceNotFound(what));
     }
     let entries = fs::read_dir(folder).map_err(|error| Error::file(&what, error))?;
-    let names = entries
-        .flatten()
-        .filter_map(|entry| entry.file_name().into_string().ok());
+    let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
     let mut names: Vec<String> = names.filter(|name| is_needed(name)).collect();
     names.sort();
     check_listing(&what, &names.iter().map(String::as_str).collect::<Vec<_>>())?;
     let size = |name: &String| fs::metadata(folder.join(name)).map(|meta| meta.len());
-    let total = names
-        .iter()
-        .map(size)
-        .sum::<io::Result<u64>>()
-        .map_err(|error| Error::file(&what, error))?;
+    let total = names.iter().map(size).sum::<io::Result<u64>>().map_err(|error| Error::file(&what, error))?;
     let mut done = 0;
     let mut files = Vec::with_capacity(names.len());
     for path in names {
@@ -41,12 +35,7 @@ pub fn list(folder: &Path, progress: &dyn Fn(u64, u64)) -> Result<Vec<DescribedF
             progress(done, total);
         })
         .map_err(|error| Error::file(&path, error))?;
-        files.push(DescribedFile {
-            path,
-            size,
-            sha256: Some(sha256),
-            git_oid: None,
-        });
+        files.push(DescribedFile { path, size, sha256: Some(sha256), git_oid: None });
     }
     Ok(files)
 }
@@ -64,17 +53,11 @@ pub enum Way {
 ///
 /// # Errors
 /// As [`list`], if `to` cannot be written, or if a copy differs.
-pub async fn bring(
-    folder: &Path,
-    to: &Path,
-    way: Way,
-    progress: OnProgress,
-) -> Result<Vec<DescribedFile>, Error> {
+pub async fn bring(folder: &Path, to: &Path, way: Way, progress: OnProgress) -> Result<Vec<DescribedFile>, Error> {
     let (folder, to) = (folder.to_owned(), to.to_owned());
     let work = move || {
         let files = list(&folder, &*progress)?;
-        let absolute = fs::canonicalize(&folder)
-            .map_err(|error| Error::file(folder.display().to_string(), error))?;
+        let absolute = fs::canonicalize(&folder).map_err(|error| Error::file(folder.display().to_string(), error))?;
         if fs::canonicalize(&to).is_ok_and(|to| to == absolute) {
             return Ok(files);
         }
@@ -84,9 +67,7 @@ pub async fn bring(
         }
         Ok(files)
     };
-    tokio::task::spawn_blocking(work)
-        .await
-        .unwrap_or_else(|_| Err(Error::UnsupportedModel("hashing failed".into())))
+    tokio::task::spawn_blocking(work).await.unwrap_or_else(|_| Err(Error::UnsupportedModel("hashing failed".into())))
 }
 
 fn bring_one(file: &DescribedFile, from: &Path, to: &Path, way: Way) -> Result<(), Error> {
@@ -102,10 +83,7 @@ fn bring_one(file: &DescribedFile, from: &Path, to: &Path, way: Way) -> Result<(
     let (_, sha256) = digest(to, &mut |_| {}).map_err(failed)?;
     if file.sha256.as_ref() != Some(&sha256) {
         let reason = "it changed while it was copied".to_owned();
-        return Err(Error::ChecksumMismatch {
-            path: file.path.clone(),
-            reason,
-        });
+        return Err(Error::ChecksumMismatch { path: file.path.clone(), reason });
     }
     Ok(())
 }

@@ -96,30 +96,17 @@ impl Hub {
     /// # Errors
     /// If the endpoint is no URL, or the certificates are none.
     pub fn new(options: &Options) -> Result<Self, Error> {
-        let text = if options.endpoint.is_empty() {
-            "https://huggingface.co"
-        } else {
-            &options.endpoint
-        };
-        let unusable = |reason: String| Error::HubUnreachable {
-            endpoint: text.to_owned(),
-            reason,
-        };
+        let text = if options.endpoint.is_empty() { "https://huggingface.co" } else { &options.endpoint };
+        let unusable = |reason: String| Error::HubUnreachable { endpoint: text.to_owned(), reason };
         let endpoint = Url::parse(text).map_err(|error| unusable(error.to_string()))?;
         if !matches!(endpoint.scheme(), "http" | "https") || endpoint.host_str().is_none() {
             return Err(unusable("it is not an http or https URL".into()));
         }
         // a second call finds the provider installed
         let _ = rustls::crypto::ring::default_provider().install_default();
-        let resolver = Guard {
-            trusted: endpoint.host_str().unwrap_or_default().to_owned(),
-            own: own_class(&endpoint),
-        };
-        let bundled = webpki_root_certs::TLS_SERVER_ROOT_CERTS
-            .iter()
-            .filter_map(|der| Certificate::from_der(der).ok());
-        let more = Certificate::from_pem_bundle(&options.certificates)
-            .map_err(|error| unusable(error.to_string()))?;
+        let resolver = Guard { trusted: endpoint.host_str().unwrap_or_default().to_owned(), own: own_class(&endpoint) };
+        let bundled = webpki_root_certs::TLS_SERVER_ROOT_CERTS.iter().filter_map(|der| Certificate::from_der(der).ok());
+        let more = Certificate::from_pem_bundle(&options.certificates).map_err(|error| unusable(error.to_string()))?;
         let client = Client::builder()
             .user_agent(concat!("modelfleet/", env!("CARGO_PKG_VERSION")))
             .redirect(redirect::Policy::none())
@@ -135,12 +122,7 @@ impl Hub {
             Some(value)
         };
         let authorization = options.token.as_ref().and_then(bearer);
-        Ok(Self {
-            client,
-            endpoint,
-            authorization,
-            pause: options.pause.unwrap_or(FIRST_PAUSE),
-        })
+        Ok(Self { client, endpoint, authorization, pause: options.pause.unwrap_or(FIRST_PAUSE) })
     }
 
     /// Lists the needed files of a revision; an empty one means `main`.
@@ -148,21 +130,14 @@ impl Hub {
     /// # Errors
     /// [`Error`], after a bounded number of attempts where another one could help.
     pub async fn list(&self, repository: &str, revision: &str) -> Result<Listing, Error> {
-        let revision = if revision.is_empty() {
-            "main"
-        } else {
-            revision
-        };
+        let revision = if revision.is_empty() { "main" } else { revision };
         let mut url = self.url(&["api", "models"], repository);
         self.extend(&mut url, &["revision", revision]);
         url.set_query(Some("blobs=true"));
-        let what = What {
-            repository,
-            revision,
-        };
+        let what = What { repository, revision };
         let body = self.bytes(&url, None, LISTING_BYTES, what).await?;
-        let listed: Repository = serde_json::from_slice(&body)
-            .map_err(|error| self.unreachable(format!("its listing: {error}")))?;
+        let listed: Repository =
+            serde_json::from_slice(&body).map_err(|error| self.unreachable(format!("its listing: {error}")))?;
         let mut files = listed
             .siblings
             .into_iter()
@@ -170,41 +145,22 @@ impl Hub {
             .map(Sibling::described)
             .collect::<Result<Vec<_>, _>>()?;
         files.sort_by(|a, b| a.path.cmp(&b.path));
-        check_listing(
-            repository,
-            &files
-                .iter()
-                .map(|file| file.path.as_str())
-                .collect::<Vec<_>>(),
-        )?;
-        let is_commit =
-            listed.sha.len() >= 7 && listed.sha.bytes().all(|byte| byte.is_ascii_alphanumeric());
+        check_listing(repository, &files.iter().map(|file| file.path.as_str()).collect::<Vec<_>>())?;
+        let is_commit = listed.sha.len() >= 7 && listed.sha.bytes().all(|byte| byte.is_ascii_alphanumeric());
         if !is_commit {
             return Err(self.unreachable("its listing names no commit".into()));
         }
-        Ok(Listing {
-            commit: listed.sha,
-            files,
-        })
+        Ok(Listing { commit: listed.sha, files })
     }
 
     /// Reads a range of a file, whole or not at all.
     ///
     /// # Errors
     /// [`Error`], after a bounded number of attempts where another one could help.
-    pub async fn read(
-        &self,
-        repository: &str,
-        commit: &str,
-        path: &str,
-        range: Range<u64>,
-    ) -> Result<Vec<u8>, Error> {
+    pub async fn read(&self, repository: &str, commit: &str, path: &str, range: Range<u64>) -> Result<Vec<u8>, Error> {
         let url = self.file(repository, commit, path);
         let want = usize::try_from(range.end - range.start).unwrap_or(usize::MAX);
-        let what = What {
-            repository,
-            revision: commit,
-        };
+        let what = What { repository, revision: commit };
         let bytes = self.bytes(&url, Some(&range), want, what).await?;
         if bytes.len() != want {
             return Err(self.unreachable(format!("{path}: {} of {want} bytes came", bytes.len())));
@@ -221,15 +177,10 @@ impl Hub {
         offset: u64,
     ) -> Result<Response, Error> {
         let range = (offset > 0).then_some(offset..u64::MAX);
-        let what = What {
-            repository,
-            revision: commit,
-        };
-        self.get(&self.file(repository, commit, path), range.as_ref(), what)
-            .await
-            .map_err(|attempt| match attempt {
-                Attempt::Again(error) | Attempt::Final(error) => error,
-            })
+        let what = What { repository, revision: commit };
+        self.get(&self.file(repository, commit, path), range.as_ref(), what).await.map_err(|attempt| match attempt {
+            Attempt::Again(error) | Attempt::Final(error) => error,
+        })
     }
 
     /// The pause before an attempt, counted from 1; `None` after the last.
@@ -238,10 +189,7 @@ impl Hub {
     }
 
     pub(super) fn unreachable(&self, reason: String) -> Error {
-        Error::HubUnreachable {
-            endpoint: self.endpoint.to_string(),
-            reason,
-        }
+        Error::HubUnreachable { endpoint: self.endpoint.to_string(), reason }
     }
 
     /// GET with attempts; the body up to `limit` bytes.
@@ -263,11 +211,7 @@ impl Hub {
             let Some(pause) = self.pause(attempt) else {
                 return Err(error);
             };
-            warn!(
-                attempt,
-                error = crate::serve::chain(&error),
-                "the hub did not answer; trying again"
-            );
+            warn!(attempt, error = crate::serve::chain(&error), "the hub did not answer; trying again");
             tokio::time::sleep(pause).await;
         }
     }
@@ -280,12 +224,8 @@ impl Hub {
         what: What<'_>,
     ) -> Result<Vec<u8>, Attempt> {
         let mut response = self.get(url, range, what).await?;
-        if range.is_some_and(|range| range.start > 0)
-            && response.status() != StatusCode::PARTIAL_CONTENT
-        {
-            return Err(Attempt::Final(
-                self.unreachable("it does not answer byte ranges".into()),
-            ));
+        if range.is_some_and(|range| range.start > 0) && response.status() != StatusCode::PARTIAL_CONTENT {
+            return Err(Attempt::Final(self.unreachable("it does not answer byte ranges".into())));
         }
         let mut bytes = Vec::new();
         while let Some(piece) = response.chunk().await.map_err(|error| self.again(&error))? {
@@ -295,9 +235,7 @@ impl Hub {
                     bytes.extend_from_slice(&piece[..limit - bytes.len()]);
                     return Ok(bytes);
                 }
-                return Err(Attempt::Final(
-                    self.unreachable(format!("its answer has more than {limit} bytes")),
-                ));
+                return Err(Attempt::Final(self.unreachable(format!("its answer has more than {limit} bytes"))));
             }
             bytes.extend_from_slice(&piece);
         }
@@ -305,82 +243,49 @@ impl Hub {
     }
 
     /// One GET, redirects followed.
-    async fn get(
-        &self,
-        url: &Url,
-        range: Option<&Range<u64>>,
-        what: What<'_>,
-    ) -> Result<Response, Attempt> {
+    async fn get(&self, url: &Url, range: Option<&Range<u64>>, what: What<'_>) -> Result<Response, Attempt> {
         let mut url = url.clone();
         for _ in 0..=REDIRECTS {
             self.check(&url).map_err(Attempt::Final)?;
             let mut request = self.client.get(url.clone());
-            if let Some(authorization) = self
-                .authorization
-                .as_ref()
-                .filter(|_| url.origin() == self.endpoint.origin())
+            if let Some(authorization) = self.authorization.as_ref().filter(|_| url.origin() == self.endpoint.origin())
             {
                 request = request.header(AUTHORIZATION, authorization);
             }
             match range {
-                Some(Range {
-                    start,
-                    end: u64::MAX,
-                }) => request = request.header(RANGE, format!("bytes={start}-")),
-                Some(Range { start, end }) => {
-                    request = request.header(RANGE, format!("bytes={start}-{}", end - 1))
-                }
+                Some(Range { start, end: u64::MAX }) => request = request.header(RANGE, format!("bytes={start}-")),
+                Some(Range { start, end }) => request = request.header(RANGE, format!("bytes={start}-{}", end - 1)),
                 None => {}
             }
             let response = request.send().await.map_err(|error| self.again(&error))?;
             if !response.status().is_redirection() {
                 return self.judge(response, what);
             }
-            let location = response
-                .headers()
-                .get(LOCATION)
-                .and_then(|value| value.to_str().ok());
+            let location = response.headers().get(LOCATION).and_then(|value| value.to_str().ok());
             let next = location.and_then(|location| url.join(location).ok());
-            url = next.ok_or_else(|| {
-                Attempt::Final(self.unreachable("it redirects to nowhere".into()))
-            })?;
+            url = next.ok_or_else(|| Attempt::Final(self.unreachable("it redirects to nowhere".into())))?;
             debug!(host = url.host_str(), "redirected");
         }
-        Err(Attempt::Final(self.unreachable(format!(
-            "it redirects more than {REDIRECTS} times"
-        ))))
+        Err(Attempt::Final(self.unreachable(format!("it redirects more than {REDIRECTS} times"))))
     }
 
     /// Refuses addresses that no hub has a reason to send us to.
     fn check(&self, url: &Url) -> Result<(), Error> {
         let plain = url.scheme() == "http" && self.endpoint.scheme() == "http";
         if url.scheme() != "https" && !plain {
-            return Err(self.unreachable(format!(
-                "it redirects to {}, which is not followed",
-                url.scheme()
-            )));
+            return Err(self.unreachable(format!("it redirects to {}, which is not followed", url.scheme())));
         }
         let host = url.host_str().unwrap_or_default();
-        let literal = host
-            .trim_start_matches('[')
-            .trim_end_matches(']')
-            .parse::<IpAddr>()
-            .ok();
+        let literal = host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>().ok();
         if literal.is_some_and(|address| !may_visit(address, own_class(&self.endpoint))) {
-            return Err(
-                self.unreachable("it redirects to an address inside, which is not followed".into())
-            );
+            return Err(self.unreachable("it redirects to an address inside, which is not followed".into()));
         }
         Ok(())
     }
 
     fn judge(&self, response: Response, what: What<'_>) -> Result<Response, Attempt> {
         let status = response.status();
-        let word = response
-            .headers()
-            .get("x-error-code")
-            .and_then(|value| value.to_str().ok())
-            .unwrap_or_default();
+        let word = response.headers().get("x-error-code").and_then(|value| value.to_str().ok()).unwrap_or_default();
         let missing = || Error::SourceNotFound(format!("{} at {}", what.repository, self.endpoint));
         match status.as_u16() {
             200 | 206 => Ok(response),
@@ -389,24 +294,18 @@ impl Hub {
                 revision: what.revision.to_owned(),
             })),
             404 | 410 => Err(Attempt::Final(missing())),
-            401 if word == "RepoNotFound" && self.authorization.is_some() => {
-                Err(Attempt::Final(missing()))
-            }
+            401 if word == "RepoNotFound" && self.authorization.is_some() => Err(Attempt::Final(missing())),
             code @ (401 | 403) => Err(Attempt::Final(Error::GatedModel {
                 what: what.repository.to_owned(),
                 status: code,
                 hint: match self.authorization {
-                    None => {
-                        "it is gated, private or missing; give a token in spec.model.credentialsRef"
-                    }
+                    None => "it is gated, private or missing; give a token in spec.model.credentialsRef",
                     Some(_) => {
                         "the token has no access; ask for it on the model's page, or give another one in spec.model.credentialsRef"
                     }
                 },
             })),
-            408 | 425 | 429 | 500..=599 => {
-                Err(Attempt::Again(self.unreachable(format!("status {status}"))))
-            }
+            408 | 425 | 429 | 500..=599 => Err(Attempt::Again(self.unreachable(format!("status {status}")))),
             _ => Err(Attempt::Final(self.unreachable(format!("status {status}")))),
         }
     }
@@ -418,9 +317,7 @@ impl Hub {
             cause = source;
         }
         if let Some(Forbidden) = cause.downcast_ref() {
-            return Attempt::Final(
-                self.unreachable("it redirects to an address inside, which is not followed".into()),
-            );
+            return Attempt::Final(self.unreachable("it redirects to an address inside, which is not followed".into()));
         }
         Attempt::Again(self.unreachable(cause.to_string()))
     }
@@ -458,29 +355,14 @@ impl Sibling {
             path: path.to_owned(),
             reason: format!("the hub gives no {what} for it"),
         };
-        let lfs = self.lfs.unwrap_or(Lfs {
-            sha256: None,
-            oid: None,
-            size: None,
-        });
-        let sha256 = lfs
-            .sha256
-            .or(lfs.oid)
-            .map(|sum| sum.trim_start_matches("sha256:").to_owned());
-        let size = lfs
-            .size
-            .or(self.size)
-            .ok_or_else(|| missing("size", &self.rfilename))?;
+        let lfs = self.lfs.unwrap_or(Lfs { sha256: None, oid: None, size: None });
+        let sha256 = lfs.sha256.or(lfs.oid).map(|sum| sum.trim_start_matches("sha256:").to_owned());
+        let size = lfs.size.or(self.size).ok_or_else(|| missing("size", &self.rfilename))?;
         let git_oid = self.blob_id.filter(|_| sha256.is_none());
         if sha256.is_none() && git_oid.is_none() {
             return Err(missing("digest", &self.rfilename));
         }
-        Ok(DescribedFile {
-            path: self.rfilename,
-            size,
-            sha256,
-            git_oid,
-        })
+        Ok(DescribedFile { path: self.rfilename, size, sha256, git_oid })
     }
 }
 
@@ -491,14 +373,8 @@ mod tests {
     #[test]
     fn an_endpoint_that_is_none_is_refused() {
         for endpoint in ["ftp://hub", "file:///etc", "no url", "http://"] {
-            let options = Options {
-                endpoint: endpoint.into(),
-                ..Options::default()
-            };
-            assert!(
-                matches!(Hub::new(&options), Err(Error::HubUnreachable { .. })),
-                "{endpoint}"
-            );
+            let options = Options { endpoint: endpoint.into(), ..Options::default() };
+            assert!(matches!(Hub::new(&options), Err(Error::HubUnreachable { .. })), "{endpoint}");
         }
     }
 }

@@ -47,16 +47,9 @@ pub enum Error {
 
 /// SHA-256 over the sorted lines `PATH SIZE DIGEST\n`; the digest is SHA-256 where it is known, else git's.
 pub fn content_hash(files: &[DescribedFile]) -> String {
-    let digest = |file: &DescribedFile| {
-        file.sha256
-            .clone()
-            .or_else(|| file.git_oid.clone())
-            .unwrap_or_default()
-    };
-    let mut lines: Vec<String> = files
-        .iter()
-        .map(|file| format!("{} {} {}\n", file.path, file.size, digest(file)))
-        .collect();
+    let digest = |file: &DescribedFile| file.sha256.clone().or_else(|| file.git_oid.clone()).unwrap_or_default();
+    let mut lines: Vec<String> =
+        files.iter().map(|file| format!("{} {} {}\n", file.path, file.size, digest(file))).collect();
     lines.sort();
     hex(&Sha256::digest(lines.concat()))
 }
@@ -66,10 +59,7 @@ pub fn content_hash(files: &[DescribedFile]) -> String {
 /// # Errors
 /// What the system said.
 pub fn write(dir: &Path, files: &[DescribedFile]) -> Result<(), super::Error> {
-    let record = Record {
-        content_hash: content_hash(files),
-        files: files.to_vec(),
-    };
+    let record = Record { content_hash: content_hash(files), files: files.to_vec() };
     let json = serde_json::to_vec_pretty(&record).unwrap_or_default();
     let part = dir.join(".modelfleet.json.part");
     let written = fs::write(&part, json).and_then(|()| fs::rename(&part, dir.join(RECORD)));
@@ -88,18 +78,11 @@ pub fn check(dir: &Path, wanted: &str) -> Result<(), Error> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(source) => return Err(Error::Read { path, source }),
     };
-    let record: Record = serde_json::from_slice(&json).map_err(|error| Error::Read {
-        path,
-        source: error.into(),
-    })?;
+    let record: Record = serde_json::from_slice(&json).map_err(|error| Error::Read { path, source: error.into() })?;
     if record.content_hash == wanted || wanted.is_empty() {
         return Ok(());
     }
-    Err(Error::OtherContent {
-        dir: dir.to_owned(),
-        found: record.content_hash,
-        wanted: wanted.to_owned(),
-    })
+    Err(Error::OtherContent { dir: dir.to_owned(), found: record.content_hash, wanted: wanted.to_owned() })
 }
 
 /// Lower-case hexadecimal digits.
@@ -122,14 +105,8 @@ mod tests {
 
     #[test]
     fn the_content_hash_is_of_the_sorted_lines() {
-        let files = [
-            file("b", 2, None, Some("oid")),
-            file("a", 1, Some("sha"), Some("other")),
-        ];
-        assert_eq!(
-            content_hash(&files),
-            hex(&Sha256::digest("a 1 sha\nb 2 oid\n"))
-        );
+        let files = [file("b", 2, None, Some("oid")), file("a", 1, Some("sha"), Some("other"))];
+        assert_eq!(content_hash(&files), hex(&Sha256::digest("a 1 sha\nb 2 oid\n")));
     }
 
     #[test]
@@ -140,14 +117,8 @@ mod tests {
         write(dir.path(), &files).unwrap();
         check(dir.path(), &content_hash(&files)).unwrap();
         let error = check(dir.path(), "other").unwrap_err();
-        assert!(
-            matches!(error, Error::OtherContent { .. })
-                && error.to_string().contains("other is to be served")
-        );
+        assert!(matches!(error, Error::OtherContent { .. }) && error.to_string().contains("other is to be served"));
         fs::write(dir.path().join(RECORD), "no json").unwrap();
-        assert!(matches!(
-            check(dir.path(), "other"),
-            Err(Error::Read { .. })
-        ));
+        assert!(matches!(check(dir.path(), "other"), Err(Error::Read { .. })));
     }
 }

@@ -27,32 +27,14 @@ pub struct Reporter {
 
 impl Reporter {
     /// Opens control streams to `operators`; with none of them, nothing is told to nobody.
-    pub fn open(
-        operators: Vec<String>,
-        role: Role,
-        id: String,
-        model: String,
-        revision: String,
-    ) -> Self {
+    pub fn open(operators: Vec<String>, role: Role, id: String, model: String, revision: String) -> Self {
         let (reports, receiver) = mpsc::channel(64);
         let process = crate::serve::control::process();
-        let hello = Hello {
-            role: role.into(),
-            id,
-            process,
-            model,
-            revision,
-            ..Hello::default()
-        };
+        let hello = Hello { role: role.into(), id, process, model, revision, ..Hello::default() };
         let alone = operators.is_empty();
         let mut instructions = wire::fleet::watch(operators, move || hello.clone(), receiver);
-        let streams =
-            tokio::spawn(async move { while !alone && instructions.next().await.is_some() {} });
-        Self {
-            reports,
-            streams,
-            told: Arc::default(),
-        }
+        let streams = tokio::spawn(async move { while !alone && instructions.next().await.is_some() {} });
+        Self { reports, streams, told: Arc::default() }
     }
 
     /// Progress, told at most once a second.
@@ -64,32 +46,20 @@ impl Reporter {
                 return;
             }
             *told = Some(Instant::now());
-            let progress = Progress {
-                phase: progress::Phase::Downloading.into(),
-                done_bytes,
-                total_bytes,
-            };
-            let _ = reports.try_send(Report {
-                report: Some(report::Report::Progress(progress)),
-            }); // more will come
+            let progress = Progress { phase: progress::Phase::Downloading.into(), done_bytes, total_bytes };
+            let _ = reports.try_send(Report { report: Some(report::Report::Progress(progress)) }); // more will come
         })
     }
 
     /// Says why it cannot go on, or does not yet.
     pub async fn failure(&self, reason: &str, message: String) {
-        let failure = Failure {
-            reason: reason.to_owned(),
-            message,
-        };
+        let failure = Failure { reason: reason.to_owned(), message };
         self.send(report::Report::Failure(failure)).await;
     }
 
     /// Sends a description.
     pub async fn description(&self, json: Vec<u8>) {
-        self.send(report::Report::Description(wire::proto::Description {
-            json: json.into(),
-        }))
-        .await;
+        self.send(report::Report::Description(wire::proto::Description { json: json.into() })).await;
     }
 
     /// Ends the streams once all was said, or after a few seconds.
@@ -99,12 +69,7 @@ impl Reporter {
     }
 
     async fn send(&self, report: report::Report) {
-        let _ = self
-            .reports
-            .send(Report {
-                report: Some(report),
-            })
-            .await; // an operator that is away hears nothing
+        let _ = self.reports.send(Report { report: Some(report) }).await; // an operator that is away hears nothing
     }
 }
 
@@ -121,8 +86,7 @@ pub async fn token(path: &Path, reporter: &Reporter) -> Result<String, Error> {
             Err(error) => return Err(Error::file(path.display().to_string(), error)),
         }
         let key = path.file_name().unwrap_or_default().to_string_lossy();
-        let message =
-            format!("waiting for key {key} of the Secret that spec.model.credentialsRef names");
+        let message = format!("waiting for key {key} of the Secret that spec.model.credentialsRef names");
         reporter.failure("CredentialsMissing", message).await;
         tokio::time::sleep(TOKEN_EVERY).await;
     }

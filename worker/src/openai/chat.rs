@@ -2,9 +2,7 @@
 
 use serde_json::Value;
 
-use super::{
-    Call, Defaults, Fields, Input, MAX_LOGPROBS, MAX_MESSAGES, Refusal, common, field, unsupported,
-};
+use super::{Call, Defaults, Fields, Input, MAX_LOGPROBS, MAX_MESSAGES, Refusal, common, field, unsupported};
 use crate::chat::Message;
 
 pub(super) fn call(fields: &Fields<'_>, defaults: &Defaults) -> Result<Call, Refusal> {
@@ -41,53 +39,28 @@ fn logprobs(fields: &Fields<'_>) -> Result<Option<usize>, Refusal> {
 fn messages(fields: &Fields<'_>) -> Result<Vec<Message>, Refusal> {
     let accepted = "an array of at least one message";
     let Some(value) = fields.get("messages") else {
-        return Err(Refusal::invalid(
-            "messages",
-            "messages is missing; use an array of at least one message",
-        ));
+        return Err(Refusal::invalid("messages", "messages is missing; use an array of at least one message"));
     };
-    let list = value
-        .as_array()
-        .filter(|list| !list.is_empty())
-        .ok_or_else(|| fields.wrong("messages", accepted))?;
+    let list = value.as_array().filter(|list| !list.is_empty()).ok_or_else(|| fields.wrong("messages", accepted))?;
     if list.len() > MAX_MESSAGES {
-        let message = format!(
-            "messages has {} messages; use at most {MAX_MESSAGES}",
-            list.len()
-        );
+        let message = format!("messages has {} messages; use at most {MAX_MESSAGES}", list.len());
         return Err(Refusal::invalid("messages", message));
     }
-    list.iter()
-        .enumerate()
-        .map(|(index, value)| message(&format!("messages[{index}]"), value))
-        .collect()
+    list.iter().enumerate().map(|(index, value)| message(&format!("messages[{index}]"), value)).collect()
 }
 
 fn message(path: &str, value: &Value) -> Result<Message, Refusal> {
-    let object = value
-        .as_object()
-        .ok_or_else(|| field::wrong_value(path, value, "an object"))?;
+    let object = value.as_object().ok_or_else(|| field::wrong_value(path, value, "an object"))?;
     let fields = Fields::of(object);
     let at = |name: &str| format!("{path}.{name}");
-    let wrong = |name: &str, accepted: &str| {
-        field::wrong_value(
-            &at(name),
-            fields.get(name).unwrap_or(&Value::Null),
-            accepted,
-        )
-    };
+    let wrong =
+        |name: &str, accepted: &str| field::wrong_value(&at(name), fields.get(name).unwrap_or(&Value::Null), accepted);
     let text = |name: &'static str| match fields.get(name) {
         None => Ok(None),
         Some(Value::String(text)) => Ok(Some(text.clone())),
         Some(_) => Err(wrong(name, "a string")),
     };
-    for name in [
-        "tool_calls",
-        "function_call",
-        "tool_call_id",
-        "audio",
-        "refusal",
-    ] {
+    for name in ["tool_calls", "function_call", "tool_call_id", "audio", "refusal"] {
         let empty = |value: &Value| value.as_array().is_some_and(Vec::is_empty);
         if fields.get(name).is_some_and(|value| !empty(value)) {
             return Err(unsupported::refuse(&at(name)));
@@ -106,12 +79,7 @@ fn message(path: &str, value: &Value) -> Result<Message, Refusal> {
         Some(Value::Array(parts)) => content_parts(&at("content"), parts)?,
         _ => return Err(wrong("content", "a string or an array of text parts")),
     };
-    Ok(Message {
-        role: role.to_owned(),
-        content,
-        name: text("name")?,
-        reasoning_content: text("reasoning_content")?,
-    })
+    Ok(Message { role: role.to_owned(), content, name: text("name")?, reasoning_content: text("reasoning_content")? })
 }
 
 /// Text parts stand on lines of their own, as in vLLM.
@@ -120,21 +88,11 @@ fn content_parts(path: &str, parts: &[Value]) -> Result<String, Refusal> {
         let path = format!("{path}[{index}]");
         match (part["type"].as_str(), part["text"].as_str()) {
             (Some("text"), Some(text)) => Ok(text.to_owned()),
-            (
-                Some("image_url" | "input_audio" | "file" | "video_url" | "audio_url" | "refusal"),
-                _,
-            ) => Err(unsupported::refuse(&format!("{path}.type"))),
-            _ => Err(field::wrong_value(
-                &path,
-                part,
-                "a part of type text with its text",
-            )),
+            (Some("image_url" | "input_audio" | "file" | "video_url" | "audio_url" | "refusal"), _) => {
+                Err(unsupported::refuse(&format!("{path}.type")))
+            }
+            _ => Err(field::wrong_value(&path, part, "a part of type text with its text")),
         }
     };
-    Ok(parts
-        .iter()
-        .enumerate()
-        .map(text)
-        .collect::<Result<Vec<_>, _>>()?
-        .join("\n"))
+    Ok(parts.iter().enumerate().map(text).collect::<Result<Vec<_>, _>>()?.join("\n"))
 }

@@ -51,8 +51,7 @@ impl Writer {
     /// The first piece of a conversation's choice: who speaks.
     pub fn role(&self, choice: u32) -> Chunk {
         let delta = json!({"role": "assistant", "content": ""});
-        let choices =
-            json!([{"index": choice, "delta": delta, "logprobs": null, "finish_reason": null}]);
+        let choices = json!([{"index": choice, "delta": delta, "logprobs": null, "finish_reason": null}]);
         self.chunk(Kind::Delta, choice, Vec::new(), choices, None)
     }
 
@@ -62,29 +61,17 @@ impl Writer {
             Endpoint::ChatCompletions => self.chat(text, &delta),
             Endpoint::Completions | Endpoint::Unspecified => self.completion(text, &delta),
         };
-        self.chunk(
-            Kind::Delta,
-            delta.choice,
-            delta.tokens,
-            json!([choices]),
-            None,
-        )
+        self.chunk(Kind::Delta, delta.choice, delta.tokens, json!([choices]), None)
     }
 
     /// The last piece of a good answer.
     pub fn usage(&self, prompt: usize, completion: usize) -> Chunk {
-        let usage = json!({"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion});
+        let usage =
+            json!({"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion});
         self.chunk(Kind::Usage, 0, Vec::new(), json!([]), Some(usage))
     }
 
-    fn chunk(
-        &self,
-        kind: Kind,
-        choice: u32,
-        token_ids: Vec<u32>,
-        choices: Value,
-        usage: Option<Value>,
-    ) -> Chunk {
+    fn chunk(&self, kind: Kind, choice: u32, token_ids: Vec<u32>, choices: Value, usage: Option<Value>) -> Chunk {
         let object = match self.endpoint {
             Endpoint::ChatCompletions => "chat.completion.chunk",
             Endpoint::Completions | Endpoint::Unspecified => "text_completion",
@@ -95,21 +82,13 @@ impl Writer {
         if let Some(usage) = usage {
             json["usage"] = usage;
         }
-        Chunk {
-            kind: kind.into(),
-            json: json.to_string().into(),
-            choice,
-            token_ids,
-        }
+        Chunk { kind: kind.into(), json: json.to_string().into(), choice, token_ids }
     }
 
     fn chat(&self, text: &Text, delta: &Delta) -> Value {
         let mut fields = Map::new();
         if !delta.text.reasoning.is_empty() {
-            fields.insert(
-                "reasoning_content".into(),
-                delta.text.reasoning.clone().into(),
-            );
+            fields.insert("reasoning_content".into(), delta.text.reasoning.clone().into());
         }
         if !delta.text.content.is_empty() {
             fields.insert("content".into(), delta.text.content.clone().into());
@@ -138,28 +117,21 @@ fn chat_logprob(text: &Text, scored: &Scored) -> Value {
     let logprob = scored.logprob.as_ref();
     let mut value = entry(scored.id, logprob.map(|logprob| logprob.logprob));
     let top = logprob.map_or(&[][..], |logprob| &logprob.top);
-    value["top_logprobs"] = top
-        .iter()
-        .map(|&(id, logprob)| entry(id, Some(logprob)))
-        .collect();
+    value["top_logprobs"] = top.iter().map(|&(id, logprob)| entry(id, Some(logprob))).collect();
     value
 }
 
 /// Four lists with an entry a token. The alternatives always have the token itself among them.
 fn completion_logprobs(text: &Text, scored: &[Scored], mut offset: usize) -> Value {
-    let (mut tokens, mut own, mut tops, mut offsets) =
-        (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let (mut tokens, mut own, mut tops, mut offsets) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for Scored { id, logprob } in scored {
         let token = text.token(*id);
         offsets.push(offset);
         offset += token.chars().count();
         own.push(logprob.as_ref().map(|logprob| logprob.logprob));
         tops.push(logprob.as_ref().map(|logprob| {
-            let mut top: Map<String, Value> = logprob
-                .top
-                .iter()
-                .map(|&(id, logprob)| (text.token(id), logprob.into()))
-                .collect();
+            let mut top: Map<String, Value> =
+                logprob.top.iter().map(|&(id, logprob)| (text.token(id), logprob.into())).collect();
             top.entry(token.clone()).or_insert(logprob.logprob.into());
             top
         }));

@@ -2,15 +2,11 @@
 
 use serde_json::Value;
 
-use super::{
-    Call, Defaults, Fields, Input, MAX_LOGPROBS, MAX_SEQUENCES, Prompt, Refusal, common, field,
-    unsupported,
-};
+use super::{Call, Defaults, Fields, Input, MAX_LOGPROBS, MAX_SEQUENCES, Prompt, Refusal, common, field, unsupported};
 
 /// What OpenAI generates where `max_tokens` is not given.
 const MAX_TOKENS: usize = 16;
-const ACCEPTED: &str =
-    "a string, an array of strings, an array of token ids, or an array of such arrays";
+const ACCEPTED: &str = "a string, an array of strings, an array of token ids, or an array of such arrays";
 
 pub(super) fn call(fields: &Fields<'_>, defaults: &Defaults) -> Result<Call, Refusal> {
     unsupported::check_completion(fields)?;
@@ -18,23 +14,15 @@ pub(super) fn call(fields: &Fields<'_>, defaults: &Defaults) -> Result<Call, Ref
     let count = prompts.len();
     let mut call = common(fields, defaults, Input::Prompts(prompts))?;
     if count * call.n > MAX_SEQUENCES {
-        let message = format!(
-            "prompt has {count} prompts and n is {}; use at most {MAX_SEQUENCES} choices together",
-            call.n
-        );
+        let message =
+            format!("prompt has {count} prompts and n is {}; use at most {MAX_SEQUENCES} choices together", call.n);
         return Err(Refusal::invalid("prompt", message));
     }
     call.echo = fields.boolean("echo")?.unwrap_or(false);
-    call.max_tokens = fields
-        .integer("max_tokens", 0..=i64::MAX)?
-        .map(field::count);
+    call.max_tokens = fields.integer("max_tokens", 0..=i64::MAX)?.map(field::count);
     call.default_max_tokens = Some(defaults.max_new_tokens.unwrap_or(MAX_TOKENS));
-    call.logprobs = fields
-        .integer("logprobs", 0..=MAX_LOGPROBS)?
-        .map(field::count);
-    let best_of = fields
-        .integer("best_of", 1..=super::MAX_N)?
-        .map(field::count);
+    call.logprobs = fields.integer("logprobs", 0..=MAX_LOGPROBS)?.map(field::count);
+    let best_of = fields.integer("best_of", 1..=super::MAX_N)?.map(field::count);
     if best_of.is_some_and(|best_of| best_of != 1 && best_of != call.n) {
         return Err(unsupported::refuse("best_of"));
     }
@@ -43,10 +31,7 @@ pub(super) fn call(fields: &Fields<'_>, defaults: &Defaults) -> Result<Call, Ref
 
 fn prompts(fields: &Fields<'_>) -> Result<Vec<Prompt>, Refusal> {
     let Some(value) = fields.get("prompt") else {
-        return Err(Refusal::invalid(
-            "prompt",
-            format!("prompt is missing; use {ACCEPTED}"),
-        ));
+        return Err(Refusal::invalid("prompt", format!("prompt is missing; use {ACCEPTED}")));
     };
     let wrong = || fields.wrong("prompt", ACCEPTED);
     match value {
@@ -54,10 +39,7 @@ fn prompts(fields: &Fields<'_>) -> Result<Vec<Prompt>, Refusal> {
         Value::Array(items) if items.first().is_some_and(Value::is_number) => {
             Ok(vec![Prompt::Ids(field::ids(value).ok_or_else(wrong)?)])
         }
-        Value::Array(items) if !items.is_empty() => items
-            .iter()
-            .map(|item| one(item).ok_or_else(wrong))
-            .collect(),
+        Value::Array(items) if !items.is_empty() => items.iter().map(|item| one(item).ok_or_else(wrong)).collect(),
         _ => Err(wrong()),
     }
 }

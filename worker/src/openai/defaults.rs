@@ -62,16 +62,9 @@ impl Defaults {
     /// From the content of `generation_config.json`; values out of range count as not given.
     pub fn from_json(config: &Value) -> Self {
         let number = |name: &str, low: f64, high: f64, default: f32| {
-            config[name]
-                .as_f64()
-                .filter(|value| (low..=high).contains(value))
-                .map_or(default, |value| value as f32)
+            config[name].as_f64().filter(|value| (low..=high).contains(value)).map_or(default, |value| value as f32)
         };
-        let count = |name: &str| {
-            config[name]
-                .as_u64()
-                .and_then(|value| usize::try_from(value).ok())
-        };
+        let count = |name: &str| config[name].as_u64().and_then(|value| usize::try_from(value).ok());
         Self {
             temperature: number("temperature", 0.0, 2.0, 1.0),
             top_k: count("top_k").unwrap_or(0),
@@ -86,13 +79,8 @@ impl Defaults {
 
 fn json(dir: &Path, file: &'static str) -> Result<Value, text::Error> {
     match read_capped(dir, file, CONFIG_BYTES) {
-        Ok(bytes) => serde_json::from_slice(&bytes).map_err(|error| text::Error::Read {
-            file,
-            source: error.into(),
-        }),
-        Err(text::Error::Read { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
-            Ok(Value::Null)
-        }
+        Ok(bytes) => serde_json::from_slice(&bytes).map_err(|error| text::Error::Read { file, source: error.into() }),
+        Err(text::Error::Read { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => Ok(Value::Null),
         Err(error) => Err(error),
     }
 }

@@ -19,19 +19,11 @@ impl<'a> Fields<'a> {
     }
 
     pub(super) fn boolean(&self, name: &str) -> Result<Option<bool>, Refusal> {
-        let read = |value: &Value| {
-            value
-                .as_bool()
-                .ok_or_else(|| self.wrong(name, "true or false"))
-        };
+        let read = |value: &Value| value.as_bool().ok_or_else(|| self.wrong(name, "true or false"));
         self.get(name).map(read).transpose()
     }
 
-    pub(super) fn integer(
-        &self,
-        name: &str,
-        range: RangeInclusive<i64>,
-    ) -> Result<Option<i64>, Refusal> {
+    pub(super) fn integer(&self, name: &str, range: RangeInclusive<i64>) -> Result<Option<i64>, Refusal> {
         let Some(value) = self.get(name) else {
             return Ok(None);
         };
@@ -42,11 +34,7 @@ impl<'a> Fields<'a> {
         }
     }
 
-    pub(super) fn number(
-        &self,
-        name: &str,
-        range: RangeInclusive<f64>,
-    ) -> Result<Option<f32>, Refusal> {
+    pub(super) fn number(&self, name: &str, range: RangeInclusive<f64>) -> Result<Option<f32>, Refusal> {
         let Some(value) = self.get(name) else {
             return Ok(None);
         };
@@ -71,9 +59,7 @@ impl<'a> Fields<'a> {
         let Some(value) = self.get(name) else {
             return Ok(None);
         };
-        ids(value)
-            .map(Some)
-            .ok_or_else(|| self.wrong(name, "an array of token ids"))
+        ids(value).map(Some).ok_or_else(|| self.wrong(name, "an array of token ids"))
     }
 
     /// The refusal of a field that is there.
@@ -84,11 +70,7 @@ impl<'a> Fields<'a> {
 
 /// Token ids, if the value is an array of them.
 pub(super) fn ids(value: &Value) -> Option<Vec<u32>> {
-    value
-        .as_array()?
-        .iter()
-        .map(|id| u32::try_from(id.as_u64()?).ok())
-        .collect()
+    value.as_array()?.iter().map(|id| u32::try_from(id.as_u64()?).ok()).collect()
 }
 
 /// A checked integer that is not negative.
@@ -109,8 +91,5 @@ pub(super) fn wrong_value(name: &str, value: &Value, accepted: &str) -> Refusal 
 
 /// A name made from input, short enough to be repeated.
 pub(super) fn shortened(name: &str) -> String {
-    name.chars()
-        .filter(|char| !char.is_control())
-        .take(32)
-        .collect()
+    name.chars().filter(|char| !char.is_control()).take(32).collect()
 }

@@ -81,11 +81,7 @@ const CHAT: Table = &[
     ("best_of", || vec![json!(1)]),
 ];
 
-const COMPLETION: Table = &[
-    ("suffix", || vec![json!("")]),
-    ("add_special_tokens", on),
-    ("top_logprobs", absent),
-];
+const COMPLETION: Table = &[("suffix", || vec![json!("")]), ("add_special_tokens", on), ("top_logprobs", absent)];
 
 pub(super) fn check_common(fields: &Fields<'_>) -> Result<(), Refusal> {
     check(fields, COMMON)
@@ -101,10 +97,7 @@ pub(super) fn check_completion(fields: &Fields<'_>) -> Result<(), Refusal> {
 
 fn check(fields: &Fields<'_>, table: Table) -> Result<(), Refusal> {
     for (name, defaults) in table {
-        if fields
-            .get(name)
-            .is_some_and(|value| !defaults().contains(value))
-        {
+        if fields.get(name).is_some_and(|value| !defaults().contains(value)) {
             return Err(refuse(name));
         }
     }
@@ -114,10 +107,5 @@ fn check(fields: &Fields<'_>, table: Table) -> Result<(), Refusal> {
 /// The refusal of a documented field or value that is not honoured.
 pub(super) fn refuse(name: &str) -> Refusal {
     let message = format!("{name} is not supported here; leave it out");
-    Refusal {
-        status: 400,
-        message,
-        param: Some(name.to_owned()),
-        code: Some("unsupported_parameter"),
-    }
+    Refusal { status: 400, message, param: Some(name.to_owned()), code: Some("unsupported_parameter") }
 }

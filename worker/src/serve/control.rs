@@ -61,13 +61,7 @@ pub async fn follow(
             report::Report::WorkerState(now)
         });
         for report in report.into_iter().chain(changed) {
-            if reports
-                .send(Report {
-                    report: Some(report),
-                })
-                .await
-                .is_err()
-            {
+            if reports.send(Report { report: Some(report) }).await.is_err() {
                 return;
             }
         }
@@ -84,30 +78,16 @@ fn act(instruction: Instruction, state: &State) -> Option<report::Report> {
     }
     let model = snapshot.model.clone();
     let version = state.snapshot(snapshot)?;
-    info!(
-        epoch = version.epoch,
-        sequence = version.sequence,
-        "new mesh"
-    );
-    Some(report::Report::Acknowledgement(Acknowledgement {
-        model,
-        version: Some(version),
-    }))
+    info!(epoch = version.epoch, sequence = version.sequence, "new mesh");
+    Some(report::Report::Acknowledgement(Acknowledgement { model, version: Some(version) }))
 }
 
 /// A name for this start of this process, which no other one has.
 pub fn process() -> String {
-    let nanos = SystemTime::UNIX_EPOCH
-        .elapsed()
-        .unwrap_or_default()
-        .as_nanos();
+    let nanos = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default().as_nanos();
     let mut hash = Sha256::new();
     hash.update(nanos.to_le_bytes());
     hash.update(std::process::id().to_le_bytes());
     hash.update(std::env::var("HOSTNAME").unwrap_or_default());
-    hash.finalize()
-        .iter()
-        .take(8)
-        .map(|byte| format!("{byte:02x}"))
-        .collect()
+    hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect()
 }

@@ -15,10 +15,7 @@ use tracing_opentelemetry::OpenTelemetrySpanExt as _;
 use wire::{
     genai::{self, Outcome},
     openai::ErrorObject,
-    proto::{
-        Chunk, Endpoint, GenerateCall, GenerateReply, Head, chunk::Kind, generate_reply::Reply,
-        worker_server,
-    },
+    proto::{Chunk, Endpoint, GenerateCall, GenerateReply, Head, chunk::Kind, generate_reply::Reply, worker_server},
 };
 
 use super::state::{Refused, State};
@@ -59,13 +56,7 @@ impl GenerateService {
     /// Answers with `model`'s words what `driver`'s engine generates.
     pub fn new(model: Model, driver: Driver, state: Arc<State>, metrics: Arc<Metrics>) -> Self {
         let preparing = Semaphore::new(PREPARED_AT_ONCE);
-        Self(Arc::new(Inner {
-            model,
-            driver,
-            state,
-            metrics,
-            preparing,
-        }))
+        Self(Arc::new(Inner { model, driver, state, metrics, preparing }))
     }
 }
 
@@ -73,10 +64,7 @@ impl GenerateService {
 impl worker_server::Worker for GenerateService {
     type GenerateStream = ReceiverStream<Result<GenerateReply, Status>>;
 
-    async fn generate(
-        &self,
-        request: Request<GenerateCall>,
-    ) -> Result<Response<Self::GenerateStream>, Status> {
+    async fn generate(&self, request: Request<GenerateCall>) -> Result<Response<Self::GenerateStream>, Status> {
         let span = info_span!("modelfleet.v1.Worker/Generate", otel.kind = "server");
         let parent = wire::telemetry::extract(request.metadata());
         let _ = span.set_parent(parent); // without an exporter there is nothing to set
@@ -84,9 +72,7 @@ impl worker_server::Worker for GenerateService {
         let inner = &self.0;
         let hash = &inner.state.content_hash;
         if !call.content_hash.is_empty() && call.content_hash != *hash {
-            return Err(Status::failed_precondition(
-                "this worker serves other model files",
-            ));
+            return Err(Status::failed_precondition("this worker serves other model files"));
         }
         // after both the router asks another worker at once
         let place = inner.state.admit().map_err(|refused| match refused {
@@ -118,12 +104,7 @@ struct Count {
 
 impl Inner {
     /// Answers a call, and records what became of it. The place is free when this ends.
-    async fn run(
-        self: Arc<Self>,
-        call: GenerateCall,
-        replies: Replies,
-        _place: OwnedSemaphorePermit,
-    ) {
+    async fn run(self: Arc<Self>, call: GenerateCall, replies: Replies, _place: OwnedSemaphorePermit) {
         let started = Instant::now();
         let mut count = Count::default();
         let deadline = (call.remaining_ms > 0).then(|| Duration::from_millis(call.remaining_ms));
@@ -144,11 +125,7 @@ impl Inner {
             }
         };
         let outcome = Outcome {
-            operation: if endpoint == Endpoint::ChatCompletions {
-                genai::CHAT
-            } else {
-                genai::TEXT_COMPLETION
-            },
+            operation: if endpoint == Endpoint::ChatCompletions { genai::CHAT } else { genai::TEXT_COMPLETION },
             model: &self.state.model,
             duration: started.elapsed().as_secs_f64(),
             first_token: count.first_token,
@@ -178,22 +155,14 @@ impl Inner {
             Err(refusal) => return self.refuse(replies, &refusal).await,
         };
         writer.logprobs = prepared.call.logprobs.is_some();
-        let sequences = match self
-            .driver
-            .submit(prepared.requests.clone(), traced())
-            .await
-        {
+        let sequences = match self.driver.submit(prepared.requests.clone(), traced()).await {
             Ok(sequences) => sequences,
             Err(SubmitError::Refused(refusal)) => {
                 return self.refuse(replies, &refused(&refusal)).await;
             }
             Err(SubmitError::Ended) => return Err(failed()),
         };
-        let head = Head {
-            status: 200,
-            content_type: "application/json".into(),
-            ..Head::default()
-        };
+        let head = Head { status: 200, content_type: "application/json".into(), ..Head::default() };
         send(replies, Reply::Head(head)).await?;
         count.head = true;
         count.prompt = prepared.prompts.iter().map(|prompt| prompt.ids.len()).sum();
@@ -202,22 +171,13 @@ impl Inner {
         Ok(None)
     }
 
-    async fn prepare(
-        self: &Arc<Self>,
-        call: GenerateCall,
-    ) -> Result<Result<Prepared, Refusal>, Broken> {
+    async fn prepare(self: &Arc<Self>, call: GenerateCall) -> Result<Result<Prepared, Refusal>, Broken> {
         let _turn = self.preparing.acquire().await.map_err(|_| failed())?;
         let inner = self.clone();
-        tokio::task::spawn_blocking(move || inner.model.prepare(&call))
-            .await
-            .map_err(|_| failed())
+        tokio::task::spawn_blocking(move || inner.model.prepare(&call)).await.map_err(|_| failed())
     }
 
-    async fn refuse(
-        &self,
-        replies: &Replies,
-        refusal: &Refusal,
-    ) -> Result<Option<&'static str>, Broken> {
+    async fn refuse(&self, replies: &Replies, refusal: &Refusal) -> Result<Option<&'static str>, Broken> {
         let head = Head {
             status: refusal.status.into(),
             content_type: "application/json".into(),
@@ -257,11 +217,7 @@ impl<'a> Answer<'a> {
                 stop: prepared.call.stop.clone(),
                 stop_tokens: request.stop_tokens.clone(),
                 score: writer.logprobs,
-                offset: if prepared.call.echo {
-                    prompt.text.chars().count()
-                } else {
-                    0
-                },
+                offset: if prepared.call.echo { prompt.text.chars().count() } else { 0 },
             };
             Choice::begin(&inner.model.text, beginning)
         };
@@ -269,19 +225,9 @@ impl<'a> Answer<'a> {
         let mut map = StreamMap::new();
         for (index, sequence) in sequences.into_iter().enumerate() {
             let end = futures::stream::iter([None]);
-            map.insert(
-                index,
-                ReceiverStream::new(sequence).map(Some).chain(end).boxed(),
-            );
+            map.insert(index, ReceiverStream::new(sequence).map(Some).chain(end).boxed());
         }
-        Self {
-            inner,
-            writer,
-            prepared,
-            choices,
-            sequences: map,
-            replies,
-        }
+        Self { inner, writer, prepared, choices, sequences: map, replies }
     }
 
     async fn run(&mut self, started: Instant, count: &mut Count) -> Result<(), Broken> {
@@ -293,12 +239,8 @@ impl<'a> Answer<'a> {
                 Some(Progress::Prompt(logprobs)) => self.echo(index, Some(logprobs)).await?,
                 Some(Progress::Token(id, logprob)) => {
                     count.completion += 1;
-                    count
-                        .first_token
-                        .get_or_insert_with(|| started.elapsed().as_secs_f64());
-                    if let Some(delta) =
-                        self.choices[index].token(&self.inner.model.text, id, logprob)
-                    {
+                    count.first_token.get_or_insert_with(|| started.elapsed().as_secs_f64());
+                    if let Some(delta) = self.choices[index].token(&self.inner.model.text, id, logprob) {
                         self.piece(index, delta).await?;
                     }
                 }
@@ -323,29 +265,16 @@ impl<'a> Answer<'a> {
             return send(self.replies, Reply::Chunk(role)).await;
         }
         // with log probabilities it waits for those of the prompt
-        if self.prepared.call.echo && !self.writer.logprobs {
-            self.echo(index, None).await
-        } else {
-            Ok(())
-        }
+        if self.prepared.call.echo && !self.writer.logprobs { self.echo(index, None).await } else { Ok(()) }
     }
 
-    async fn echo(
-        &mut self,
-        index: usize,
-        logprobs: Option<Vec<Option<engine::TokenLogprob>>>,
-    ) -> Result<(), Broken> {
+    async fn echo(&mut self, index: usize, logprobs: Option<Vec<Option<engine::TokenLogprob>>>) -> Result<(), Broken> {
         let prompt = &self.prepared.prompts[index / self.prepared.call.n];
         let scored = logprobs.into_iter().flatten().zip(&prompt.ids);
         let delta = Delta {
             choice: u32::try_from(index).unwrap_or(u32::MAX),
-            text: Parted {
-                content: prompt.text.clone(),
-                ..Parted::default()
-            },
-            scored: scored
-                .map(|(logprob, &id)| Scored { id, logprob })
-                .collect(),
+            text: Parted { content: prompt.text.clone(), ..Parted::default() },
+            scored: scored.map(|(logprob, &id)| Scored { id, logprob }).collect(),
             ..Delta::default()
         };
         let chunk = self.writer.delta(&self.inner.model.text, delta);
@@ -373,22 +302,14 @@ async fn send(replies: &Replies, reply: Reply) -> Result<(), Broken> {
 /// The end of an answer that is not whole: a status, if none was sent yet.
 fn broken(body: Vec<u8>, code: &str, head_sent: bool) -> Reply {
     if head_sent {
-        return Reply::Chunk(Chunk {
-            kind: Kind::Error.into(),
-            json: body.into(),
-            ..Chunk::default()
-        });
+        return Reply::Chunk(Chunk { kind: Kind::Error.into(), json: body.into(), ..Chunk::default() });
     }
     let status = match code {
         "deadline_exceeded" => 504,
         "unavailable" => 503,
         _ => 500,
     };
-    Reply::Head(Head {
-        status,
-        content_type: "application/json".into(),
-        body: body.into(),
-    })
+    Reply::Head(Head { status, content_type: "application/json".into(), body: body.into() })
 }
 
 async fn after(time: Option<Duration>) {
@@ -399,10 +320,7 @@ async fn after(time: Option<Duration>) {
 }
 
 fn failed() -> Broken {
-    Broken::Failed(
-        "the model could not go on with this request".into(),
-        "model_failed",
-    )
+    Broken::Failed("the model could not go on with this request".into(), "model_failed")
 }
 
 /// The current span if its trace is recorded; none otherwise, so that steps are not slowed for nothing.

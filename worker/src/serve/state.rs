@@ -47,10 +47,7 @@ pub enum Refused {
 impl State {
     /// The state of a worker that has yet to load the experts of `mesh`.
     pub fn new(mesh: Mesh, options: &Options) -> Arc<Self> {
-        let most = options
-            .max_sequences
-            .saturating_mul(1 + super::WAITING_PER_RUNNING)
-            .clamp(1, 1 << 16);
+        let most = options.max_sequences.saturating_mul(1 + super::WAITING_PER_RUNNING).clamp(1, 1 << 16);
         Arc::new(Self {
             id: options.id.clone(),
             model: options.model.clone(),
@@ -119,10 +116,7 @@ impl State {
         if *self.stage.borrow() != Stage::Serving || self.mesh.borrow().drain {
             return Err(Refused::Draining);
         }
-        self.requests
-            .clone()
-            .try_acquire_owned()
-            .map_err(|_| Refused::Full)
+        self.requests.clone().try_acquire_owned().map_err(|_| Refused::Full)
     }
 
     /// Requests that are here.
@@ -164,18 +158,9 @@ impl State {
             _ if idle => Phase::Drained,
             _ => Phase::Draining,
         };
-        let same = mesh
-            .placement
-            .same_for(&self.loaded.placement, self.ordinal);
-        let placement = if same {
-            mesh.version
-        } else {
-            self.loaded.version
-        };
-        WorkerState {
-            phase: phase.into(),
-            placement: Some(placement),
-        }
+        let same = mesh.placement.same_for(&self.loaded.placement, self.ordinal);
+        let placement = if same { mesh.version } else { self.loaded.version };
+        WorkerState { phase: phase.into(), placement: Some(placement) }
     }
 
     /// What the operator is told every second, once the experts are in memory.

@@ -7,8 +7,7 @@ use serde_json::{Value, json};
 use tokio::{sync::oneshot, task::JoinHandle};
 use tonic::{Code, Status, Streaming, transport::Channel};
 use wire::proto::{
-    Endpoint, GenerateCall, GenerateReply, chunk::Kind, generate_reply::Reply,
-    worker_client::WorkerClient,
+    Endpoint, GenerateCall, GenerateReply, chunk::Kind, generate_reply::Reply, worker_client::WorkerClient,
 };
 
 use super::*;
@@ -24,16 +23,9 @@ impl Running {
     async fn start(max_sequences: usize) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let placement = dir.path().join("placement.json");
-        std::fs::write(
-            &placement,
-            r#"{"version":{"epoch":0,"sequence":0},"shards":1,"layers":[]}"#,
-        )
-        .unwrap();
+        std::fs::write(&placement, r#"{"version":{"epoch":0,"sequence":0},"shards":1,"layers":[]}"#).unwrap();
         let bind = || TcpListener::bind("127.0.0.1:0");
-        let listeners = Listeners {
-            grpc: bind().await.unwrap(),
-            admin: bind().await.unwrap(),
-        };
+        let listeners = Listeners { grpc: bind().await.unwrap(), admin: bind().await.unwrap() };
         let address = listeners.grpc.local_addr().unwrap().to_string();
         let options = Options {
             model: "default/tiny".into(),
@@ -52,30 +44,14 @@ impl Running {
             drain_timeout: Duration::from_secs(20),
         };
         let (end, ended) = oneshot::channel();
-        let metrics =
-            Metrics::new(&opentelemetry::metrics::noop::NoopMeterProvider::new().meter("test"));
+        let metrics = Metrics::new(&opentelemetry::metrics::noop::NoopMeterProvider::new().meter("test"));
         let shutdown = async { ended.await.unwrap_or(Shutdown::Drain) };
-        let task = tokio::spawn(serve(
-            options,
-            listeners,
-            Registry::new(),
-            metrics,
-            shutdown,
-        ));
+        let task = tokio::spawn(serve(options, listeners, Registry::new(), metrics, shutdown));
         let client = WorkerClient::new(wire::connect(&address));
-        Self {
-            client,
-            end: Some(end),
-            task,
-            _dir: dir,
-        }
+        Self { client, end: Some(end), task, _dir: dir }
     }
 
-    async fn generate(
-        &self,
-        endpoint: Endpoint,
-        body: Value,
-    ) -> Result<Streaming<GenerateReply>, Status> {
+    async fn generate(&self, endpoint: Endpoint, body: Value) -> Result<Streaming<GenerateReply>, Status> {
         self.call(GenerateCall {
             endpoint: endpoint.into(),
             body: body.to_string().into_bytes().into(),
@@ -113,17 +89,11 @@ struct Answer {
 
 impl Answer {
     fn text(&self, path: &str) -> String {
-        self.deltas
-            .iter()
-            .filter_map(|delta| delta.pointer(path)?.as_str())
-            .collect()
+        self.deltas.iter().filter_map(|delta| delta.pointer(path)?.as_str()).collect()
     }
 
     fn finish(&self) -> Vec<&str> {
-        self.deltas
-            .iter()
-            .filter_map(|delta| delta["choices"][0]["finish_reason"].as_str())
-            .collect()
+        self.deltas.iter().filter_map(|delta| delta["choices"][0]["finish_reason"].as_str()).collect()
     }
 }
 
@@ -165,29 +135,18 @@ async fn a_sum_is_thought_about_and_answered() {
     assert_eq!(answer.status, 200);
     assert_eq!(answer.text("/choices/0/delta/content").trim(), "132");
     assert!(
-        answer
-            .text("/choices/0/delta/reasoning_content")
-            .contains("7+5"),
+        answer.text("/choices/0/delta/reasoning_content").contains("7+5"),
         "{}",
         answer.text("/choices/0/delta/reasoning_content")
     );
     assert_eq!(answer.finish(), ["stop"]);
     let first = &answer.deltas[0];
-    assert_eq!(
-        first["choices"][0]["delta"],
-        json!({"role": "assistant", "content": ""})
-    );
-    assert_eq!(
-        (&first["id"], &first["created"], &first["model"]),
-        (&json!("r-1"), &json!(7), &json!("tiny"))
-    );
+    assert_eq!(first["choices"][0]["delta"], json!({"role": "assistant", "content": ""}));
+    assert_eq!((&first["id"], &first["created"], &first["model"]), (&json!("r-1"), &json!(7), &json!("tiny")));
     assert_eq!(first["object"], "chat.completion.chunk");
     let usage = &answer.usage["usage"];
     assert_eq!(usage["completion_tokens"], answer.tokens);
-    assert_eq!(
-        usage["total_tokens"].as_u64(),
-        Some(usage["prompt_tokens"].as_u64().unwrap() + answer.tokens as u64)
-    );
+    assert_eq!(usage["total_tokens"].as_u64(), Some(usage["prompt_tokens"].as_u64().unwrap() + answer.tokens as u64));
     assert_eq!(answer.usage["choices"], json!([]));
 }
 
@@ -196,36 +155,20 @@ async fn a_prompt_is_echoed_and_scored() {
     let worker = Running::start(8).await;
     let body = json!({"prompt": "1 + 1 =", "max_tokens": 4, "temperature": 0, "echo": true, "logprobs": 2, "ignore_eos": true});
     let answer = worker.answer(Endpoint::Completions, body).await;
-    assert!(
-        answer.text("/choices/0/text").starts_with("1 + 1 ="),
-        "{:?}",
-        answer.deltas
-    );
+    assert!(answer.text("/choices/0/text").starts_with("1 + 1 ="), "{:?}", answer.deltas);
     let scores = &answer.deltas[0]["choices"][0]["logprobs"];
     let tokens = scores["tokens"].as_array().unwrap();
+    assert_eq!(tokens.iter().filter_map(Value::as_str).collect::<String>(), "1 + 1 =");
     assert_eq!(
-        tokens.iter().filter_map(Value::as_str).collect::<String>(),
-        "1 + 1 ="
-    );
-    assert_eq!(
-        (
-            &scores["token_logprobs"][0],
-            scores["top_logprobs"][1].as_object().unwrap().len() >= 2
-        ),
+        (&scores["token_logprobs"][0], scores["top_logprobs"][1].as_object().unwrap().len() >= 2),
         (&Value::Null, true)
     );
-    assert_eq!(
-        scores["text_offset"][1],
-        tokens[0].as_str().unwrap().chars().count()
-    );
+    assert_eq!(scores["text_offset"][1], tokens[0].as_str().unwrap().chars().count());
     assert_eq!((answer.finish(), answer.tokens), (vec!["length"], 4));
     let body = json!({"prompt": [7, 8, 9], "max_tokens": 0, "echo": true, "logprobs": 1});
     let scored = worker.answer(Endpoint::Completions, body).await;
     assert_eq!(
-        (
-            scored.usage["usage"]["completion_tokens"].as_u64(),
-            scored.usage["usage"]["prompt_tokens"].as_u64()
-        ),
+        (scored.usage["usage"]["completion_tokens"].as_u64(), scored.usage["usage"]["prompt_tokens"].as_u64()),
         (Some(0), Some(3))
     );
 }
@@ -245,16 +188,9 @@ async fn chat_tokens_are_scored() {
         .collect();
     assert_eq!(scores.len(), answer.tokens);
     assert!(
-        scores
-            .iter()
-            .all(|score| score["top_logprobs"].as_array().unwrap().len() == 3
-                && score["bytes"].is_array())
+        scores.iter().all(|score| score["top_logprobs"].as_array().unwrap().len() == 3 && score["bytes"].is_array())
     );
-    assert!(
-        scores
-            .iter()
-            .all(|score| score["logprob"].as_f64().unwrap() <= 0.0)
-    );
+    assert!(scores.iter().all(|score| score["logprob"].as_f64().unwrap() <= 0.0));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -263,29 +199,12 @@ async fn bad_requests_are_refused_before_they_run() {
     let mut body = sum();
     body["temperature"] = json!(3);
     let answer = worker.answer(Endpoint::ChatCompletions, body).await;
-    assert_eq!(
-        (answer.status, &answer.refusal["error"]["param"]),
-        (400, &json!("temperature"))
-    );
+    assert_eq!((answer.status, &answer.refusal["error"]["param"]), (400, &json!("temperature")));
     assert!(answer.deltas.is_empty() && answer.usage.is_null());
-    let answer = worker
-        .answer(
-            Endpoint::Completions,
-            json!({"prompt": "x", "max_tokens": 100_000}),
-        )
-        .await;
-    assert_eq!(
-        (answer.status, &answer.refusal["error"]["code"]),
-        (400, &json!("context_length_exceeded"))
-    );
-    let other = GenerateCall {
-        content_hash: "other".into(),
-        ..GenerateCall::default()
-    };
-    assert_eq!(
-        worker.call(other).await.err().unwrap().code(),
-        Code::FailedPrecondition
-    );
+    let answer = worker.answer(Endpoint::Completions, json!({"prompt": "x", "max_tokens": 100_000})).await;
+    assert_eq!((answer.status, &answer.refusal["error"]["code"]), (400, &json!("context_length_exceeded")));
+    let other = GenerateCall { content_hash: "other".into(), ..GenerateCall::default() };
+    assert_eq!(worker.call(other).await.err().unwrap().code(), Code::FailedPrecondition);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -307,26 +226,13 @@ async fn who_leaves_makes_room_and_the_rest_is_told_to_go_elsewhere() {
     let worker = Running::start(1).await;
     let mut streams = Vec::new();
     for _ in 0..1 + WAITING_PER_RUNNING {
-        streams.push(
-            worker
-                .generate(Endpoint::Completions, endless())
-                .await
-                .unwrap(),
-        );
+        streams.push(worker.generate(Endpoint::Completions, endless()).await.unwrap());
     }
-    let full = worker
-        .generate(Endpoint::Completions, endless())
-        .await
-        .err()
-        .unwrap();
+    let full = worker.generate(Endpoint::Completions, endless()).await.err().unwrap();
     assert_eq!(full.code(), Code::ResourceExhausted);
     drop(streams);
     let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
-    while worker
-        .generate(Endpoint::Completions, endless())
-        .await
-        .is_err()
-    {
+    while worker.generate(Endpoint::Completions, endless()).await.is_err() {
         assert!(tokio::time::Instant::now() < deadline, "nothing was freed");
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
@@ -336,10 +242,7 @@ async fn who_leaves_makes_room_and_the_rest_is_told_to_go_elsewhere() {
 async fn a_drain_lets_requests_finish_and_takes_no_new_ones() {
     let mut worker = Running::start(8).await;
     let body = json!({"prompt": "1", "max_tokens": 400, "ignore_eos": true});
-    let stream = worker
-        .generate(Endpoint::Completions, body.clone())
-        .await
-        .unwrap();
+    let stream = worker.generate(Endpoint::Completions, body.clone()).await.unwrap();
     worker.end(Shutdown::Drain);
     let refused = loop {
         match worker.generate(Endpoint::Completions, body.clone()).await {
@@ -356,10 +259,7 @@ async fn a_drain_lets_requests_finish_and_takes_no_new_ones() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_orphan_ends_within_two_seconds() {
     let mut worker = Running::start(8).await;
-    let stream = worker
-        .generate(Endpoint::Completions, endless())
-        .await
-        .unwrap();
+    let stream = worker.generate(Endpoint::Completions, endless()).await.unwrap();
     worker.end(Shutdown::Within(Duration::from_millis(300)));
     let ended = tokio::time::timeout(Duration::from_secs(20), &mut worker.task).await;
     ended.expect("it ends").unwrap().unwrap();

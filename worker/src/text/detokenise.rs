@@ -26,22 +26,10 @@ pub struct Detokeniser {
 impl Detokeniser {
     /// Starts behind `prompt`. Tokens in `spelt` appear as their own spelling even if they are special.
     pub fn new(text: &Text, prompt: &[u32], spelt: &[&str]) -> Self {
-        let window: Vec<u32> = prompt
-            .iter()
-            .copied()
-            .filter(|&id| !text.is_special(id))
-            .collect();
+        let window: Vec<u32> = prompt.iter().copied().filter(|&id| !text.is_special(id)).collect();
         let window = window[window.len().saturating_sub(CONTEXT)..].to_vec();
-        let spelt = spelt
-            .iter()
-            .filter_map(|&tag| Some((text.id(tag)?, tag.to_owned())))
-            .collect();
-        Self {
-            shown: window.len(),
-            prefix: text.decode(&window),
-            window,
-            spelt,
-        }
+        let spelt = spelt.iter().filter_map(|&tag| Some((text.id(tag)?, tag.to_owned()))).collect();
+        Self { shown: window.len(), prefix: text.decode(&window), window, spelt }
     }
 
     /// Takes the next token; returns the text that is final now, often none.
@@ -113,10 +101,7 @@ mod tests {
     fn half_a_character_is_never_shown() {
         let text = tiny();
         let ids = byte_tokens(&text, "a中🦀".as_bytes());
-        assert_eq!(
-            pieces(&text, &[], &ids),
-            ["a", "", "", "中", "", "", "", "🦀", ""]
-        );
+        assert_eq!(pieces(&text, &[], &ids), ["a", "", "", "中", "", "", "", "🦀", ""]);
     }
 
     #[test]

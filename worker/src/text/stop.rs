@@ -11,33 +11,18 @@ pub struct StopStrings {
 impl StopStrings {
     /// Empty strings never match.
     pub fn new(strings: Vec<String>) -> Self {
-        Self {
-            strings: strings
-                .into_iter()
-                .filter(|string| !string.is_empty())
-                .collect(),
-            held: String::new(),
-        }
+        Self { strings: strings.into_iter().filter(|string| !string.is_empty()).collect(), held: String::new() }
     }
 
     /// Takes new text; returns what can be shown, and whether a stop string was met: then nothing more comes.
     pub fn push(&mut self, text: &str) -> (String, bool) {
         self.held.push_str(text);
-        let met = self
-            .strings
-            .iter()
-            .filter_map(|string| self.held.find(string.as_str()))
-            .min();
+        let met = self.strings.iter().filter_map(|string| self.held.find(string.as_str())).min();
         if let Some(at) = met {
             self.held.truncate(at);
             return (std::mem::take(&mut self.held), true);
         }
-        let keep = self
-            .strings
-            .iter()
-            .map(|string| overlap(&self.held, string))
-            .max()
-            .unwrap_or(0);
+        let keep = self.strings.iter().map(|string| overlap(&self.held, string)).max().unwrap_or(0);
         let rest = self.held.split_off(self.held.len() - keep);
         (std::mem::replace(&mut self.held, rest), false)
     }
@@ -51,10 +36,7 @@ impl StopStrings {
 /// Length of the longest end of `text` that is a beginning of `string`, but not all of it.
 pub(super) fn overlap(text: &str, string: &str) -> usize {
     let beginnings = string.char_indices().map(|(at, _)| at).rev();
-    beginnings
-        .into_iter()
-        .find(|&at| text.ends_with(&string[..at]))
-        .unwrap_or(0)
+    beginnings.into_iter().find(|&at| text.ends_with(&string[..at])).unwrap_or(0)
 }
 
 #[cfg(test)]
@@ -78,19 +60,13 @@ mod tests {
 
     #[test]
     fn a_stop_string_over_several_pieces_is_found_and_cut() {
-        assert_eq!(
-            all(&["\n\nQ:"], &["42", "\n", "\nQ", ":", " more"]),
-            ("42".into(), true)
-        );
+        assert_eq!(all(&["\n\nQ:"], &["42", "\n", "\nQ", ":", " more"]), ("42".into(), true));
         assert_eq!(all(&["abc", "b"], &["a", "b", "c"]), ("a".into(), true));
     }
 
     #[test]
     fn a_beginning_that_comes_to_nothing_is_shown() {
-        assert_eq!(
-            all(&["\n\nQ:"], &["42", "\n", "\nA:"]),
-            ("42\n\nA:".into(), false)
-        );
+        assert_eq!(all(&["\n\nQ:"], &["42", "\n", "\nA:"]), ("42\n\nA:".into(), false));
         assert_eq!(all(&["END"], &["the E", "N"]), ("the EN".into(), false));
     }
 

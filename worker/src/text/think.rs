@@ -44,25 +44,13 @@ pub struct Thought {
 impl Thought {
     /// Starts behind `prompt`, the rendered conversation.
     pub fn after(prompt: &str) -> Self {
-        let open = prompt
-            .rfind(OPEN)
-            .is_some_and(|open| prompt[open + OPEN.len()..].chars().all(char::is_whitespace));
-        Self {
-            place: if open {
-                Place::Thought
-            } else {
-                Place::Beginning
-            },
-            held: String::new(),
-        }
+        let open = prompt.rfind(OPEN).is_some_and(|open| prompt[open + OPEN.len()..].chars().all(char::is_whitespace));
+        Self { place: if open { Place::Thought } else { Place::Beginning }, held: String::new() }
     }
 
     /// For text that is no conversation: all of it is content.
     pub fn none() -> Self {
-        Self {
-            place: Place::Answer,
-            held: String::new(),
-        }
+        Self { place: Place::Answer, held: String::new() }
     }
 
     /// Takes new text; returns what is known to belong to the thought or to the answer.
@@ -77,14 +65,8 @@ impl Thought {
     pub fn finish(&mut self) -> Parted {
         let rest = std::mem::take(&mut self.held);
         match self.place {
-            Place::Thought => Parted {
-                reasoning: rest,
-                ..Parted::default()
-            },
-            _ => Parted {
-                content: rest,
-                ..Parted::default()
-            },
+            Place::Thought => Parted { reasoning: rest, ..Parted::default() },
+            _ => Parted { content: rest, ..Parted::default() },
         }
     }
 
@@ -113,8 +95,7 @@ impl Thought {
                 }
                 let keep = overlap(&self.held, CLOSE);
                 let rest = self.held.split_off(self.held.len() - keep);
-                out.reasoning
-                    .push_str(&std::mem::replace(&mut self.held, rest));
+                out.reasoning.push_str(&std::mem::replace(&mut self.held, rest));
                 false
             }
             Place::Between => {
@@ -157,10 +138,7 @@ mod tests {
 
     #[test]
     fn a_template_may_open_the_thought() {
-        assert_eq!(
-            all("..<think>\n", &["7 + 5", "</think>", "\n\n", "132"]),
-            parted("7 + 5", "132")
-        );
+        assert_eq!(all("..<think>\n", &["7 + 5", "</think>", "\n\n", "132"]), parted("7 + 5", "132"));
         assert_eq!(all("..<think>\n", &["no end"]), parted("no end", ""));
     }
 
@@ -171,30 +149,18 @@ mod tests {
 
     #[test]
     fn a_model_may_open_the_thought_itself() {
-        assert_eq!(
-            all("..", &["\n<thi", "nk>", "a", "</th", "ink>b"]),
-            parted("a", "b")
-        );
+        assert_eq!(all("..", &["\n<thi", "nk>", "a", "</th", "ink>b"]), parted("a", "b"));
     }
 
     #[test]
     fn tags_in_an_answer_are_text() {
-        assert_eq!(
-            all("..", &["write <think>x</think>"]),
-            parted("", "write <think>x</think>")
-        );
+        assert_eq!(all("..", &["write <think>x</think>"]), parted("", "write <think>x</think>"));
         assert_eq!(all("..", &[" <thin", "g>"]), parted("", " <thing>"));
-        assert_eq!(
-            all("<think>", &["a</think>b</think>c"]),
-            parted("a", "b</think>c")
-        );
+        assert_eq!(all("<think>", &["a</think>b</think>c"]), parted("a", "b</think>c"));
     }
 
     #[test]
     fn text_that_only_looks_like_a_tag_is_kept() {
-        assert_eq!(
-            all("<think>", &["1 <", "/thin", " 2"]),
-            parted("1 </thin 2", "")
-        );
+        assert_eq!(all("<think>", &["1 <", "/thin", " 2"]), parted("1 </thin 2", ""));
     }
 }

@@ -37,9 +37,7 @@ where
         .route("/readyz", get(readyz::<F>))
         .route("/metrics", get(metrics::<F>))
         .with_state(Arc::new(admin));
-    axum::serve(listener, routes)
-        .with_graceful_shutdown(shutdown)
-        .await
+    axum::serve(listener, routes).with_graceful_shutdown(shutdown).await
 }
 
 async fn readyz<F: Fn() -> Result<(), String>>(State(admin): State<Arc<Admin<F>>>) -> Response {

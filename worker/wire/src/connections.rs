@@ -51,10 +51,7 @@ pub fn connect(address: &str) -> Channel {
         Err(error) => {
             warn!(address, %error, "not an address");
             let refuse = tower::service_fn(|_| async {
-                Err::<TokioIo<TcpStream>, _>(io::Error::new(
-                    io::ErrorKind::InvalidInput,
-                    "not an address",
-                ))
+                Err::<TokioIo<TcpStream>, _>(io::Error::new(io::ErrorKind::InvalidInput, "not an address"))
             });
             Endpoint::from_static("http://invalid").connect_with_connector_lazy(refuse)
         }
@@ -81,11 +78,7 @@ fn tuned(endpoint: Endpoint) -> Endpoint {
 ///
 /// # Errors
 /// None after it has begun: an accept that fails, for want of file descriptors or otherwise, is tried again.
-pub async fn serve(
-    listener: TcpListener,
-    routes: Routes,
-    shutdown: impl Future<Output = ()>,
-) -> io::Result<()> {
+pub async fn serve(listener: TcpListener, routes: Routes, shutdown: impl Future<Output = ()>) -> io::Result<()> {
     serve_until(listener, routes, shutdown, GRACE).await
 }
 
@@ -139,20 +132,14 @@ pub async fn accept<C>(
         while connections.join_next().await.is_some() {}
     };
     if tokio::time::timeout(grace, ended).await.is_err() {
-        debug!(
-            open = connections.len(),
-            "closed connections that did not end in time"
-        );
+        debug!(open = connections.len(), "closed connections that did not end in time");
     }
 }
 
 /// A connection that was gone before we took it is nothing; without file descriptors, at once again would only spin.
 async fn pause(error: &io::Error) {
     use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset};
-    if !matches!(
-        error.kind(),
-        ConnectionAborted | ConnectionRefused | ConnectionReset
-    ) {
+    if !matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset) {
         warn!(%error, "could not accept a connection; trying again");
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
@@ -188,8 +175,7 @@ async fn serve_connection(
         request.map(tonic::body::Body::new)
     });
     let service = service.map_err(|never: Infallible| match never {});
-    let connection =
-        server.serve_connection(TokioIo::new(stream), TowerToHyperService::new(service));
+    let connection = server.serve_connection(TokioIo::new(stream), TowerToHyperService::new(service));
     if let Err(error) = watcher.watch(connection).await {
         debug!(%error, "connection ended");
     }
@@ -211,9 +197,7 @@ async fn speaks_http2(stream: &TcpStream) -> bool {
             }
         }
     };
-    tokio::time::timeout(PREFACE_TIMEOUT, seen)
-        .await
-        .unwrap_or(false)
+    tokio::time::timeout(PREFACE_TIMEOUT, seen).await.unwrap_or(false)
 }
 
 #[cfg(test)]

@@ -47,12 +47,8 @@ pub fn watch(
     reports: mpsc::Receiver<Report>,
 ) -> impl Stream<Item = Instruction> + Send + Unpin + 'static {
     let (inbox, instructions) = mpsc::channel(INBOX);
-    let shared = Arc::new(Shared {
-        hello: Box::new(hello),
-        inbox,
-        order: Mutex::default(),
-        outboxes: Mutex::default(),
-    });
+    let shared =
+        Arc::new(Shared { hello: Box::new(hello), inbox, order: Mutex::default(), outboxes: Mutex::default() });
     tokio::spawn(run(addresses, shared, reports));
     ReceiverStream::new(instructions)
 }
@@ -84,9 +80,7 @@ impl Shared {
     /// Sends to every operator; one whose outbox is full loses its stream, and gets the latest on its next.
     fn report(&self, report: Report) {
         let mut outboxes = self.outboxes();
-        outboxes
-            .open
-            .retain(|_, outbox| outbox.try_send(report.clone()).is_ok());
+        outboxes.open.retain(|_, outbox| outbox.try_send(report.clone()).is_ok());
         outboxes.latest.keep(report);
     }
 
@@ -99,10 +93,7 @@ impl Shared {
 
     /// The outbox of a new stream, with all that an operator must know in it.
     fn open(&self, operator: SocketAddr) -> mpsc::Receiver<Report> {
-        let hello = Hello {
-            epoch: self.order().epoch(),
-            ..(self.hello)()
-        };
+        let hello = Hello { epoch: self.order().epoch(), ..(self.hello)() };
         let mut outboxes = self.outboxes();
         let first: Vec<Report> = outboxes.latest.after(hello);
         let (outbox, reports) = mpsc::channel(OUTBOX + first.len());
@@ -157,9 +148,7 @@ fn resolve(addresses: Vec<String>) -> mpsc::Receiver<HashSet<SocketAddr>> {
                     Err(error) => debug!(address, %error, "could not resolve the operator"),
                 }
             }
-            let _ = found
-                .send(answers.values().flatten().copied().collect())
-                .await; // closed: the loop ends
+            let _ = found.send(answers.values().flatten().copied().collect()).await; // closed: the loop ends
         }
     });
     resolved

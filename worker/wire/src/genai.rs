@@ -39,18 +39,13 @@ pub const TIME_PER_OUTPUT_TOKEN: &str = "gen_ai.server.time_per_output_token";
 /// Histogram, tokens: how many a request took and gave.
 pub const TOKEN_USAGE: &str = "gen_ai.client.token.usage";
 
-const DURATIONS: [f64; 14] = [
-    0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92,
-];
-const FIRST_TOKENS: [f64; 16] = [
-    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
-];
-const OUTPUT_TOKENS: [f64; 13] = [
-    0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5,
-];
+const DURATIONS: [f64; 14] = [0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92];
+const FIRST_TOKENS: [f64; 16] =
+    [0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0];
+const OUTPUT_TOKENS: [f64; 13] = [0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5];
 const USAGES: [f64; 14] = [
-    1.0, 4.0, 16.0, 64.0, 256.0, 1024.0, 4096.0, 16384.0, 65536.0, 262144.0, 1048576.0, 4194304.0,
-    16777216.0, 67108864.0,
+    1.0, 4.0, 16.0, 64.0, 256.0, 1024.0, 4096.0, 16384.0, 65536.0, 262144.0, 1048576.0, 4194304.0, 16777216.0,
+    67108864.0,
 ];
 
 /// The four instruments.
@@ -91,21 +86,9 @@ impl Instruments {
                 .build()
         };
         Self {
-            duration: seconds(
-                REQUEST_DURATION,
-                &DURATIONS,
-                "From a request's arrival to its last byte",
-            ),
-            first_token: seconds(
-                TIME_TO_FIRST_TOKEN,
-                &FIRST_TOKENS,
-                "From a request's arrival to its first token",
-            ),
-            output_token: seconds(
-                TIME_PER_OUTPUT_TOKEN,
-                &OUTPUT_TOKENS,
-                "Between tokens, the first one excepted",
-            ),
+            duration: seconds(REQUEST_DURATION, &DURATIONS, "From a request's arrival to its last byte"),
+            first_token: seconds(TIME_TO_FIRST_TOKEN, &FIRST_TOKENS, "From a request's arrival to its first token"),
+            output_token: seconds(TIME_PER_OUTPUT_TOKEN, &OUTPUT_TOKENS, "Between tokens, the first one excepted"),
             usage: meter
                 .u64_histogram(TOKEN_USAGE)
                 .with_unit("{token}")
@@ -123,11 +106,7 @@ impl Instruments {
             KeyValue::new(REQUEST_MODEL, outcome.model.to_owned()),
         ];
         let mut ended = labels.to_vec();
-        ended.extend(
-            outcome
-                .error
-                .map(|error| KeyValue::new(ERROR_TYPE, error.to_owned())),
-        );
+        ended.extend(outcome.error.map(|error| KeyValue::new(ERROR_TYPE, error.to_owned())));
         self.duration.record(outcome.duration, &ended);
         if let Some(first) = outcome.first_token {
             self.first_token.record(first, &labels);
@@ -141,8 +120,7 @@ impl Instruments {
             self.usage.record(tokens, &labels);
         }
         if let (Some(first), true) = (outcome.first_token, output > 1) {
-            self.output_token
-                .record((outcome.duration - first) / (output - 1) as f64, &labels);
+            self.output_token.record((outcome.duration - first) / (output - 1) as f64, &labels);
         }
     }
 }
@@ -158,10 +136,7 @@ mod tests {
     #[test]
     fn a_request_is_counted_under_the_names_of_the_conventions() {
         let registry = Registry::new();
-        let reader = opentelemetry_prometheus::exporter()
-            .with_registry(registry.clone())
-            .build()
-            .unwrap();
+        let reader = opentelemetry_prometheus::exporter().with_registry(registry.clone()).build().unwrap();
         let provider = SdkMeterProvider::builder().with_reader(reader).build();
         let instruments = Instruments::new(&provider.meter("test"));
         let outcome = Outcome {
@@ -173,50 +148,16 @@ mod tests {
             error: None,
         };
         instruments.record(&outcome);
-        instruments.record(&Outcome {
-            first_token: None,
-            usage: None,
-            error: Some("queue_full"),
-            ..outcome
-        });
+        instruments.record(&Outcome { first_token: None, usage: None, error: Some("queue_full"), ..outcome });
 
-        let text = TextEncoder::new()
-            .encode_to_string(&registry.gather())
-            .unwrap();
+        let text = TextEncoder::new().encode_to_string(&registry.gather()).unwrap();
         let value = |name: &str, label: &str| {
-            let line = text
-                .lines()
-                .find(|line| line.starts_with(name) && line.contains(label));
-            line.unwrap_or_else(|| panic!("no {name} {label} in\n{text}"))
-                .rsplit(' ')
-                .next()
-                .unwrap()
-                .to_owned()
+            let line = text.lines().find(|line| line.starts_with(name) && line.contains(label));
+            line.unwrap_or_else(|| panic!("no {name} {label} in\n{text}")).rsplit(' ').next().unwrap().to_owned()
         };
-        assert_eq!(
-            value(
-                "gen_ai_server_request_duration_seconds_sum",
-                "error_type=\"queue_full\""
-            ),
-            "1.5"
-        );
-        assert_eq!(
-            value(
-                "gen_ai_server_time_to_first_token_seconds_sum",
-                "gen_ai_request_model=\"ns/m\""
-            ),
-            "0.5"
-        );
-        assert_eq!(
-            value("gen_ai_server_time_per_output_token_seconds_sum", "chat"),
-            "0.1"
-        );
-        assert_eq!(
-            value(
-                "gen_ai_client_token_usage_sum",
-                "gen_ai_token_type=\"output\""
-            ),
-            "11"
-        );
+        assert_eq!(value("gen_ai_server_request_duration_seconds_sum", "error_type=\"queue_full\""), "1.5");
+        assert_eq!(value("gen_ai_server_time_to_first_token_seconds_sum", "gen_ai_request_model=\"ns/m\""), "0.5");
+        assert_eq!(value("gen_ai_server_time_per_output_token_seconds_sum", "chat"), "0.1");
+        assert_eq!(value("gen_ai_client_token_usage_sum", "gen_ai_token_type=\"output\""), "11");
     }
 }

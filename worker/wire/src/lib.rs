@@ -13,17 +13,11 @@ pub mod telemetry;
 pub use connections::{MAX_MESSAGE_BYTES, connect, serve, serve_until};
 
 /// The protocols, as generated from `proto/modelfleet/v1`.
-#[allow(
-    missing_docs,
-    clippy::all,
-    unreachable_pub,
-    reason = "generated; the .proto files carry the documentation"
-)]
+#[allow(missing_docs, clippy::all, unreachable_pub, reason = "generated; the .proto files carry the documentation")]
 pub mod proto {
     tonic::include_proto!("modelfleet.v1");
     /// The descriptors of what clients may call, for gRPC reflection.
-    pub const INFERENCE_DESCRIPTORS: &[u8] =
-        include_bytes!(concat!(env!("OUT_DIR"), "/inference.bin"));
+    pub const INFERENCE_DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/inference.bin"));
     /// All descriptors.
     pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/modelfleet.bin"));
 }

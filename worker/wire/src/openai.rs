@@ -39,12 +39,7 @@ impl ErrorObject {
     }
 
     fn new(r#type: &str, message: impl Into<String>) -> Self {
-        Self {
-            message: message.into(),
-            r#type: r#type.into(),
-            param: None,
-            code: None,
-        }
+        Self { message: message.into(), r#type: r#type.into(), param: None, code: None }
     }
 
     /// Names the field that is to blame.
@@ -63,18 +58,13 @@ impl ErrorObject {
 
     /// The JSON of the [`ErrorBody`].
     pub fn to_json(&self) -> Vec<u8> {
-        serde_json::to_vec(&ErrorBody {
-            error: self.clone(),
-        })
-        .expect("strings always serialise")
+        serde_json::to_vec(&ErrorBody { error: self.clone() }).expect("strings always serialise")
     }
 
     /// Reads the JSON of an [`ErrorBody`], as a worker sends it; what is none becomes a server error without its text.
     pub fn from_json(json: &[u8]) -> Self {
-        serde_json::from_slice(json).map_or_else(
-            |_| Self::server("the model could not answer"),
-            |body: ErrorBody| body.error,
-        )
+        serde_json::from_slice(json)
+            .map_or_else(|_| Self::server("the model could not answer"), |body: ErrorBody| body.error)
     }
 }
 
@@ -84,9 +74,7 @@ mod tests {
 
     #[test]
     fn an_error_has_the_shape_that_openai_clients_read() {
-        let error = ErrorObject::invalid_request("n is 65; use at most 64")
-            .param("n")
-            .code("out_of_range");
+        let error = ErrorObject::invalid_request("n is 65; use at most 64").param("n").code("out_of_range");
         let json = String::from_utf8(error.to_json()).unwrap();
         assert_eq!(
             json,
@@ -98,9 +86,6 @@ mod tests {
     #[test]
     fn unreadable_errors_are_not_shown() {
         let error = ErrorObject::from_json(b"thread panicked at 10.0.0.7");
-        assert_eq!(
-            (error.r#type.as_str(), error.message.as_str()),
-            ("server_error", "the model could not answer")
-        );
+        assert_eq!((error.r#type.as_str(), error.message.as_str()), ("server_error", "the model could not answer"));
     }
 }

@@ -30,9 +30,7 @@ use opentelemetry_sdk::{
     trace::{BatchSpanProcessor, SdkTracerProvider},
 };
 use prometheus::Registry;
-use tracing_subscriber::{
-    EnvFilter, Layer as _, fmt, layer::SubscriberExt as _, util::SubscriberInitExt as _,
-};
+use tracing_subscriber::{EnvFilter, Layer as _, fmt, layer::SubscriberExt as _, util::SubscriberInitExt as _};
 
 pub use propagation::{Carrier, extract, inject};
 
@@ -84,12 +82,8 @@ pub fn start(service: &'static str) -> Result<Telemetry, Error> {
     let metrics = metrics(&resource, &registry)?;
     global::set_meter_provider(metrics.clone());
     let drops = Drops::new(&metrics.meter("modelfleet"));
-    let traces = exports("TRACES")?
-        .then(|| traces(&resource, &drops))
-        .transpose()?;
-    let logs = exports("LOGS")?
-        .then(|| logs(&resource, &drops))
-        .transpose()?;
+    let traces = exports("TRACES")?.then(|| traces(&resource, &drops)).transpose()?;
+    let logs = exports("LOGS")?.then(|| logs(&resource, &drops)).transpose()?;
 
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
     let quiet = || EnvFilter::new(format!("info,{QUIET}"));
@@ -100,27 +94,14 @@ pub fn start(service: &'static str) -> Result<Telemetry, Error> {
             .with_threads(false)
             .with_filter(quiet())
     });
-    let bridge = logs
-        .as_ref()
-        .map(|provider| OpenTelemetryTracingBridge::new(provider).with_filter(quiet()));
+    let bridge = logs.as_ref().map(|provider| OpenTelemetryTracingBridge::new(provider).with_filter(quiet()));
     tracing_subscriber::registry()
-        .with(
-            fmt::layer()
-                .with_writer(io::stderr)
-                .with_ansi(io::stderr().is_terminal())
-                .with_filter(filter),
-        )
+        .with(fmt::layer().with_writer(io::stderr).with_ansi(io::stderr().is_terminal()).with_filter(filter))
         .with(spans)
         .with(bridge)
         .try_init()
         .map_err(Error::Subscriber)?;
-    Ok(Telemetry {
-        registry,
-        metrics,
-        traces,
-        logs,
-        service,
-    })
+    Ok(Telemetry { registry, metrics, traces, logs, service })
 }
 
 impl Telemetry {
@@ -160,9 +141,7 @@ fn resource(service: &'static str) -> Resource {
 
 /// Whether `signal` (TRACES, METRICS or LOGS) is exported.
 fn exports(signal: &str) -> Result<bool, Error> {
-    exports_by(signal, |name| {
-        env::var(name).ok().filter(|value| !value.is_empty())
-    })
+    exports_by(signal, |name| env::var(name).ok().filter(|value| !value.is_empty()))
 }
 
 fn exports_by(signal: &str, variable: impl Fn(&str) -> Option<String>) -> Result<bool, Error> {
@@ -170,8 +149,7 @@ fn exports_by(signal: &str, variable: impl Fn(&str) -> Option<String>) -> Result
         variable(&format!("OTEL_EXPORTER_OTLP_{signal}_{suffix}"))
             .or_else(|| variable(&format!("OTEL_EXPORTER_OTLP_{suffix}")))
     };
-    let disabled =
-        variable("OTEL_SDK_DISABLED").is_some_and(|value| value.eq_ignore_ascii_case("true"));
+    let disabled = variable("OTEL_SDK_DISABLED").is_some_and(|value| value.eq_ignore_ascii_case("true"));
     let none = variable(&format!("OTEL_{signal}_EXPORTER")).is_some_and(|value| value == "none");
     if disabled || none || either("ENDPOINT").is_none() {
         return Ok(false);
@@ -183,58 +161,35 @@ fn exports_by(signal: &str, variable: impl Fn(&str) -> Option<String>) -> Result
 }
 
 fn metrics(resource: &Resource, registry: &Registry) -> Result<SdkMeterProvider, Error> {
-    let prometheus = opentelemetry_prometheus::exporter()
-        .with_registry(registry.clone())
-        .build()
-        .map_err(Error::Prometheus)?;
-    let provider = SdkMeterProvider::builder()
-        .with_resource(resource.clone())
-        .with_reader(prometheus);
+    let prometheus =
+        opentelemetry_prometheus::exporter().with_registry(registry.clone()).build().map_err(Error::Prometheus)?;
+    let provider = SdkMeterProvider::builder().with_resource(resource.clone()).with_reader(prometheus);
     if !exports("METRICS")? {
         return Ok(provider.build());
     }
     let exporter = MetricExporter::builder()
         .with_tonic()
         .build()
-        .map_err(|source| Error::Exporter {
-            signal: "metrics",
-            source,
-        })?;
-    Ok(provider
-        .with_reader(PeriodicReader::builder(exporter).build())
-        .build())
+        .map_err(|source| Error::Exporter { signal: "metrics", source })?;
+    Ok(provider.with_reader(PeriodicReader::builder(exporter).build()).build())
 }
 
 fn traces(resource: &Resource, drops: &Drops) -> Result<SdkTracerProvider, Error> {
-    let exporter = SpanExporter::builder()
-        .with_tonic()
-        .build()
-        .map_err(|source| Error::Exporter {
-            signal: "traces",
-            source,
-        })?;
+    let exporter =
+        SpanExporter::builder().with_tonic().build().map_err(|source| Error::Exporter { signal: "traces", source })?;
     let queue = drops.queue("traces", "OTEL_BSP_MAX_QUEUE_SIZE");
     let batches = BatchSpanProcessor::builder(queue.exporter(exporter)).build();
     let provider = SdkTracerProvider::builder().with_resource(resource.clone());
-    Ok(provider
-        .with_span_processor(SpanQueue::new(batches, queue))
-        .build())
+    Ok(provider.with_span_processor(SpanQueue::new(batches, queue)).build())
 }
 
 fn logs(resource: &Resource, drops: &Drops) -> Result<SdkLoggerProvider, Error> {
-    let exporter = LogExporter::builder()
-        .with_tonic()
-        .build()
-        .map_err(|source| Error::Exporter {
-            signal: "logs",
-            source,
-        })?;
+    let exporter =
+        LogExporter::builder().with_tonic().build().map_err(|source| Error::Exporter { signal: "logs", source })?;
     let queue = drops.queue("logs", "OTEL_BLRP_MAX_QUEUE_SIZE");
     let batches = BatchLogProcessor::builder(queue.exporter(exporter)).build();
     let provider = SdkLoggerProvider::builder().with_resource(resource.clone());
-    Ok(provider
-        .with_log_processor(LogQueue::new(batches, queue))
-        .build())
+    Ok(provider.with_log_processor(LogQueue::new(batches, queue)).build())
 }
 
 #[cfg(test)]
@@ -245,9 +200,7 @@ mod tests {
 
     fn traces_with(variables: &[(&str, &str)]) -> Result<bool, Error> {
         let variables: HashMap<_, _> = variables.iter().copied().collect();
-        exports_by("TRACES", |name| {
-            variables.get(name).map(ToString::to_string)
-        })
+        exports_by("TRACES", |name| variables.get(name).map(ToString::to_string))
     }
 
     #[test]
@@ -268,11 +221,7 @@ mod tests {
     #[test]
     fn a_protocol_that_we_do_not_speak_is_refused_by_name() {
         let endpoint = ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://c:4318");
-        let refused =
-            traces_with(&[endpoint, ("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf")]).unwrap_err();
-        assert_eq!(
-            refused.to_string(),
-            "OTEL_EXPORTER_OTLP_PROTOCOL is http/protobuf; only grpc is supported"
-        );
+        let refused = traces_with(&[endpoint, ("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf")]).unwrap_err();
+        assert_eq!(refused.to_string(), "OTEL_EXPORTER_OTLP_PROTOCOL is http/protobuf; only grpc is supported");
     }
 }

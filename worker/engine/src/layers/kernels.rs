@@ -53,11 +53,7 @@ impl Weight<'_> {
 /// processor.
 pub(crate) fn product(x: &[f32], weight: Weight<'_>, inputs: usize, y: &mut [f32]) {
     let outputs = weight.len() / inputs;
-    let threads = if x.len() * outputs < THREADED_WORK {
-        1
-    } else {
-        processors()
-    };
+    let threads = if x.len() * outputs < THREADED_WORK { 1 } else { processors() };
     product_on(threads, x, weight, inputs, y);
 }
 
@@ -80,14 +76,8 @@ fn product_on(threads: usize, x: &[f32], weight: Weight<'_>, inputs: usize, y: &
         (range, part)
     };
     let parts: Vec<(Range<usize>, Vec<f32>)> = thread::scope(|scope| {
-        let started: Vec<_> = (0..outputs)
-            .step_by(share)
-            .map(|start| scope.spawn(move || part(start)))
-            .collect();
-        started
-            .into_iter()
-            .map(|thread| thread.join().expect("columns do not panic"))
-            .collect()
+        let started: Vec<_> = (0..outputs).step_by(share).map(|start| scope.spawn(move || part(start))).collect();
+        started.into_iter().map(|thread| thread.join().expect("columns do not panic")).collect()
     });
     for (range, part) in parts {
         let width = range.len();
@@ -98,13 +88,7 @@ fn product_on(threads: usize, x: &[f32], weight: Weight<'_>, inputs: usize, y: &
 }
 
 fn columns(x: &[f32], weight: Weight<'_>, inputs: usize, range: Range<usize>, y: &mut [f32]) {
-    ARCH.dispatch(Columns {
-        x,
-        weight,
-        inputs,
-        range,
-        y,
-    });
+    ARCH.dispatch(Columns { x, weight, inputs, range, y });
 }
 
 struct Columns<'a> {
@@ -120,13 +104,7 @@ impl WithSimd for Columns<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, _: S) {
-        let Columns {
-            x,
-            weight,
-            inputs,
-            range,
-            y,
-        } = self;
+        let Columns { x, weight, inputs, range, y } = self;
         let width = range.len();
         let mut wide = match weight {
             Weight::F32(_) => Vec::new(),
@@ -231,12 +209,7 @@ pub(crate) fn add_scaled(factors: &[f32], rows: &[f32], stride: usize, sum: &mut
             }
         }
     }
-    ARCH.dispatch(AddScaled {
-        factors,
-        rows,
-        stride,
-        sum,
-    });
+    ARCH.dispatch(AddScaled { factors, rows, stride, sum });
 }
 
 /// Adds `other` to `sum`, value by value.
@@ -309,20 +282,10 @@ pub(crate) fn exp(x: f32) -> f32 {
     let whole = shifted - ROUND;
     let rest = x - whole * 0.693_359_4 + whole * 2.121_944_4e-4;
     let mut sum = 1.987_569_1e-4f32;
-    for factor in [
-        1.398_199_9e-3,
-        8.333_452e-3,
-        4.166_579_6e-2,
-        1.666_666_6e-1,
-        0.5,
-    ] {
+    for factor in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_6e-1, 0.5] {
         sum = sum * rest + factor;
     }
-    let power = (shifted
-        .to_bits()
-        .wrapping_sub(ROUND.to_bits())
-        .wrapping_add(127))
-        << 23;
+    let power = (shifted.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(127)) << 23;
     (sum * rest * rest + rest + 1.0) * f32::from_bits(power)
 }
 
@@ -347,10 +310,7 @@ mod tests {
     fn a_row_does_not_depend_on_its_company_nor_on_threads() {
         for (inputs, outputs) in [(1, 3), (31, 7), (32, 16), (100, 33), (256, 5)] {
             let w = values(inputs * outputs, 1);
-            let (b, h): (Vec<bf16>, Vec<f16>) = w
-                .iter()
-                .map(|&v| (bf16::from_f32(v), f16::from_f32(v)))
-                .unzip();
+            let (b, h): (Vec<bf16>, Vec<f16>) = w.iter().map(|&v| (bf16::from_f32(v), f16::from_f32(v))).unzip();
             for weight in [Weight::F32(&w), Weight::Bf16(&b), Weight::F16(&h)] {
                 let x = values(9 * inputs, 2);
                 let mut together = vec![0.0; 9 * outputs];
@@ -358,11 +318,7 @@ mod tests {
                 for threads in [2, 3, 64] {
                     let mut parted = vec![0.0; 9 * outputs];
                     product_on(threads, &x, weight, inputs, &mut parted);
-                    assert_eq!(
-                        bits(&together),
-                        bits(&parted),
-                        "{inputs} x {outputs}, {threads}"
-                    );
+                    assert_eq!(bits(&together), bits(&parted), "{inputs} x {outputs}, {threads}");
                 }
                 for (row, expected) in x.chunks(inputs).zip(together.chunks(outputs)) {
                     let mut alone = vec![0.0; outputs];
@@ -387,11 +343,7 @@ mod tests {
         let mut y = [0.0; 2];
         product(&x, Weight::F32(&w), 300, &mut y);
         for (y, w) in y.iter().zip(w.chunks(300)) {
-            let exact: f64 = x
-                .iter()
-                .zip(w)
-                .map(|(&x, &w)| f64::from(x) * f64::from(w))
-                .sum();
+            let exact: f64 = x.iter().zip(w).map(|(&x, &w)| f64::from(x) * f64::from(w)).sum();
             assert!((f64::from(*y) - exact).abs() < 1e-5, "{y} against {exact}");
         }
     }

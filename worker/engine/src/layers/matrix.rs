@@ -17,19 +17,13 @@ impl Matrix {
     pub(crate) fn new(values: Tensor) -> Option<Self> {
         let known = matches!(values.dtype(), DType::BF16 | DType::F16 | DType::F32);
         let (outputs, inputs) = values.dims2().ok()?;
-        (known && values.device().is_cpu()).then_some(Matrix {
-            values,
-            outputs,
-            inputs,
-        })
+        (known && values.device().is_cpu()).then_some(Matrix { values, outputs, inputs })
     }
 
     /// `x`: `[rows, inputs]`. Returns `[rows, outputs]`.
     pub(crate) fn apply(&self, x: &[f32]) -> Vec<f32> {
         let mut y = vec![0.0; x.len() / self.inputs * self.outputs];
-        self.with(0..self.outputs, |weight| {
-            kernels::product(x, weight, self.inputs, &mut y)
-        });
+        self.with(0..self.outputs, |weight| kernels::product(x, weight, self.inputs, &mut y));
         y
     }
 

@@ -37,11 +37,7 @@ impl MlaShape {
 #[derive(Debug)]
 enum Query {
     Whole(Matrix),
-    Narrow {
-        down: Linear,
-        norm: RmsNorm,
-        up: Matrix,
-    },
+    Narrow { down: Linear, norm: RmsNorm, up: Matrix },
 }
 
 /// A product with a bias, where there is one.
@@ -52,12 +48,7 @@ struct Linear {
 }
 
 impl Linear {
-    fn load(
-        weights: &Weights<'_, '_>,
-        outputs: usize,
-        inputs: usize,
-        bias: bool,
-    ) -> Result<Self, Error> {
+    fn load(weights: &Weights<'_, '_>, outputs: usize, inputs: usize, bias: bool) -> Result<Self, Error> {
         let weight = weights.matrix("weight", outputs, inputs)?;
         let bias = bias.then(|| weights.vector("bias", outputs)).transpose()?;
         Ok(Linear { weight, bias })
@@ -66,8 +57,7 @@ impl Linear {
     fn apply(&self, x: &[f32]) -> Vec<f32> {
         let mut y = self.weight.apply(x);
         if let Some(bias) = &self.bias {
-            y.chunks_exact_mut(bias.len())
-                .for_each(|row| kernels::add(row, bias));
+            y.chunks_exact_mut(bias.len()).for_each(|row| kernels::add(row, bias));
         }
         y
     }
@@ -98,21 +88,8 @@ const EPSILON: f32 = 1e-6;
 
 impl Mla {
     /// `scale`: the softmax scale. `weights`: at `self_attn`.
-    pub(crate) fn load(
-        weights: &Weights<'_, '_>,
-        shape: &MlaShape,
-        scale: f32,
-    ) -> Result<Self, Error> {
-        let MlaShape {
-            hidden,
-            heads,
-            rank,
-            nope,
-            rope,
-            value,
-            bias,
-            ..
-        } = *shape;
+    pub(crate) fn load(weights: &Weights<'_, '_>, shape: &MlaShape, scale: f32) -> Result<Self, Error> {
+        let MlaShape { hidden, heads, rank, nope, rope, value, bias, .. } = *shape;
         let queries = heads * (nope + rope);
         let query = match shape.query_rank {
             None => Query::Whole(weights.matrix("q_proj.weight", queries, hidden)?),
@@ -122,8 +99,7 @@ impl Mla {
                 up: weights.matrix("q_b_proj.weight", queries, narrow)?,
             },
         };
-        let (absorb, expand) =
-            weights.key_value_heads("kv_b_proj.weight", heads, nope, value, rank)?;
+        let (absorb, expand) = weights.key_value_heads("kv_b_proj.weight", heads, nope, value, rank)?;
         Ok(Mla {
             query,
             latent: Linear::load(&weights.at("kv_a_proj_with_mqa"), rank + rope, hidden, bias)?,
@@ -154,9 +130,7 @@ impl Mla {
         let mut written = latents.chunks_exact(width);
         for (slice, position) in rows(slices) {
             if let Some(latent) = written.next() {
-                cache
-                    .cache
-                    .write(cache.layer, slice.pages, position, latent);
+                cache.cache.write(cache.layer, slice.pages, position, latent);
             }
         }
         let queries = self.queries(x, rope, angles);
@@ -185,13 +159,7 @@ impl Mla {
 
     /// Returns `[rows, heads, width]`: each head's query in the space of the latents, and rotated.
     fn queries(&self, x: &[f32], rope: &Rope, angles: &[Angles]) -> Vec<f32> {
-        let MlaShape {
-            heads,
-            rank,
-            nope,
-            rope: rotary,
-            ..
-        } = self.shape;
+        let MlaShape { heads, rank, nope, rope: rotary, .. } = self.shape;
         let (width, head) = (rank + rotary, nope + rotary);
         let plain = match &self.query {
             Query::Whole(matrix) => matrix.apply(x),
@@ -202,18 +170,11 @@ impl Mla {
             let own = |row: &[f32]| row[index * head..index * head + nope].to_vec();
             let gathered: Vec<f32> = plain.chunks_exact(heads * head).flat_map(own).collect();
             let absorbed = absorb.apply(&gathered);
-            let rows = queries
-                .chunks_exact_mut(heads * width)
-                .zip(plain.chunks_exact(heads * head));
-            for (((to, from), latent), angles) in rows.zip(absorbed.chunks_exact(rank)).zip(angles)
-            {
+            let rows = queries.chunks_exact_mut(heads * width).zip(plain.chunks_exact(heads * head));
+            for (((to, from), latent), angles) in rows.zip(absorbed.chunks_exact(rank)).zip(angles) {
                 let to = &mut to[index * width..(index + 1) * width];
                 to[..rank].copy_from_slice(latent);
-                rope.rotate(
-                    angles,
-                    &from[index * head + nope..(index + 1) * head],
-                    &mut to[rank..],
-                );
+                rope.rotate(angles, &from[index * head + nope..(index + 1) * head], &mut to[rank..]);
             }
         }
         queries
@@ -238,10 +199,7 @@ impl Mla {
         scores.resize(heads * length, 0.0);
         let mut found = [0.0; PAGE_TOKENS];
         let latents = || cache.cache.read(cache.layer, pages, length);
-        for (query, scores) in query
-            .chunks_exact(width)
-            .zip(scores.chunks_exact_mut(length))
-        {
+        for (query, scores) in query.chunks_exact(width).zip(scores.chunks_exact_mut(length)) {
             for (scores, page) in scores.chunks_mut(PAGE_TOKENS).zip(latents()) {
                 let found = &mut found[..scores.len()];
                 kernels::product(query, Weight::F32(page), width, found);
@@ -249,10 +207,7 @@ impl Mla {
             }
             kernels::softmax(scores, self.scale);
         }
-        for (mixed, scores) in mixed
-            .chunks_exact_mut(rank)
-            .zip(scores.chunks_exact(length))
-        {
+        for (mixed, scores) in mixed.chunks_exact_mut(rank).zip(scores.chunks_exact(length)) {
             for (scores, page) in scores.chunks(PAGE_TOKENS).zip(latents()) {
                 kernels::add_scaled(scores, page, width, mixed);
             }
@@ -261,21 +216,15 @@ impl Mla {
 
     /// `mixed`: `[rows, heads, rank]`. Returns `[rows, heads, value]`.
     fn values(&self, mixed: &[f32]) -> Vec<f32> {
-        let MlaShape {
-            heads, rank, value, ..
-        } = self.shape;
+        let MlaShape { heads, rank, value, .. } = self.shape;
         let rows = mixed.len() / (heads * rank);
         let mut values = vec![0.0; rows * heads * value];
         for (index, expand) in self.expand.iter().enumerate() {
             let own = |row: &[f32]| row[index * rank..(index + 1) * rank].to_vec();
             let gathered: Vec<f32> = mixed.chunks_exact(heads * rank).flat_map(own).collect();
             let expanded = expand.apply(&gathered);
-            let rows = values
-                .chunks_exact_mut(heads * value)
-                .zip(expanded.chunks_exact(value));
-            rows.for_each(|(to, from)| {
-                to[index * value..(index + 1) * value].copy_from_slice(from)
-            });
+            let rows = values.chunks_exact_mut(heads * value).zip(expanded.chunks_exact(value));
+            rows.for_each(|(to, from)| to[index * value..(index + 1) * value].copy_from_slice(from));
         }
         values
     }
@@ -290,7 +239,5 @@ pub(crate) struct LayerCache<'a> {
 
 /// Each row's slice and its position in the sequence.
 fn rows<'a>(slices: &'a [Slice<'a>]) -> impl Iterator<Item = (&'a Slice<'a>, usize)> {
-    slices
-        .iter()
-        .flat_map(|slice| slice.positions().map(move |position| (slice, position)))
+    slices.iter().flat_map(|slice| slice.positions().map(move |position| (slice, position)))
 }

@@ -17,11 +17,7 @@ pub(crate) struct Mlp {
 }
 
 impl Mlp {
-    pub(crate) fn load(
-        weights: &Weights<'_, '_>,
-        hidden: usize,
-        inner: usize,
-    ) -> Result<Self, Error> {
+    pub(crate) fn load(weights: &Weights<'_, '_>, hidden: usize, inner: usize) -> Result<Self, Error> {
         Ok(Mlp {
             gate: weights.matrix("gate_proj.weight", inner, hidden)?,
             up: weights.matrix("up_proj.weight", inner, hidden)?,

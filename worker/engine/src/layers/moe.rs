@@ -56,14 +56,8 @@ impl Gate {
     /// `x`: `[tokens, hidden]`.
     pub(crate) fn route(&self, x: &[f32]) -> Routing {
         let mut scores = self.weight.apply(x);
-        scores
-            .iter_mut()
-            .for_each(|score| *score = kernels::sigmoid(*score));
-        let mut routing = Routing {
-            top_k: self.shape.top_k,
-            experts: Vec::new(),
-            gates: Vec::new(),
-        };
+        scores.iter_mut().for_each(|score| *score = kernels::sigmoid(*score));
+        let mut routing = Routing { top_k: self.shape.top_k, experts: Vec::new(), gates: Vec::new() };
         for scores in scores.chunks_exact(self.shape.experts) {
             let chosen = choose(&self.shape, scores, &self.bias);
             routing.gates.extend(gates(&self.shape, scores, &chosen));
@@ -77,33 +71,18 @@ impl Gate {
 ///
 /// A group is as good as its two best experts together.
 pub(crate) fn choose(shape: &GateShape, scores: &[f32], bias: &[f32]) -> Vec<u32> {
-    let biased: Vec<f32> = scores
-        .iter()
-        .zip(bias)
-        .map(|(score, bias)| score + bias)
-        .collect();
+    let biased: Vec<f32> = scores.iter().zip(bias).map(|(score, bias)| score + bias).collect();
     let size = shape.experts / shape.groups;
     let group_scores: Vec<f32> = biased
         .chunks_exact(size)
-        .map(|group| {
-            best(group, 2)
-                .into_iter()
-                .map(|expert| group[expert as usize])
-                .sum()
-        })
+        .map(|group| best(group, 2).into_iter().map(|expert| group[expert as usize]).sum())
         .collect();
     let kept = best(&group_scores, shape.groups_kept);
     let candidate = |expert: usize| kept.contains(&((expert / size) as u32));
     let choosable: Vec<f32> = biased
         .iter()
         .enumerate()
-        .map(|(expert, &score)| {
-            if candidate(expert) {
-                score
-            } else {
-                f32::NEG_INFINITY
-            }
-        })
+        .map(|(expert, &score)| if candidate(expert) { score } else { f32::NEG_INFINITY })
         .collect();
     let mut chosen = best(&choosable, shape.top_k);
     chosen.sort_unstable();
@@ -120,11 +99,7 @@ fn best(scores: &[f32], count: usize) -> Vec<u32> {
 
 fn gates(shape: &GateShape, scores: &[f32], chosen: &[u32]) -> Vec<f32> {
     let own = chosen.iter().map(|&expert| scores[expert as usize]);
-    let sum = if shape.normalise {
-        own.clone().sum::<f32>() + 1e-20
-    } else {
-        1.0
-    };
+    let sum = if shape.normalise { own.clone().sum::<f32>() + 1e-20 } else { 1.0 };
     own.map(|score| score / sum * shape.scale).collect()
 }
 
@@ -166,12 +141,7 @@ pub(crate) struct Part {
 
 impl Part {
     fn batch(&self, layer: usize) -> ExpertBatch<'_> {
-        ExpertBatch {
-            layer,
-            rows: &self.rows,
-            pair_rows: &self.pair_rows,
-            pair_experts: &self.pair_experts,
-        }
+        ExpertBatch { layer, rows: &self.rows, pair_rows: &self.pair_rows, pair_experts: &self.pair_experts }
     }
 }
 
@@ -180,26 +150,13 @@ impl Dispatch {
     /// tokens.
     ///
     /// `rows`: one row of bytes a token, `row_bytes` each.
-    pub(crate) fn part(
-        &self,
-        rows: &[u8],
-        row_bytes: usize,
-        wanted: impl Fn(usize) -> bool,
-    ) -> Part {
+    pub(crate) fn part(&self, rows: &[u8], row_bytes: usize, wanted: impl Fn(usize) -> bool) -> Part {
         let places = (0..self.experts.len()).filter(|&at| wanted(self.experts[at] as usize));
-        let mut part = Part {
-            places: places.collect(),
-            ..Part::default()
-        };
+        let mut part = Part { places: places.collect(), ..Part::default() };
         let mut needed = vec![false; rows.len() / row_bytes];
-        part.places
-            .iter()
-            .for_each(|&place| needed[self.tokens[place] as usize] = true);
+        part.places.iter().for_each(|&place| needed[self.tokens[place] as usize] = true);
         let mut row_of = vec![0; needed.len()];
-        let kept = rows
-            .chunks_exact(row_bytes)
-            .enumerate()
-            .filter(|(token, _)| needed[*token]);
+        let kept = rows.chunks_exact(row_bytes).enumerate().filter(|(token, _)| needed[*token]);
         for (row, (token, bytes)) in (0u32..).zip(kept) {
             row_of[token] = row;
             part.rows.extend_from_slice(bytes);
@@ -216,26 +173,12 @@ impl Dispatch {
 ///
 /// `outputs`: `[tokens * top_k, hidden]`, in dispatch order. Returns `[tokens, hidden]`.
 /// A token's sum runs in expert order, so its bits do not depend on who answered first.
-pub(crate) fn combine(
-    dispatch: &Dispatch,
-    outputs: &[f32],
-    tokens: usize,
-    hidden: usize,
-) -> Vec<f32> {
+pub(crate) fn combine(dispatch: &Dispatch, outputs: &[f32], tokens: usize, hidden: usize) -> Vec<f32> {
     let mut sums = vec![0.0; tokens * hidden];
-    let pairs = dispatch
-        .tokens
-        .iter()
-        .zip(&dispatch.gates)
-        .zip(outputs.chunks_exact(hidden));
+    let pairs = dispatch.tokens.iter().zip(&dispatch.gates).zip(outputs.chunks_exact(hidden));
     for ((&token, &gate), output) in pairs {
         let token = token as usize;
-        kernels::add_scaled(
-            &[gate],
-            output,
-            hidden,
-            &mut sums[token * hidden..(token + 1) * hidden],
-        );
+        kernels::add_scaled(&[gate], output, hidden, &mut sums[token * hidden..(token + 1) * hidden]);
     }
     sums
 }
@@ -289,19 +232,14 @@ impl Moe {
         exchange: &mut E,
     ) -> Result<Mixed, Error> {
         let dispatch = dispatch(&self.gate.route(x));
-        let (rows, row_bytes) = (
-            experts.dtype().encode(x),
-            self.hidden * experts.dtype().size(),
-        );
+        let (rows, row_bytes) = (experts.dtype().encode(x), self.hidden * experts.dtype().size());
         let held = |expert| experts.holds(self.layer, expert);
         let away = dispatch.part(&rows, row_bytes, |expert| !held(expert));
         let ticket = (!away.places.is_empty()).then(|| exchange.send(&away.batch(self.layer)));
         let shared = self.shared.forward(x);
         let here = dispatch.part(&rows, row_bytes, held);
         let mut outputs = Outputs::new(dispatch.experts.len(), self.hidden, experts.dtype());
-        let own = experts
-            .run(&here.batch(self.layer))
-            .map_err(Error::Experts)?;
+        let own = experts.run(&here.batch(self.layer)).map_err(Error::Experts)?;
         outputs.fill(&here, &own);
         let mut lost = Vec::new();
         if let Some(ticket) = ticket {
@@ -309,20 +247,11 @@ impl Moe {
             self.check(&replies, away.places.len(), row_bytes)?;
             outputs.fill(&away, &replies.rows);
             let place = |&pair: &u32| away.places[pair as usize];
-            lost = replies
-                .missing
-                .iter()
-                .map(|p| dispatch.tokens[place(p)] as usize)
-                .collect();
+            lost = replies.missing.iter().map(|p| dispatch.tokens[place(p)] as usize).collect();
             lost.sort_unstable();
             lost.dedup();
         }
-        let mut rows = combine(
-            &dispatch,
-            &outputs.values,
-            x.len() / self.hidden,
-            self.hidden,
-        );
+        let mut rows = combine(&dispatch, &outputs.values, x.len() / self.hidden, self.hidden);
         kernels::add(&mut rows, &shared);
         Ok(Mixed { rows, lost })
     }
@@ -334,11 +263,7 @@ impl Moe {
         if (got == want || none) && known {
             return Ok(());
         }
-        Err(Error::Replies {
-            layer: self.layer,
-            want,
-            got,
-        })
+        Err(Error::Replies { layer: self.layer, want, got })
     }
 }
 
@@ -351,11 +276,7 @@ struct Outputs {
 
 impl Outputs {
     fn new(pairs: usize, hidden: usize, dtype: WireDtype) -> Self {
-        Outputs {
-            hidden,
-            dtype,
-            values: vec![0.0; pairs * hidden],
-        }
+        Outputs { hidden, dtype, values: vec![0.0; pairs * hidden] }
     }
 
     fn fill(&mut self, part: &Part, rows: &[u8]) {
@@ -374,14 +295,7 @@ mod tests {
     use super::*;
 
     fn shape(experts: usize, groups: usize, groups_kept: usize, top_k: usize) -> GateShape {
-        GateShape {
-            experts,
-            top_k,
-            groups,
-            groups_kept,
-            normalise: true,
-            scale: 2.5,
-        }
+        GateShape { experts, top_k, groups, groups_kept, normalise: true, scale: 2.5 }
     }
 
     #[test]
@@ -398,10 +312,7 @@ mod tests {
         let shape = shape(4, 1, 1, 2);
         let chosen = choose(&shape, &scores, &bias);
         assert_eq!(chosen, [0, 3]);
-        assert_eq!(
-            gates(&shape, &scores, &chosen),
-            [0.2 / (0.2 + 0.8) * 2.5, 0.8 / (0.2 + 0.8) * 2.5]
-        );
+        assert_eq!(gates(&shape, &scores, &chosen), [0.2 / (0.2 + 0.8) * 2.5, 0.8 / (0.2 + 0.8) * 2.5]);
     }
 
     #[test]
@@ -415,24 +326,14 @@ mod tests {
             let all: Vec<u32> = (0..experts as u32).collect();
             let one = prop::sample::subsequence(all, top_k);
             let gates = prop::collection::vec(-2.0f32..2.0, tokens * top_k);
-            (prop::collection::vec(one, tokens), gates).prop_map(move |(chosen, gates)| {
-                (
-                    Routing {
-                        top_k,
-                        experts: chosen.concat(),
-                        gates,
-                    },
-                    tokens,
-                )
-            })
+            (prop::collection::vec(one, tokens), gates)
+                .prop_map(move |(chosen, gates)| (Routing { top_k, experts: chosen.concat(), gates }, tokens))
         })
     }
 
     /// A stand-in for expert `expert`: any function of the row will do.
     fn expert(expert: u32, row: &[f32]) -> Vec<f32> {
-        row.iter()
-            .map(|value| value * (expert as f32 + 0.3) - 0.1)
-            .collect()
+        row.iter().map(|value| value * (expert as f32 + 0.3) - 0.1).collect()
     }
 
     proptest! {

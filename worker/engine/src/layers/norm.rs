@@ -20,8 +20,7 @@ impl RmsNorm {
     /// `x`: `[rows, width]`. Returns the same shape.
     pub(crate) fn forward(&self, x: &[f32]) -> Vec<f32> {
         let mut y = x.to_vec();
-        y.chunks_exact_mut(self.weight.len())
-            .for_each(|row| self.normalise(row));
+        y.chunks_exact_mut(self.weight.len()).for_each(|row| self.normalise(row));
         y
     }
 

@@ -18,43 +18,30 @@ pub(crate) struct Yarn {
 impl Yarn {
     /// What the softmax scale is multiplied by: mscale, squared.
     pub(crate) fn softmax_scale(&self) -> f64 {
-        let mscale = self
-            .mscale_all_dim
-            .map_or(1.0, |all| mscale(self.factor, all));
+        let mscale = self.mscale_all_dim.map_or(1.0, |all| mscale(self.factor, all));
         mscale * mscale
     }
 
     /// What cosine and sine are multiplied by.
     fn angle_scale(&self) -> f64 {
-        self.attention_factor
-            .unwrap_or_else(|| match (self.mscale, self.mscale_all_dim) {
-                (Some(one), Some(all)) => mscale(self.factor, one) / mscale(self.factor, all),
-                _ => mscale(self.factor, 1.0),
-            })
+        self.attention_factor.unwrap_or_else(|| match (self.mscale, self.mscale_all_dim) {
+            (Some(one), Some(all)) => mscale(self.factor, one) / mscale(self.factor, all),
+            _ => mscale(self.factor, 1.0),
+        })
     }
 
     /// The frequencies between which to blend, as places in the list of them.
     fn ramp(&self, theta: f64, width: usize) -> (f64, f64) {
-        let place = |rotations: f64| {
-            width as f64 * (self.original_context / (rotations * 2.0 * PI)).ln()
-                / (2.0 * theta.ln())
-        };
+        let place =
+            |rotations: f64| width as f64 * (self.original_context / (rotations * 2.0 * PI)).ln() / (2.0 * theta.ln());
         let (low, high) = (place(self.beta_fast), place(self.beta_slow));
-        let (low, high) = if self.truncate {
-            (low.floor(), high.ceil())
-        } else {
-            (low, high)
-        };
+        let (low, high) = if self.truncate { (low.floor(), high.ceil()) } else { (low, high) };
         (low.max(0.0), high.min(width as f64 - 1.0))
     }
 }
 
 fn mscale(factor: f64, mscale: f64) -> f64 {
-    if factor <= 1.0 {
-        1.0
-    } else {
-        0.1 * mscale * factor.ln() + 1.0
-    }
+    if factor <= 1.0 { 1.0 } else { 0.1 * mscale * factor.ln() + 1.0 }
 }
 
 /// Rotates pairs of values by angles that grow with the position.
@@ -92,21 +79,14 @@ impl Rope {
                 (0..width / 2).map(blend).collect()
             }
         };
-        Rope {
-            frequencies,
-            scale: yarn.map_or(1.0, |yarn| yarn.angle_scale() as f32),
-            interleave,
-        }
+        Rope { frequencies, scale: yarn.map_or(1.0, |yarn| yarn.angle_scale() as f32), interleave }
     }
 
     /// The angles of a position.
     pub(crate) fn angles(&self, position: usize) -> Angles {
         let angle = |frequency: &f32| {
             let angle = f64::from(position as f32 * frequency);
-            (
-                angle.cos() as f32 * self.scale,
-                angle.sin() as f32 * self.scale,
-            )
+            (angle.cos() as f32 * self.scale, angle.sin() as f32 * self.scale)
         };
         self.frequencies.iter().map(angle).collect()
     }
@@ -115,11 +95,7 @@ impl Rope {
     pub(crate) fn rotate(&self, angles: &Angles, row: &[f32], to: &mut [f32]) {
         let half = angles.len();
         for (at, (cos, sin)) in angles.iter().enumerate() {
-            let (a, b) = if self.interleave {
-                (row[2 * at], row[2 * at + 1])
-            } else {
-                (row[at], row[at + half])
-            };
+            let (a, b) = if self.interleave { (row[2 * at], row[2 * at + 1]) } else { (row[at], row[at + half]) };
             to[at] = a * cos - b * sin;
             to[at + half] = b * cos + a * sin;
         }

@@ -31,16 +31,9 @@ impl Fields {
         if size > MOST {
             return Err(refuse(format!("has {size} bytes; at most {MOST}")));
         }
-        let text = files.read(FILE, 0..size).map_err(|source| Error::Read {
-            file: FILE.into(),
-            source,
-        })?;
-        let map = serde_json::from_slice(&text)
-            .map_err(|error| refuse(format!("not a JSON object: {error}")))?;
-        Ok(Fields {
-            prefix: String::new(),
-            map,
-        })
+        let text = files.read(FILE, 0..size).map_err(|source| Error::Read { file: FILE.into(), source })?;
+        let map = serde_json::from_slice(&text).map_err(|error| refuse(format!("not a JSON object: {error}")))?;
+        Ok(Fields { prefix: String::new(), map })
     }
 
     /// A field's value; `null` is as good as absent.
@@ -52,32 +45,24 @@ impl Fields {
     pub(crate) fn object(&self, name: &str) -> Result<Option<Fields>, Error> {
         match self.get(name) {
             None => Ok(None),
-            Some(Value::Object(map)) => Ok(Some(Fields {
-                prefix: format!("{}{name}.", self.prefix),
-                map: map.clone(),
-            })),
+            Some(Value::Object(map)) => {
+                Ok(Some(Fields { prefix: format!("{}{name}.", self.prefix), map: map.clone() }))
+            }
             Some(_) => Err(self.wrong(name, "an object")),
         }
     }
 
     /// A whole number in a range.
     pub(crate) fn size(&self, name: &str, range: RangeInclusive<usize>) -> Result<usize, Error> {
-        self.optional_size(name, range)?
-            .ok_or_else(|| self.absent(name))
+        self.optional_size(name, range)?.ok_or_else(|| self.absent(name))
     }
 
     /// A whole number in a range, if given.
-    pub(crate) fn optional_size(
-        &self,
-        name: &str,
-        range: RangeInclusive<usize>,
-    ) -> Result<Option<usize>, Error> {
+    pub(crate) fn optional_size(&self, name: &str, range: RangeInclusive<usize>) -> Result<Option<usize>, Error> {
         let Some(value) = self.get(name) else {
             return Ok(None);
         };
-        let number = value
-            .as_u64()
-            .and_then(|number| usize::try_from(number).ok());
+        let number = value.as_u64().and_then(|number| usize::try_from(number).ok());
         match number.filter(|number| range.contains(number)) {
             Some(number) => Ok(Some(number)),
             None => {
@@ -92,10 +77,7 @@ impl Fields {
         let Some(value) = self.get(name) else {
             return Ok(None);
         };
-        match value
-            .as_f64()
-            .filter(|number| *number > 0.0 && *number < 1e12)
-        {
+        match value.as_f64().filter(|number| *number > 0.0 && *number < 1e12) {
             Some(number) => Ok(Some(number)),
             None => Err(self.wrong(name, "a number above 0 and below 1e12")),
         }
@@ -103,8 +85,7 @@ impl Fields {
 
     /// A number above 0.
     pub(crate) fn positive(&self, name: &str) -> Result<f64, Error> {
-        self.optional_positive(name)?
-            .ok_or_else(|| self.absent(name))
+        self.optional_positive(name)?.ok_or_else(|| self.absent(name))
     }
 
     /// A yes or no.
@@ -134,10 +115,7 @@ impl Fields {
             value.truncate(cut);
             value.push_str("..");
         }
-        refuse(format!(
-            "{}{name} is {value}; it must be {accepted}",
-            self.prefix
-        ))
+        refuse(format!("{}{name} is {value}; it must be {accepted}", self.prefix))
     }
 
     fn absent(&self, name: &str) -> Error {

@@ -36,12 +36,8 @@ pub(super) struct Stored {
 /// as its shape asks for, not in the file, another's as well, or apart from the others.
 pub(super) fn read(files: &dyn ModelFiles, file: &str, size: u64) -> Result<Vec<Stored>, Error> {
     let (start, text) = text(files, file, size)?;
-    let entries: Entries = serde_json::from_slice(&text).map_err(|error| {
-        refuse(
-            file,
-            format!("header is not a JSON object of tensors: {error}"),
-        )
-    })?;
+    let entries: Entries = serde_json::from_slice(&text)
+        .map_err(|error| refuse(file, format!("header is not a JSON object of tensors: {error}")))?;
     let mut tensors = Vec::with_capacity(entries.0.len());
     for (name, entry) in entries.0 {
         if name != "__metadata__" {
@@ -56,33 +52,18 @@ pub(super) fn read(files: &dyn ModelFiles, file: &str, size: u64) -> Result<Vec<
 /// Returns where the tensors' bytes start, and the header.
 fn text(files: &dyn ModelFiles, file: &str, size: u64) -> Result<(u64, Vec<u8>), Error> {
     let read = |range: std::ops::Range<u64>| {
-        files.read(file, range).map_err(|source| Error::Read {
-            file: file.into(),
-            source,
-        })
+        files.read(file, range).map_err(|source| Error::Read { file: file.into(), source })
     };
     let mut bytes = read(0..FIRST.min(size))?;
-    let Some(length) = bytes
-        .first_chunk::<8>()
-        .map(|bytes| u64::from_le_bytes(*bytes))
-    else {
-        return Err(refuse(
-            file,
-            format!("{size} bytes are too few for a header"),
-        ));
+    let Some(length) = bytes.first_chunk::<8>().map(|bytes| u64::from_le_bytes(*bytes)) else {
+        return Err(refuse(file, format!("{size} bytes are too few for a header")));
     };
     if length > MOST {
-        return Err(refuse(
-            file,
-            format!("header says it has {length} bytes; at most {MOST}"),
-        ));
+        return Err(refuse(file, format!("header says it has {length} bytes; at most {MOST}")));
     }
     let end = 8 + length;
     if end > size {
-        return Err(refuse(
-            file,
-            format!("header says it has {length} bytes; the file has {size}"),
-        ));
+        return Err(refuse(file, format!("header says it has {length} bytes; the file has {size}")));
     }
     if end > bytes.len() as u64 {
         bytes.extend(read(bytes.len() as u64..end)?);
@@ -94,45 +75,23 @@ fn text(files: &dyn ModelFiles, file: &str, size: u64) -> Result<(u64, Vec<u8>),
     Ok((end, bytes.split_off(8)))
 }
 
-fn tensor(
-    file: &str,
-    name: String,
-    entry: &RawValue,
-    start: u64,
-    size: u64,
-) -> Result<Stored, Error> {
-    let reason = |reason: String| Error::Tensor {
-        file: file.into(),
-        tensor: name.clone(),
-        reason,
-    };
-    let info: TensorInfo =
-        serde_json::from_str(entry.get()).map_err(|error| reason(error.to_string()))?;
+fn tensor(file: &str, name: String, entry: &RawValue, start: u64, size: u64) -> Result<Stored, Error> {
+    let reason = |reason: String| Error::Tensor { file: file.into(), tensor: name.clone(), reason };
+    let info: TensorInfo = serde_json::from_str(entry.get()).map_err(|error| reason(error.to_string()))?;
     let (first, last) = (info.data_offsets.0 as u64, info.data_offsets.1 as u64);
     if last < first {
-        return Err(reason(format!(
-            "its bytes end at {last}, before their start at {first}"
-        )));
+        return Err(reason(format!("its bytes end at {last}, before their start at {first}")));
     }
     if last > size - start {
         let there = size - start;
-        return Err(reason(format!(
-            "its bytes end at {last}; the file has {there} for tensors"
-        )));
+        return Err(reason(format!("its bytes end at {last}; the file has {there} for tensors")));
     }
     let dtype_name = format!("{:?}", info.dtype);
-    let bits = info
-        .shape
-        .iter()
-        .try_fold(info.dtype.bitsize() as u64, |bits, &length| {
-            bits.checked_mul(length as u64)
-        });
+    let bits = info.shape.iter().try_fold(info.dtype.bitsize() as u64, |bits, &length| bits.checked_mul(length as u64));
     let held = last - first;
     if bits.is_none_or(|bits| bits.div_ceil(8) != held) {
         let shape = &info.shape;
-        return Err(reason(format!(
-            "{dtype_name} of shape {shape:?} is not {held} bytes"
-        )));
+        return Err(reason(format!("{dtype_name} of shape {shape:?} is not {held} bytes")));
     }
     let dtype = match info.dtype {
         Dtype::BF16 => Some(DType::BF16),
@@ -140,13 +99,7 @@ fn tensor(
         Dtype::F32 => Some(DType::F32),
         _ => None,
     };
-    Ok(Stored {
-        dtype,
-        dtype_name,
-        shape: info.shape,
-        span: (start + first, start + last),
-        name,
-    })
+    Ok(Stored { dtype, dtype_name, shape: info.shape, span: (start + first, start + last), name })
 }
 
 /// Refuses names given twice and bytes that belong to two tensors or to none.
@@ -155,11 +108,7 @@ fn whole(file: &str, tensors: &[Stored], start: u64, size: u64) -> Result<(), Er
     names.sort_unstable();
     if let Some(twice) = names.windows(2).find(|pair| pair[0] == pair[1]) {
         let (tensor, reason) = (twice[0].into(), "named twice".into());
-        return Err(Error::Tensor {
-            file: file.into(),
-            tensor,
-            reason,
-        });
+        return Err(Error::Tensor { file: file.into(), tensor, reason });
     }
     let mut end = start;
     for (at, tensor) in tensors.iter().enumerate() {
@@ -168,33 +117,20 @@ fn whole(file: &str, tensors: &[Stored], start: u64, size: u64) -> Result<(), Er
             let reason = if first < end {
                 format!("its bytes overlap those of {}", tensors[at - 1].name)
             } else {
-                format!(
-                    "the {} bytes before its own belong to no tensor",
-                    first - end
-                )
+                format!("the {} bytes before its own belong to no tensor", first - end)
             };
-            return Err(Error::Tensor {
-                file: file.into(),
-                tensor: tensor.name.clone(),
-                reason,
-            });
+            return Err(Error::Tensor { file: file.into(), tensor: tensor.name.clone(), reason });
         }
         end = tensor.span.1;
     }
     if end != size {
-        return Err(refuse(
-            file,
-            format!("its last {} bytes belong to no tensor", size - end),
-        ));
+        return Err(refuse(file, format!("its last {} bytes belong to no tensor", size - end)));
     }
     Ok(())
 }
 
 fn refuse(file: &str, reason: String) -> Error {
-    Error::File {
-        file: file.into(),
-        reason,
-    }
+    Error::File { file: file.into(), reason }
 }
 
 /// The header's entries as they stand, so that a name given twice is seen twice.

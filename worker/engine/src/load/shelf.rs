@@ -48,16 +48,9 @@ impl<'a> Shelf<'a> {
     /// [`Error`] if there are none, one is damaged, or they and the index disagree.
     pub(crate) fn open(files: &'a dyn ModelFiles) -> Result<Self, Error> {
         let list: BTreeMap<String, u64> = files.list().into_iter().collect();
-        let index = list
-            .get(INDEX)
-            .map(|&size| index(files, size))
-            .transpose()?;
+        let index = list.get(INDEX).map(|&size| index(files, size)).transpose()?;
         let names = weight_files(&list, index.as_ref())?;
-        let mut shelf = Shelf {
-            files,
-            names,
-            tensors: HashMap::new(),
-        };
+        let mut shelf = Shelf { files, names, tensors: HashMap::new() };
         for at in 0..shelf.names.len() {
             shelf.add(at, list[&shelf.names[at]])?;
         }
@@ -72,11 +65,7 @@ impl<'a> Shelf<'a> {
             let tensor = stored.name.clone();
             if let Some((other, _)) = self.tensors.insert(tensor.clone(), (file, stored)) {
                 let reason = format!("also in {}", self.names[other]);
-                return Err(Error::Tensor {
-                    file: self.names[file].clone(),
-                    tensor,
-                    reason,
-                });
+                return Err(Error::Tensor { file: self.names[file].clone(), tensor, reason });
             }
         }
         Ok(())
@@ -88,11 +77,7 @@ impl<'a> Shelf<'a> {
             Some((at, _)) => format!("listed in {file}; it is in {}", self.names[*at]),
             None => format!("listed in {file}, which does not hold it"),
         };
-        Err(Error::Tensor {
-            file: INDEX.into(),
-            tensor: tensor.into(),
-            reason,
-        })
+        Err(Error::Tensor { file: INDEX.into(), tensor: tensor.into(), reason })
     }
 
     /// Finds a tensor of this shape.
@@ -100,41 +85,21 @@ impl<'a> Shelf<'a> {
     /// # Errors
     /// [`Error::Tensor`] if there is none, or its shape or type is another.
     pub(crate) fn find(&self, tensor: &str, shape: &[usize]) -> Result<Entry, Error> {
-        let refuse = |file: &str, reason| {
-            Err(Error::Tensor {
-                file: file.into(),
-                tensor: tensor.into(),
-                reason,
-            })
-        };
+        let refuse = |file: &str, reason| Err(Error::Tensor { file: file.into(), tensor: tensor.into(), reason });
         let Some((file, stored)) = self.tensors.get(tensor) else {
-            let searched = if self.names.len() == 1 {
-                &self.names[0]
-            } else {
-                "*.safetensors"
-            };
+            let searched = if self.names.len() == 1 { &self.names[0] } else { "*.safetensors" };
             return refuse(searched, "missing".into());
         };
         let name = &self.names[*file];
         if stored.shape != shape {
             let found = &stored.shape;
-            return refuse(
-                name,
-                format!("has shape {found:?}; config.json asks for {shape:?}"),
-            );
+            return refuse(name, format!("has shape {found:?}; config.json asks for {shape:?}"));
         }
         let Some(dtype) = stored.dtype else {
             let dtype = &stored.dtype_name;
-            return refuse(
-                name,
-                format!("is of type {dtype}; BF16, F16 and F32 are accepted"),
-            );
+            return refuse(name, format!("is of type {dtype}; BF16, F16 and F32 are accepted"));
         };
-        Ok(Entry {
-            file: *file,
-            dtype,
-            span: stored.span,
-        })
+        Ok(Entry { file: *file, dtype, span: stored.span })
     }
 
     /// Reads a tensor's bytes.
@@ -146,17 +111,10 @@ impl<'a> Shelf<'a> {
         let bytes = self
             .files
             .read(file, entry.span.0..entry.span.1)
-            .map_err(|source| Error::Read {
-                file: file.clone(),
-                source,
-            })?;
+            .map_err(|source| Error::Read { file: file.clone(), source })?;
         if bytes.len() as u64 != entry.bytes() {
             let reason = format!("{} of {} bytes could be read", bytes.len(), entry.bytes());
-            return Err(Error::Tensor {
-                file: file.clone(),
-                tensor: tensor.into(),
-                reason,
-            });
+            return Err(Error::Tensor { file: file.clone(), tensor: tensor.into(), reason });
         }
         Ok(bytes)
     }
@@ -168,17 +126,11 @@ impl<'a> Shelf<'a> {
 }
 
 fn index(files: &dyn ModelFiles, size: u64) -> Result<Index, Error> {
-    let refuse = |reason| Error::File {
-        file: INDEX.into(),
-        reason,
-    };
+    let refuse = |reason| Error::File { file: INDEX.into(), reason };
     if size > INDEX_MOST {
         return Err(refuse(format!("has {size} bytes; at most {INDEX_MOST}")));
     }
-    let text = files.read(INDEX, 0..size).map_err(|source| Error::Read {
-        file: INDEX.into(),
-        source,
-    })?;
+    let text = files.read(INDEX, 0..size).map_err(|source| Error::Read { file: INDEX.into(), source })?;
     serde_json::from_slice(&text).map_err(|error| refuse(format!("not an index: {error}")))
 }
 
@@ -194,35 +146,21 @@ fn weight_files(list: &BTreeMap<String, u64>, index: Option<&Index>) -> Result<V
             } else {
                 continue;
             };
-            return Err(Error::File {
-                file: INDEX.into(),
-                reason,
-            });
+            return Err(Error::File { file: INDEX.into(), reason });
         }
         return Ok(named.into_iter().cloned().collect());
     }
     if list.contains_key(SINGLE) {
         return Ok(vec![SINGLE.into()]);
     }
-    let all: Vec<String> = list
-        .keys()
-        .filter(|name| name.ends_with(".safetensors"))
-        .cloned()
-        .collect();
+    let all: Vec<String> = list.keys().filter(|name| name.ends_with(".safetensors")).cloned().collect();
     if all.is_empty() {
-        let pickled = |name: &&String| {
-            [".bin", ".pt", ".pth", ".ckpt"]
-                .iter()
-                .any(|end| name.ends_with(end))
-        };
+        let pickled = |name: &&String| [".bin", ".pt", ".pth", ".ckpt"].iter().any(|end| name.ends_with(end));
         let reason = match list.keys().find(pickled) {
             Some(name) => format!("missing; {name} is not opened, as it can hold code"),
             None => "missing; weights are read from *.safetensors".into(),
         };
-        return Err(Error::File {
-            file: SINGLE.into(),
-            reason,
-        });
+        return Err(Error::File { file: SINGLE.into(), reason });
     }
     Ok(all)
 }

@@ -48,11 +48,7 @@ enum Feed {
 
 impl DeepseekV3 {
     /// Walks over the tensors; of the routed experts over those held.
-    pub(crate) fn load(
-        config: &Config,
-        weights: &Weights<'_, '_>,
-        held: &Held,
-    ) -> Result<(Self, ByLayer), Error> {
+    pub(crate) fn load(config: &Config, weights: &Weights<'_, '_>, held: &Held) -> Result<(Self, ByLayer), Error> {
         let (hidden, vocab) = (config.shape.hidden, config.shape.vocab_size);
         let model = weights.at("model");
         let embed = model.matrix("embed_tokens.weight", vocab, hidden)?;
@@ -67,23 +63,8 @@ impl DeepseekV3 {
             layers.push(Layer::load(config, &weights, index)?);
             experts.push(routed(config, &weights, index, held)?);
         }
-        let rope = Rope::new(
-            config.attention.rope,
-            config.theta,
-            config.yarn.as_ref(),
-            config.interleave,
-        );
-        Ok((
-            DeepseekV3 {
-                hidden,
-                embed,
-                rope,
-                layers,
-                norm,
-                head,
-            },
-            experts,
-        ))
+        let rope = Rope::new(config.attention.rope, config.theta, config.yarn.as_ref(), config.interleave);
+        Ok((DeepseekV3 { hidden, embed, rope, layers, norm, head }, experts))
     }
 
     /// See [`crate::models::Model::forward`].
@@ -96,21 +77,13 @@ impl DeepseekV3 {
     ) -> Result<Vec<f32>, Error> {
         let mut rows = Rows {
             hidden: self.embed(slices),
-            angles: positions(slices)
-                .map(|position| self.rope.angles(position))
-                .collect(),
+            angles: positions(slices).map(|position| self.rope.angles(position)).collect(),
             width: self.hidden,
         };
         for (index, layer) in self.layers.iter().enumerate() {
             let normed = layer.input_norm.forward(&rows.hidden);
-            let mut cache = LayerCache {
-                cache,
-                layer: index,
-            };
-            let attended =
-                layer
-                    .attention
-                    .forward(&normed, &self.rope, &rows.angles, slices, &mut cache);
+            let mut cache = LayerCache { cache, layer: index };
+            let attended = layer.attention.forward(&normed, &self.rope, &rows.angles, slices, &mut cache);
             kernels::add(&mut rows.hidden, &attended);
             let normed = layer.post_norm.forward(&rows.hidden);
             match &layer.feed {
@@ -146,27 +119,16 @@ impl DeepseekV3 {
 impl Layer {
     fn load(config: &Config, weights: &Weights<'_, '_>, index: usize) -> Result<Self, Error> {
         let hidden = config.shape.hidden;
-        let norm =
-            |name| Ok::<_, Error>(RmsNorm::new(weights.vector(name, hidden)?, config.epsilon));
+        let norm = |name| Ok::<_, Error>(RmsNorm::new(weights.vector(name, hidden)?, config.epsilon));
         let mlp = weights.at("mlp");
         let feed = if config.shape.moe_layers.contains(&index) {
-            Feed::Moe(Moe::load(
-                &mlp,
-                index,
-                &config.gate,
-                hidden,
-                config.shared_inner,
-            )?)
+            Feed::Moe(Moe::load(&mlp, index, &config.gate, hidden, config.shared_inner)?)
         } else {
             Feed::Dense(Mlp::load(&mlp, hidden, config.dense_inner)?)
         };
         Ok(Layer {
             input_norm: norm("input_layernorm.weight")?,
-            attention: Mla::load(
-                &weights.at("self_attn"),
-                &config.attention,
-                config.softmax_scale(),
-            )?,
+            attention: Mla::load(&weights.at("self_attn"), &config.attention, config.softmax_scale())?,
             post_norm: norm("post_attention_layernorm.weight")?,
             feed,
         })
@@ -174,12 +136,7 @@ impl Layer {
 }
 
 /// The routed experts of a layer that are held; none for a dense layer.
-fn routed(
-    config: &Config,
-    weights: &Weights<'_, '_>,
-    layer: usize,
-    held: &Held,
-) -> Result<Vec<Option<Mlp>>, Error> {
+fn routed(config: &Config, weights: &Weights<'_, '_>, layer: usize, held: &Held) -> Result<Vec<Option<Mlp>>, Error> {
     if !config.shape.moe_layers.contains(&layer) {
         return Ok(Vec::new());
     }
@@ -189,11 +146,7 @@ fn routed(
         experts.push(match held.holds(layer, expert) {
             true => {
                 let weights = weights.expert(layer, expert);
-                Some(Mlp::load(
-                    &weights,
-                    config.shape.hidden,
-                    config.expert_inner,
-                )?)
+                Some(Mlp::load(&weights, config.shape.hidden, config.expert_inner)?)
             }
             false => None,
         });
@@ -226,9 +179,7 @@ impl Rows {
             end = rows.end;
             let stays = !lost.iter().any(|row| rows.contains(row));
             if stays {
-                hidden.extend_from_slice(
-                    &self.hidden[rows.start * self.width..rows.end * self.width],
-                );
+                hidden.extend_from_slice(&self.hidden[rows.start * self.width..rows.end * self.width]);
                 angles.extend_from_slice(&self.angles[rows]);
             }
             stays

@@ -19,9 +19,7 @@ fn copy() -> TempDir {
 }
 
 fn refusal(dir: &Path) -> String {
-    let loaded = load(dir, &Held::all(), &options(), &mut |_, _| {})
-        .map(|_| ())
-        .unwrap_err();
+    let loaded = load(dir, &Held::all(), &options(), &mut |_, _| {}).map(|_| ()).unwrap_err();
     let described = describe(&LocalFiles(dir.into())).unwrap_err();
     let chain = |error: &Error| match std::error::Error::source(error) {
         Some(source) => format!("{error}: {source}"),
@@ -51,100 +49,37 @@ fn configurations_are_refused_with_field_value_and_what_is_accepted() {
             json!({"architectures": ["LlamaForCausalLM"]}),
             "architectures is [\"LlamaForCausalLM\"]; it must be [\"DeepseekV3ForCausalLM\"]",
         ),
-        (
-            json!({"architectures": []}),
-            "architectures is []; it must be",
-        ),
-        (
-            json!({"architectures": null}),
-            "architectures is null; it must be",
-        ),
-        (
-            json!({"hidden_size": 0}),
-            "hidden_size is 0; it must be a whole number from 1 to 1048576",
-        ),
-        (
-            json!({"hidden_size": huge}),
-            "hidden_size is 1000000000; it must be",
-        ),
+        (json!({"architectures": []}), "architectures is []; it must be"),
+        (json!({"architectures": null}), "architectures is null; it must be"),
+        (json!({"hidden_size": 0}), "hidden_size is 0; it must be a whole number from 1 to 1048576"),
+        (json!({"hidden_size": huge}), "hidden_size is 1000000000; it must be"),
         (json!({"hidden_size": -1}), "hidden_size is -1; it must be"),
-        (
-            json!({"hidden_size": "44"}),
-            "hidden_size is \"44\"; it must be",
-        ),
+        (json!({"hidden_size": "44"}), "hidden_size is \"44\"; it must be"),
         (json!({"hidden_size": null}), "hidden_size is missing"),
         (
             json!({"hidden_size": 45}),
             "model.safetensors: tensor model.embed_tokens.weight: has shape [61, 44]; config.json asks for [61, 45]",
         ),
-        (
-            json!({"vocab_size": 62}),
-            "has shape [61, 44]; config.json asks for [62, 44]",
-        ),
-        (
-            json!({"num_hidden_layers": huge}),
-            "num_hidden_layers is 1000000000",
-        ),
-        (
-            json!({"num_hidden_layers": 4000}),
-            "tensor model.layers.3.mlp.gate.weight: missing",
-        ),
+        (json!({"vocab_size": 62}), "has shape [61, 44]; config.json asks for [62, 44]"),
+        (json!({"num_hidden_layers": huge}), "num_hidden_layers is 1000000000"),
+        (json!({"num_hidden_layers": 4000}), "tensor model.layers.3.mlp.gate.weight: missing"),
         (
             json!({"num_hidden_layers": 2}),
             "num_hidden_layers is 2 and num_nextn_predict_layers 0; the weight files have a layer 2, counted from 0",
         ),
-        (
-            json!({"n_routed_experts": huge}),
-            "n_routed_experts is 1000000000",
-        ),
-        (
-            json!({"n_routed_experts": 60_000}),
-            "mlp.gate.weight: has shape [8, 44]; config.json asks for [60000, 44]",
-        ),
-        (
-            json!({"n_group": 3}),
-            "n_group is 3; it must be a divisor of n_routed_experts, which is 8",
-        ),
-        (
-            json!({"topk_group": 3}),
-            "topk_group is 3; it must be a whole number from 1 to 2",
-        ),
-        (
-            json!({"num_experts_per_tok": 5}),
-            "num_experts_per_tok is 5; it must be a whole number from 1 to 4",
-        ),
-        (
-            json!({"num_attention_heads": 0}),
-            "num_attention_heads is 0",
-        ),
-        (
-            json!({"num_key_value_heads": 1}),
-            "num_key_value_heads is 1; it must be 3",
-        ),
-        (
-            json!({"qk_rope_head_dim": 9}),
-            "qk_rope_head_dim is 9; it must be even",
-        ),
-        (
-            json!({"kv_lora_rank": 24}),
-            "kv_b_proj.weight: has shape [60, 23]; config.json asks for [60, 24]",
-        ),
-        (
-            json!({"q_lora_rank": null}),
-            "tensor model.layers.0.self_attn.q_proj.weight: missing",
-        ),
-        (
-            json!({"attention_bias": "yes"}),
-            "attention_bias is \"yes\"; it must be true or false",
-        ),
-        (
-            json!({"hidden_act": "gelu"}),
-            "hidden_act is \"gelu\"; it must be \"silu\"",
-        ),
-        (
-            json!({"torch_dtype": "float8_e4m3fn"}),
-            "torch_dtype is \"float8_e4m3fn\"; it must be \"bfloat16\" or",
-        ),
+        (json!({"n_routed_experts": huge}), "n_routed_experts is 1000000000"),
+        (json!({"n_routed_experts": 60_000}), "mlp.gate.weight: has shape [8, 44]; config.json asks for [60000, 44]"),
+        (json!({"n_group": 3}), "n_group is 3; it must be a divisor of n_routed_experts, which is 8"),
+        (json!({"topk_group": 3}), "topk_group is 3; it must be a whole number from 1 to 2"),
+        (json!({"num_experts_per_tok": 5}), "num_experts_per_tok is 5; it must be a whole number from 1 to 4"),
+        (json!({"num_attention_heads": 0}), "num_attention_heads is 0"),
+        (json!({"num_key_value_heads": 1}), "num_key_value_heads is 1; it must be 3"),
+        (json!({"qk_rope_head_dim": 9}), "qk_rope_head_dim is 9; it must be even"),
+        (json!({"kv_lora_rank": 24}), "kv_b_proj.weight: has shape [60, 23]; config.json asks for [60, 24]"),
+        (json!({"q_lora_rank": null}), "tensor model.layers.0.self_attn.q_proj.weight: missing"),
+        (json!({"attention_bias": "yes"}), "attention_bias is \"yes\"; it must be true or false"),
+        (json!({"hidden_act": "gelu"}), "hidden_act is \"gelu\"; it must be \"silu\""),
+        (json!({"torch_dtype": "float8_e4m3fn"}), "torch_dtype is \"float8_e4m3fn\"; it must be \"bfloat16\" or"),
         (
             json!({"quantization_config": {"quant_method": "fp8"}}),
             "quantization_config.quant_method is \"fp8\"; it must be absent",
@@ -153,18 +88,12 @@ fn configurations_are_refused_with_field_value_and_what_is_accepted() {
             json!({"rope_scaling": {"type": "llama3", "factor": 2.0}}),
             "rope_scaling.type is \"llama3\"; it must be \"default\" or \"yarn\"",
         ),
-        (
-            json!({"rope_scaling": {"type": "yarn"}}),
-            "rope_scaling.factor is missing",
-        ),
+        (json!({"rope_scaling": {"type": "yarn"}}), "rope_scaling.factor is missing"),
         (
             json!({"rope_scaling": {"type": "yarn", "factor": 0.0}}),
             "rope_scaling.factor is 0.0; it must be a number above 0",
         ),
-        (
-            json!({"rope_parameters": "yarn"}),
-            "rope_parameters is \"yarn\"; it must be an object",
-        ),
+        (json!({"rope_parameters": "yarn"}), "rope_parameters is \"yarn\"; it must be an object"),
         (json!({"rope_theta": -1.0}), "rope_theta is -1.0"),
         (json!({"rms_norm_eps": 1e300}), "rms_norm_eps is 1e+300"),
     ] {
@@ -250,40 +179,16 @@ fn headers_are_refused_with_file_tensor_and_reason() {
         })
     };
     for (dir, words) in [
-        (
-            with_norm("shape", json!([45])),
-            "tensor model.norm.weight: F32 of shape [45] is not 176 bytes",
-        ),
+        (with_norm("shape", json!([45])), "tensor model.norm.weight: F32 of shape [45] is not 176 bytes"),
         (with_norm("shape", json!([u64::MAX, 2])), "is not 176 bytes"),
-        (
-            with_norm("shape", json!([4, 11])),
-            "has shape [4, 11]; config.json asks for [44]",
-        ),
-        (
-            with_norm("shape", json!([-44])),
-            "tensor model.norm.weight: invalid value",
-        ),
-        (
-            with_norm("dtype", json!("F99")),
-            "tensor model.norm.weight: unknown variant `F99`",
-        ),
-        (
-            with_norm("dtype", json!("I32")),
-            "tensor model.norm.weight: is of type I32; BF16, F16 and F32 are accepted",
-        ),
-        (
-            with_norm("dtype", json!("F16")),
-            "F16 of shape [44] is not 176 bytes",
-        ),
+        (with_norm("shape", json!([4, 11])), "has shape [4, 11]; config.json asks for [44]"),
+        (with_norm("shape", json!([-44])), "tensor model.norm.weight: invalid value"),
+        (with_norm("dtype", json!("F99")), "tensor model.norm.weight: unknown variant `F99`"),
+        (with_norm("dtype", json!("I32")), "tensor model.norm.weight: is of type I32; BF16, F16 and F32 are accepted"),
+        (with_norm("dtype", json!("F16")), "F16 of shape [44] is not 176 bytes"),
         (offsets(0, 176), "its bytes overlap those of"),
-        (
-            offsets(176, 0),
-            "its bytes end at 0, before their start at 176",
-        ),
-        (
-            offsets(u64::MAX - 176, u64::MAX),
-            "; the file has 260388 for tensors",
-        ),
+        (offsets(176, 0), "its bytes end at 0, before their start at 176"),
+        (offsets(u64::MAX - 176, u64::MAX), "; the file has 260388 for tensors"),
         (
             with_header(|header, _| {
                 header.remove(NORM);
@@ -319,33 +224,15 @@ fn files_that_are_no_safetensors_are_refused() {
         dir
     };
     for (dir, words) in [
-        (
-            raw(&format!("{{\"a\":{entry},\"a\":{entry}}}"), &[0]),
-            "tensor a: named twice",
-        ),
+        (raw(&format!("{{\"a\":{entry},\"a\":{entry}}}"), &[0]), "tensor a: named twice"),
         (raw("[1, 2]", &[]), "header is not a JSON object of tensors"),
-        (
-            raw("{\"a\":", &[]),
-            "header is not a JSON object of tensors",
-        ),
+        (raw("{\"a\":", &[]), "header is not a JSON object of tensors"),
         (raw("{\"a\":7}", &[]), "tensor a: invalid type"),
-        (
-            bytes(&[]),
-            "model.safetensors: 0 bytes are too few for a header",
-        ),
+        (bytes(&[]), "model.safetensors: 0 bytes are too few for a header"),
         (bytes(&[1, 2, 3]), "3 bytes are too few for a header"),
-        (
-            bytes(&u64::MAX.to_le_bytes()),
-            "header says it has 18446744073709551615 bytes; at most 33554432",
-        ),
-        (
-            bytes(&[0, 0, 0, 1, 0, 0, 0, 0]),
-            "header says it has 16777216 bytes; the file has 8",
-        ),
-        (
-            bytes(b"version https://git-lfs.github.com/spec/v1\n"),
-            "header says it has",
-        ),
+        (bytes(&u64::MAX.to_le_bytes()), "header says it has 18446744073709551615 bytes; at most 33554432"),
+        (bytes(&[0, 0, 0, 1, 0, 0, 0, 0]), "header says it has 16777216 bytes; the file has 8"),
+        (bytes(b"version https://git-lfs.github.com/spec/v1\n"), "header says it has"),
     ] {
         let found = refusal(dir.path());
         assert!(found.contains(words), "{found}\n  should contain\n{words}");
@@ -367,11 +254,7 @@ fn indexed(change: impl FnOnce(&mut Map<String, Value>, &Path)) -> TempDir {
     }
     map.insert("extra".into(), json!("two.safetensors"));
     change(&mut map, path);
-    fs::write(
-        path.join(INDEX),
-        json!({"metadata": {}, "weight_map": map}).to_string(),
-    )
-    .unwrap();
+    fs::write(path.join(INDEX), json!({"metadata": {}, "weight_map": map}).to_string()).unwrap();
     dir
 }
 
@@ -387,22 +270,10 @@ fn an_index_and_its_files_must_agree() {
         })
     };
     for (dir, words) in [
-        (
-            moved("extra", "one.safetensors"),
-            "tensor extra: listed in one.safetensors, which does not hold it",
-        ),
-        (
-            moved("extra", "three.safetensors"),
-            "names three.safetensors, which is missing",
-        ),
-        (
-            moved("extra", "../two.safetensors"),
-            "names \"../two.safetensors\"; files beside it are accepted",
-        ),
-        (
-            moved(NORM, "two.safetensors"),
-            "listed in two.safetensors; it is in one.safetensors",
-        ),
+        (moved("extra", "one.safetensors"), "tensor extra: listed in one.safetensors, which does not hold it"),
+        (moved("extra", "three.safetensors"), "names three.safetensors, which is missing"),
+        (moved("extra", "../two.safetensors"), "names \"../two.safetensors\"; files beside it are accepted"),
+        (moved(NORM, "two.safetensors"), "listed in two.safetensors; it is in one.safetensors"),
         (
             indexed(|_, path| {
                 fs::copy(path.join("one.safetensors"), path.join("two.safetensors")).unwrap();
@@ -421,11 +292,7 @@ fn an_index_and_its_files_must_agree() {
 #[test]
 fn pickles_are_never_opened() {
     let dir = copy();
-    fs::rename(
-        dir.path().join("model.safetensors"),
-        dir.path().join("pytorch_model.bin"),
-    )
-    .unwrap();
+    fs::rename(dir.path().join("model.safetensors"), dir.path().join("pytorch_model.bin")).unwrap();
     let words = "model.safetensors: missing; pytorch_model.bin is not opened, as it can hold code";
     assert_eq!(refusal(dir.path()), words);
     fs::remove_file(dir.path().join("pytorch_model.bin")).unwrap();
@@ -445,11 +312,7 @@ fn layers_that_predict_further_tokens_are_ignored() {
         header.insert("model.layers.3.eh_proj.weight".into(), entry);
         data.extend([0; 4]);
     });
-    fs::copy(
-        dir.path().join("config.json"),
-        extra.path().join("config.json"),
-    )
-    .unwrap();
+    fs::copy(dir.path().join("config.json"), extra.path().join("config.json")).unwrap();
     assert!(ask_alone(&mut whole(extra.path(), &options()), &request) == expected);
 }
 
@@ -473,60 +336,25 @@ fn tiny_r1_is_described() {
 fn placements_and_options_that_do_not_fit_are_refused() {
     let dir = model("tiny-r1");
     let held = |layer, expert| Held::from_layers([(layer, [expert].into())].into());
-    let refused = |held: &Held, options: &Options| {
-        load(&dir, held, options, &mut |_, _| {})
-            .map(|_| ())
-            .unwrap_err()
-            .to_string()
-    };
-    assert_eq!(
-        refused(&held(0, 0), &options()),
-        "placement: layer 0 has no routed experts"
-    );
+    let refused =
+        |held: &Held, options: &Options| load(&dir, held, options, &mut |_, _| {}).map(|_| ()).unwrap_err().to_string();
+    assert_eq!(refused(&held(0, 0), &options()), "placement: layer 0 has no routed experts");
     let words = "placement: layer 1 has 16 experts, so there is no expert 16";
     assert_eq!(refused(&held(1, 16), &options()), words);
     let all = Held::all();
     for (options, words) in [
+        (Options { kv_cache_tokens: 15, ..options() }, "kv_cache_tokens is 15; use at least 16"),
+        (Options { max_sequences: 0, ..options() }, "max_sequences is 0; use at least 1"),
+        (Options { prefill_chunk: 0, ..options() }, "prefill_chunk is 0; use at least 1"),
         (
-            Options {
-                kv_cache_tokens: 15,
-                ..options()
-            },
-            "kv_cache_tokens is 15; use at least 16",
-        ),
-        (
-            Options {
-                max_sequences: 0,
-                ..options()
-            },
-            "max_sequences is 0; use at least 1",
-        ),
-        (
-            Options {
-                prefill_chunk: 0,
-                ..options()
-            },
-            "prefill_chunk is 0; use at least 1",
-        ),
-        (
-            Options {
-                max_context_tokens: Some(1025),
-                ..options()
-            },
+            Options { max_context_tokens: Some(1025), ..options() },
             "max_context_tokens is 1025; the model takes 1 to 1024",
         ),
     ] {
         assert_eq!(refused(&all, &options), words);
     }
-    let huge = Options {
-        kv_cache_tokens: usize::MAX,
-        max_sequences: usize::MAX,
-        ..options()
-    };
-    assert!(
-        load(&dir, &all, &huge, &mut |_, _| {}).is_ok(),
-        "memory is taken when it is used"
-    );
+    let huge = Options { kv_cache_tokens: usize::MAX, max_sequences: usize::MAX, ..options() };
+    assert!(load(&dir, &all, &huge, &mut |_, _| {}).is_ok(), "memory is taken when it is used");
 }
 
 #[test]
@@ -536,17 +364,13 @@ fn logits_that_are_no_numbers_fail_their_sequence_loudly() {
     let mut bytes = fs::read(&path).unwrap();
     let length = u64::from_le_bytes(*bytes.first_chunk().unwrap()) as usize;
     let header: Value = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
-    let offset = header["lm_head.weight"]["data_offsets"][0]
-        .as_u64()
-        .unwrap() as usize;
+    let offset = header["lm_head.weight"]["data_offsets"][0].as_u64().unwrap() as usize;
     bytes[8 + length + offset..][..4].copy_from_slice(&f32::NAN.to_le_bytes());
     fs::write(&path, bytes).unwrap();
     let mut engine = whole(dir.path(), &options());
     let id = engine.submit(greedy(&[3, 4], 5)).unwrap();
     let events = block_on(engine.step(&mut NoPeers)).unwrap();
-    let [Event::Failed { sequence, error }] = &events[..] else {
-        panic!("{events:?}")
-    };
+    let [Event::Failed { sequence, error }] = &events[..] else { panic!("{events:?}") };
     assert_eq!(*sequence, id);
     let words = "logits of position 2 hold 1 values that are not numbers";
     assert_eq!(error.to_string(), words);

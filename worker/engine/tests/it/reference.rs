@@ -19,29 +19,15 @@ struct Expected {
 fn expected(name: &str) -> Vec<Expected> {
     let bytes = fixture(&format!("{name}/expected.safetensors"));
     let tensors = SafeTensors::deserialize(&bytes).unwrap();
-    let prompts = tensors
-        .names()
-        .into_iter()
-        .filter_map(|name| name.strip_suffix(".tokens"));
+    let prompts = tensors.names().into_iter().filter_map(|name| name.strip_suffix(".tokens"));
     let read = |prompt: &str| {
         let tokens = tensors.tensor(&format!("{prompt}.tokens")).unwrap();
         let logits = tensors.tensor(&format!("{prompt}.logits")).unwrap();
-        let values: Vec<f64> = logits
-            .data()
-            .as_chunks::<4>()
-            .0
-            .iter()
-            .map(|bytes| f64::from(f32::from_le_bytes(*bytes)))
-            .collect();
+        let values: Vec<f64> =
+            logits.data().as_chunks::<4>().0.iter().map(|bytes| f64::from(f32::from_le_bytes(*bytes))).collect();
         Expected {
             name: prompt.into(),
-            tokens: tokens
-                .data()
-                .as_chunks::<8>()
-                .0
-                .iter()
-                .map(|bytes| u64::from_le_bytes(*bytes) as u32)
-                .collect(),
+            tokens: tokens.data().as_chunks::<8>().0.iter().map(|bytes| u64::from_le_bytes(*bytes) as u32).collect(),
             scale: values.iter().fold(0.0, |most, value| value.abs().max(most)),
             rows: values.chunks(logits.shape()[1]).map(log_softmax).collect(),
         }
@@ -51,12 +37,7 @@ fn expected(name: &str) -> Vec<Expected> {
 
 fn log_softmax(logits: &[f64]) -> Vec<f64> {
     let most = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    let all = logits
-        .iter()
-        .map(|logit| (logit - most).exp())
-        .sum::<f64>()
-        .ln()
-        + most;
+    let all = logits.iter().map(|logit| (logit - most).exp()).sum::<f64>().ln() + most;
     logits.iter().map(|logit| logit - all).collect()
 }
 
@@ -66,39 +47,20 @@ fn found(dir: &Path, tokens: &[u32]) -> Vec<Vec<f64>> {
     let by_token = |told: &TokenLogprob| {
         let mut top = told.top.clone();
         top.sort_by_key(|&(token, _)| token);
-        top.into_iter()
-            .map(|(_, logprob)| f64::from(logprob))
-            .collect()
+        top.into_iter().map(|(_, logprob)| f64::from(logprob)).collect()
     };
-    answer
-        .prompt
-        .iter()
-        .flatten()
-        .chain(&answer.logprobs)
-        .map(by_token)
-        .collect()
+    answer.prompt.iter().flatten().chain(&answer.logprobs).map(by_token).collect()
 }
 
 fn equal_in_f32(name: &str) {
     let dir = widened(&model(name));
-    for Expected {
-        name: prompt,
-        tokens,
-        rows,
-        scale,
-    } in expected(name)
-    {
+    for Expected { name: prompt, tokens, rows, scale } in expected(name) {
         let found = found(dir.path(), &tokens);
         assert_eq!(found.len(), rows.len(), "{name} {prompt}");
         let pairs = found.iter().flatten().zip(rows.iter().flatten());
-        let worst = pairs
-            .map(|(found, row)| (found - row).abs())
-            .fold(0.0, f64::max);
+        let worst = pairs.map(|(found, row)| (found - row).abs()).fold(0.0, f64::max);
         println!("{name} {prompt}: off by {worst:.2e}, scale {scale:.1}");
-        assert!(
-            worst <= 2e-5 * scale,
-            "{name} {prompt}: off by {worst:e}, scale {scale}"
-        );
+        assert!(worst <= 2e-5 * scale, "{name} {prompt}: off by {worst:e}, scale {scale}");
     }
 }
 
@@ -129,22 +91,14 @@ fn cosine(a: &[f64], b: &[f64]) -> f64 {
 }
 
 fn greatest(row: &[f64]) -> usize {
-    (0..row.len())
-        .max_by(|&a, &b| row[a].total_cmp(&row[b]))
-        .unwrap()
+    (0..row.len()).max_by(|&a, &b| row[a].total_cmp(&row[b])).unwrap()
 }
 
 /// The reference computes in f32 from the same weights; here each expert's input and output row is
 /// rounded to bf16, by up to 2^-9 of a value.
 fn near_in_its_own_type(name: &str) {
     let (mut rows_seen, mut agree) = (0, 0);
-    for Expected {
-        name: prompt,
-        tokens,
-        rows,
-        ..
-    } in expected(name)
-    {
+    for Expected { name: prompt, tokens, rows, .. } in expected(name) {
         let found = found(&model(name), &tokens);
         for (found, row) in found.iter().zip(&rows) {
             let cosine = cosine(found, row);
@@ -154,10 +108,7 @@ fn near_in_its_own_type(name: &str) {
         }
     }
     println!("{name}: top 1 agrees in {agree} of {rows_seen}");
-    assert!(
-        agree * 100 >= rows_seen * 99,
-        "{name}: top 1 agrees in {agree} of {rows_seen}"
-    );
+    assert!(agree * 100 >= rows_seen * 99, "{name}: top 1 agrees in {agree} of {rows_seen}");
 }
 
 #[test]
@@ -180,15 +131,8 @@ struct Sum {
 #[test]
 fn tiny_r1_thinks_and_answers_132() {
     let sum: Sum = serde_json::from_slice(&fixture("tiny-r1/answer.json")).unwrap();
-    let answer = ask_alone(
-        &mut whole(&model("tiny-r1"), &options()),
-        &greedy(&sum.prompt, 200),
-    );
-    assert!(
-        answer.tokens.ends_with(&sum.says_132),
-        "{:?}",
-        answer.tokens
-    );
+    let answer = ask_alone(&mut whole(&model("tiny-r1"), &options()), &greedy(&sum.prompt, 200));
+    assert!(answer.tokens.ends_with(&sum.says_132), "{:?}", answer.tokens);
     assert_eq!(answer.tokens, sum.answer);
     assert_eq!(answer.finish, Some(engine::Finish::Stop));
 }

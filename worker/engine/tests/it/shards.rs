@@ -7,10 +7,7 @@ use crate::support::{Answer, ask, ask_alone, company, greedy, model, options, sh
 fn alone(name: &str) -> Vec<Answer> {
     let mut engine = whole(&model(name), &options());
     let vocab = engine::Engine::limits(&engine).vocab_size as u32;
-    company(vocab)
-        .iter()
-        .map(|request| ask_alone(&mut engine, request))
-        .collect()
+    company(vocab).iter().map(|request| ask_alone(&mut engine, request)).collect()
 }
 
 fn any_number_of_shards_gives_the_same_bits(name: &str, shard_counts: &[usize]) {
@@ -43,21 +40,13 @@ fn f32_and_f16_models_in_shards_give_the_same_bits() {
 fn each_worker_has_only_its_experts_in_memory() {
     let dir = model("tiny-r1");
     let description = describe(&LocalFiles(dir.clone())).unwrap();
-    let all: u64 = description
-        .moe_layers
-        .iter()
-        .map(|moe| moe.expert_bytes * description.experts)
-        .sum();
+    let all: u64 = description.moe_layers.iter().map(|moe| moe.expert_bytes * description.experts).sum();
     let members = sharded(&dir, 4, &options());
     for (shard, member) in members.iter().enumerate() {
         assert_eq!(member.experts.bytes(), all / 4);
         for (layer, expert) in (0..5).flat_map(|layer| (0..17).map(move |expert| (layer, expert))) {
             let there = (1..4).contains(&layer) && expert < 16 && expert % 4 == shard;
-            assert_eq!(
-                member.experts.holds(layer, expert),
-                there,
-                "{layer} {expert}"
-            );
+            assert_eq!(member.experts.holds(layer, expert), there, "{layer} {expert}");
         }
     }
 }
@@ -66,10 +55,7 @@ fn each_worker_has_only_its_experts_in_memory() {
 fn progress_counts_what_this_worker_reads() {
     let (dir, mut told) = (model("tiny-r1"), Vec::new());
     let held = crate::support::share(&dir, 0, 4);
-    let (_, experts) = load(&dir, &held, &options(), &mut |done, total| {
-        told.push((done, total))
-    })
-    .unwrap();
+    let (_, experts) = load(&dir, &held, &options(), &mut |done, total| told.push((done, total))).unwrap();
     let total = describe(&LocalFiles(dir)).unwrap().dense_bytes + experts.bytes();
     assert!(told.is_sorted() && told.iter().all(|&(_, all)| all == total));
     assert_eq!(told.last(), Some(&(total, total)));
@@ -82,34 +68,17 @@ fn batches_that_do_not_fit_are_refused() {
     assert_eq!((experts.dtype(), experts.hidden()), (WireDtype::Bf16, 256));
     let row = vec![0; 512];
     let run = |layer, rows: &[u8], pair_rows: &[u32], pair_experts: &[u32]| {
-        experts.run(&ExpertBatch {
-            layer,
-            rows,
-            pair_rows,
-            pair_experts,
-        })
+        experts.run(&ExpertBatch { layer, rows, pair_rows, pair_experts })
     };
     assert_eq!(run(1, &row, &[0, 0], &[3, 7]).unwrap().len(), 1024);
     assert_eq!(run(1, &[], &[], &[]), Ok(Vec::new()));
-    assert_eq!(
-        run(1, &row[1..], &[0], &[3]),
-        Err(ExpertsError::Rows {
-            bytes: 511,
-            row: 512
-        })
-    );
+    assert_eq!(run(1, &row[1..], &[0], &[3]), Err(ExpertsError::Rows { bytes: 511, row: 512 }));
     for (layer, expert) in [(0, 3), (1, 16), (4, 0), (usize::MAX, 0)] {
         let refused = ExpertsError::NotHeld { layer, expert };
         assert_eq!(run(layer, &row, &[0], &[expert as u32]), Err(refused));
     }
-    assert!(matches!(
-        run(1, &row, &[1], &[3]),
-        Err(ExpertsError::Pairs { .. })
-    ));
-    assert!(matches!(
-        run(1, &row, &[0], &[3, 4]),
-        Err(ExpertsError::Pairs { .. })
-    ));
+    assert!(matches!(run(1, &row, &[1], &[3]), Err(ExpertsError::Pairs { .. })));
+    assert!(matches!(run(1, &row, &[0], &[3, 4]), Err(ExpertsError::Pairs { .. })));
 }
 
 #[test]

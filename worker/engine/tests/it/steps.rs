@@ -4,13 +4,9 @@ use std::collections::BTreeMap;
 use std::pin::pin;
 use std::task::{Context, Waker};
 
-use engine::{
-    Engine, Exchange, ExpertBatch, Finish, NoPeers, Options, Refusal, Replies, Request, Sampling,
-};
+use engine::{Engine, Exchange, ExpertBatch, Finish, NoPeers, Options, Refusal, Replies, Request, Sampling};
 
-use crate::support::{
-    Answer, ask, ask_alone, company, greedy, model, options, sharded, step, telling, whole,
-};
+use crate::support::{Answer, ask, ask_alone, company, greedy, model, options, sharded, step, telling, whole};
 
 fn tiny(options: &Options) -> engine::ModelEngine {
     whole(&model("tiny-r1"), options)
@@ -18,10 +14,7 @@ fn tiny(options: &Options) -> engine::ModelEngine {
 
 fn solo() -> Vec<Answer> {
     let mut engine = tiny(&options());
-    company(512)
-        .iter()
-        .map(|request| ask_alone(&mut engine, request))
-        .collect()
+    company(512).iter().map(|request| ask_alone(&mut engine, request)).collect()
 }
 
 #[test]
@@ -32,44 +25,22 @@ fn a_batch_equals_each_alone() {
 #[test]
 fn chunks_and_scarce_slots_change_no_bit() {
     let expected = solo();
-    for (prefill_chunk, max_sequences, kv_cache_tokens) in [(1, 3, 4096), (5, 8, 4096), (16, 8, 96)]
-    {
-        let options = Options {
-            prefill_chunk,
-            max_sequences,
-            kv_cache_tokens,
-            ..options()
-        };
+    for (prefill_chunk, max_sequences, kv_cache_tokens) in [(1, 3, 4096), (5, 8, 4096), (16, 8, 96)] {
+        let options = Options { prefill_chunk, max_sequences, kv_cache_tokens, ..options() };
         let found = ask(&mut tiny(&options), &mut NoPeers, &company(512));
-        assert!(
-            found == expected,
-            "chunks of {prefill_chunk}, {max_sequences} slots"
-        );
+        assert!(found == expected, "chunks of {prefill_chunk}, {max_sequences} slots");
     }
 }
 
 #[test]
 fn tokens_replayed_as_prompt_go_on_as_if_nothing_happened() {
     let mut engine = tiny(&options());
-    let sampling = Sampling {
-        temperature: 0.8,
-        seed: 5,
-        stream: 2,
-        ..Sampling::default()
-    };
-    let request = Request {
-        sampling,
-        stop_tokens: Vec::new(),
-        ..greedy(&[0, 3, 314, 309], 24)
-    };
+    let sampling = Sampling { temperature: 0.8, seed: 5, stream: 2, ..Sampling::default() };
+    let request = Request { sampling, stop_tokens: Vec::new(), ..greedy(&[0, 3, 314, 309], 24) };
     let whole = ask_alone(&mut engine, &request).tokens;
     for cut in [1, 9, 23] {
         let prompt = [&request.prompt[..], &whole[..cut]].concat();
-        let rest = Request {
-            prompt,
-            max_tokens: 24 - cut,
-            ..request.clone()
-        };
+        let rest = Request { prompt, max_tokens: 24 - cut, ..request.clone() };
         assert_eq!(ask_alone(&mut engine, &rest).tokens, whole[cut..]);
     }
 }
@@ -78,10 +49,7 @@ fn tokens_replayed_as_prompt_go_on_as_if_nothing_happened() {
 fn lost_answers_are_asked_for_again_and_change_no_bit() {
     let expected = solo();
     for lose_every in [199, 499] {
-        let options = Options {
-            prefill_chunk: 7,
-            ..options()
-        };
+        let options = Options { prefill_chunk: 7, ..options() };
         let mut member = sharded(&model("tiny-r1"), 4, &options).remove(1);
         member.mesh.lose_every = Some(lose_every);
         let found = ask(&mut member.engine, &mut member.mesh, &company(512));
@@ -102,9 +70,7 @@ impl Exchange for LoseSecond<'_> {
             return replies;
         }
         let second = (batch.rows.len() / 512) as u32 - 1;
-        let lost = (0..)
-            .zip(batch.pair_rows)
-            .filter(|&(_, &row)| row == second);
+        let lost = (0..).zip(batch.pair_rows).filter(|&(_, &row)| row == second);
         replies.missing = lost.map(|(pair, _)| pair).collect();
         replies
     }
@@ -122,16 +88,9 @@ fn others_go_on_when_one_sequence_lacks_answers() {
     let second = member.engine.submit(greedy(&[5], 3)).unwrap();
     let mut answers = BTreeMap::new();
     for _ in 0..3 {
-        step(
-            &mut member.engine,
-            &mut LoseSecond(&mut member.mesh),
-            &mut answers,
-        );
+        step(&mut member.engine, &mut LoseSecond(&mut member.mesh), &mut answers);
         // once the first has ended, its row is the only one and is not lost any more
-        if answers
-            .get(&first)
-            .is_some_and(|answer: &Answer| answer.finish.is_some())
-        {
+        if answers.get(&first).is_some_and(|answer: &Answer| answer.finish.is_some()) {
             break;
         }
     }
@@ -140,10 +99,7 @@ fn others_go_on_when_one_sequence_lacks_answers() {
     while !member.engine.is_idle() {
         step(&mut member.engine, &mut member.mesh, &mut answers);
     }
-    assert_eq!(
-        answers[&second],
-        ask_alone(&mut tiny(&options()), &greedy(&[5], 3))
-    );
+    assert_eq!(answers[&second], ask_alone(&mut tiny(&options()), &greedy(&[5], 3)));
 }
 
 /// Never answers.
@@ -168,11 +124,7 @@ fn a_step_that_was_given_up_changes_nothing() {
     let mut answers = BTreeMap::new();
     while !member.engine.is_idle() {
         let mut context = Context::from_waker(Waker::noop());
-        assert!(
-            pin!(member.engine.step(&mut Silent))
-                .poll(&mut context)
-                .is_pending()
-        );
+        assert!(pin!(member.engine.step(&mut Silent)).poll(&mut context).is_pending());
         step(&mut member.engine, &mut member.mesh, &mut answers);
     }
     assert!(answers[&id] == expected);
@@ -180,32 +132,15 @@ fn a_step_that_was_given_up_changes_nothing() {
 
 #[test]
 fn cancelling_frees_slots_and_pages_at_once() {
-    let options = Options {
-        max_sequences: 2,
-        kv_cache_tokens: 64,
-        ..options()
-    };
+    let options = Options { max_sequences: 2, kv_cache_tokens: 64, ..options() };
     let mut engine = tiny(&options);
-    let ids: Vec<_> = (0..3)
-        .map(|_| engine.submit(greedy(&[3; 10], 20)).unwrap())
-        .collect();
+    let ids: Vec<_> = (0..3).map(|_| engine.submit(greedy(&[3; 10], 20)).unwrap()).collect();
     let mut answers = BTreeMap::new();
     step(&mut engine, &mut NoPeers, &mut answers);
     let load = engine.load();
-    assert_eq!(
-        (
-            load.running,
-            load.waiting,
-            load.kv_tokens_used,
-            load.kv_tokens_total
-        ),
-        (2, 1, 64, 64)
-    );
+    assert_eq!((load.running, load.waiting, load.kv_tokens_used, load.kv_tokens_total), (2, 1, 64, 64));
     engine.cancel(ids[0]);
-    assert_eq!(
-        (engine.load().running, engine.load().kv_tokens_used),
-        (1, 32)
-    );
+    assert_eq!((engine.load().running, engine.load().kv_tokens_used), (1, 32));
     engine.cancel(ids[2]);
     engine.cancel(ids[1]);
     assert!(engine.is_idle());
@@ -217,91 +152,43 @@ fn cancelling_frees_slots_and_pages_at_once() {
 
 #[test]
 fn what_never_fits_is_refused_with_the_numbers() {
-    let mut engine = tiny(&Options {
-        kv_cache_tokens: 100,
-        ..options()
-    });
-    let refused =
-        |engine: &mut engine::ModelEngine, request| engine.submit(request).unwrap_err().to_string();
+    let mut engine = tiny(&Options { kv_cache_tokens: 100, ..options() });
+    let refused = |engine: &mut engine::ModelEngine, request| engine.submit(request).unwrap_err().to_string();
     let good = greedy(&[3; 10], 5);
     for (request, words) in [
         (greedy(&[], 5), "the prompt has no tokens"),
-        (
-            greedy(&[512], 5),
-            "token 512 is not in the vocabulary of 512",
-        ),
+        (greedy(&[512], 5), "token 512 is not in the vocabulary of 512"),
         (
             greedy(&[3; 10], 1015),
             "the prompt has 10 tokens and up to 1015 are to be generated; the context is 1024 tokens",
         ),
+        (greedy(&[3; 90], 8), "the request needs 112 tokens of cache; this worker has 96"),
         (
-            greedy(&[3; 90], 8),
-            "the request needs 112 tokens of cache; this worker has 96",
-        ),
-        (
-            Request {
-                sampling: Sampling {
-                    top_p: 0.0,
-                    ..Sampling::default()
-                },
-                ..good.clone()
-            },
+            Request { sampling: Sampling { top_p: 0.0, ..Sampling::default() }, ..good.clone() },
             "top_p is 0; it must be above 0 and at most 1",
         ),
         (
-            Request {
-                sampling: Sampling {
-                    temperature: f32::NAN,
-                    ..Sampling::default()
-                },
-                ..good.clone()
-            },
+            Request { sampling: Sampling { temperature: f32::NAN, ..Sampling::default() }, ..good.clone() },
             "temperature is NaN; it must be 0 or more",
         ),
         (
-            Request {
-                sampling: Sampling {
-                    logit_bias: vec![(600, 1.0)],
-                    ..Sampling::default()
-                },
-                ..good.clone()
-            },
+            Request { sampling: Sampling { logit_bias: vec![(600, 1.0)], ..Sampling::default() }, ..good.clone() },
             "token 600 is not in the vocabulary of 512",
         ),
     ] {
         assert_eq!(refused(&mut engine, request), words);
     }
-    let endless = Request {
-        max_tokens: usize::MAX,
-        ..good
-    };
-    assert!(matches!(
-        engine.submit(endless),
-        Err(Refusal::Context { .. })
-    ));
+    let endless = Request { max_tokens: usize::MAX, ..good };
+    assert!(matches!(engine.submit(endless), Err(Refusal::Context { .. })));
     assert!(engine.is_idle());
-    assert_eq!(
-        ask_alone(
-            &mut engine,
-            &Request {
-                stop_tokens: Vec::new(),
-                ..greedy(&[3; 90], 7)
-            }
-        )
-        .tokens
-        .len(),
-        7
-    );
+    assert_eq!(ask_alone(&mut engine, &Request { stop_tokens: Vec::new(), ..greedy(&[3; 90], 7) }).tokens.len(), 7);
 }
 
 #[test]
 fn a_prompt_can_be_read_without_an_answer() {
     let request = telling(&[0, 3, 314, 309], 0);
     let answer = ask_alone(&mut tiny(&options()), &request);
-    assert_eq!(
-        (answer.tokens.len(), answer.finish),
-        (0, Some(Finish::Length))
-    );
+    assert_eq!((answer.tokens.len(), answer.finish), (0, Some(Finish::Length)));
     assert_eq!(answer.prompt.len(), 4);
     assert!(answer.prompt[0].is_none() && answer.prompt[1..].iter().all(Option::is_some));
 }
@@ -309,16 +196,8 @@ fn a_prompt_can_be_read_without_an_answer() {
 #[test]
 fn choices_of_one_request_differ_and_repeat() {
     let choice = |stream| {
-        let sampling = Sampling {
-            temperature: 1.5,
-            seed: 9,
-            stream,
-            ..Sampling::default()
-        };
-        Request {
-            sampling,
-            ..greedy(&[0, 3, 314], 20)
-        }
+        let sampling = Sampling { temperature: 1.5, seed: 9, stream, ..Sampling::default() };
+        Request { sampling, ..greedy(&[0, 3, 314], 20) }
     };
     let mut engine = tiny(&options());
     let once = ask(&mut engine, &mut NoPeers, &[choice(0), choice(1)]);

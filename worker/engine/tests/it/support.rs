@@ -9,8 +9,8 @@ use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 
 use engine::{
-    Engine, Event, Exchange, ExpertBatch, Experts, Finish, Held, ModelEngine, NoPeers, Options,
-    Replies, Request, Sampling, SequenceId, TokenLogprob, load,
+    Engine, Event, Exchange, ExpertBatch, Experts, Finish, Held, ModelEngine, NoPeers, Options, Replies, Request,
+    Sampling, SequenceId, TokenLogprob, load,
 };
 use half::{bf16, f16};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView, serialize_to_file};
@@ -27,12 +27,7 @@ pub(crate) fn model(name: &str) -> PathBuf {
 
 /// A file of the fixtures.
 pub(crate) fn fixture(path: &str) -> Vec<u8> {
-    fs::read(
-        Path::new(env!("CARGO_MANIFEST_DIR"))
-            .join("tests/fixtures")
-            .join(path),
-    )
-    .unwrap()
+    fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(path)).unwrap()
 }
 
 /// A copy of a model whose weights are f32, so that nothing is rounded on the way to experts.
@@ -44,11 +39,8 @@ pub(crate) fn widened(dir: &Path) -> TempDir {
         .iter()
         .map(|(name, view)| (name.to_string(), view.shape().to_vec(), wide(&view)))
         .collect();
-    let view =
-        |shape: &Vec<usize>, bytes| TensorView::new(Dtype::F32, shape.clone(), bytes).unwrap();
-    let views = wide
-        .iter()
-        .map(|(name, shape, bytes)| (name, view(shape, bytes)));
+    let view = |shape: &Vec<usize>, bytes| TensorView::new(Dtype::F32, shape.clone(), bytes).unwrap();
+    let views = wide.iter().map(|(name, shape, bytes)| (name, view(shape, bytes)));
     serialize_to_file(views, None, &copy.path().join("model.safetensors")).unwrap();
     fs::copy(dir.join("config.json"), copy.path().join("config.json")).unwrap();
     copy
@@ -57,24 +49,15 @@ pub(crate) fn widened(dir: &Path) -> TempDir {
 fn wide(view: &TensorView<'_>) -> Vec<u8> {
     let pairs = view.data().as_chunks::<2>().0.iter();
     match view.dtype() {
-        Dtype::BF16 => pairs
-            .flat_map(|b| bf16::from_le_bytes(*b).to_f32().to_le_bytes())
-            .collect(),
-        Dtype::F16 => pairs
-            .flat_map(|b| f16::from_le_bytes(*b).to_f32().to_le_bytes())
-            .collect(),
+        Dtype::BF16 => pairs.flat_map(|b| bf16::from_le_bytes(*b).to_f32().to_le_bytes()).collect(),
+        Dtype::F16 => pairs.flat_map(|b| f16::from_le_bytes(*b).to_f32().to_le_bytes()).collect(),
         _ => view.data().to_vec(),
     }
 }
 
 /// Room for everything, the prompt in one piece.
 pub(crate) fn options() -> Options {
-    Options {
-        kv_cache_tokens: 4096,
-        max_context_tokens: None,
-        max_sequences: 16,
-        prefill_chunk: 1024,
-    }
+    Options { kv_cache_tokens: 4096, max_context_tokens: None, max_sequences: 16, prefill_chunk: 1024 }
 }
 
 /// A greedy request.
@@ -91,11 +74,7 @@ pub(crate) fn greedy(prompt: &[u32], max_tokens: usize) -> Request {
 
 /// A request for everything that an engine can tell, so that equal answers mean equal logits.
 pub(crate) fn telling(prompt: &[u32], max_tokens: usize) -> Request {
-    Request {
-        logprobs: Some(usize::MAX),
-        prompt_logprobs: true,
-        ..greedy(prompt, max_tokens)
-    }
+    Request { logprobs: Some(usize::MAX), prompt_logprobs: true, ..greedy(prompt, max_tokens) }
 }
 
 /// The whole model in one process.
@@ -127,21 +106,10 @@ impl Exchange for Mesh {
         for (pair, (&row, &expert)) in batch.pair_rows.iter().zip(batch.pair_experts).enumerate() {
             self.sent += 1;
             let held = |holder: &&Arc<Experts>| holder.holds(batch.layer, expert as usize);
-            let holder = self
-                .holders
-                .iter()
-                .find(held)
-                .expect("every expert has a holder");
-            let one = ExpertBatch {
-                pair_rows: &[row],
-                pair_experts: &[expert],
-                ..*batch
-            };
+            let holder = self.holders.iter().find(held).expect("every expert has a holder");
+            let one = ExpertBatch { pair_rows: &[row], pair_experts: &[expert], ..*batch };
             let mut answer = holder.run(&one).unwrap();
-            if self
-                .lose_every
-                .is_some_and(|every| self.sent.is_multiple_of(every))
-            {
+            if self.lose_every.is_some_and(|every| self.sent.is_multiple_of(every)) {
                 answer.fill(0xff); // whatever comes in place of a lost row must not matter
                 replies.missing.push(pair as u32);
                 self.lost += 1;
@@ -159,13 +127,8 @@ impl Exchange for Mesh {
 /// The experts of `shard` of `shards`: every `shards`-th one.
 pub(crate) fn share(dir: &Path, shard: usize, shards: usize) -> Held {
     let description = engine::describe(&engine::LocalFiles(dir.into())).unwrap();
-    let experts: BTreeSet<usize> = (shard..description.experts as usize)
-        .step_by(shards)
-        .collect();
-    let layers = description
-        .moe_layers
-        .iter()
-        .map(|moe| (moe.layer as usize, experts.clone()));
+    let experts: BTreeSet<usize> = (shard..description.experts as usize).step_by(shards).collect();
+    let layers = description.moe_layers.iter().map(|moe| (moe.layer as usize, experts.clone()));
     Held::from_layers(layers.collect())
 }
 
@@ -177,12 +140,7 @@ pub(crate) fn sharded(dir: &Path, shards: usize, options: &Options) -> Vec<Membe
     let member = |(engine, experts)| Member {
         engine,
         experts,
-        mesh: Mesh {
-            holders: holders.clone(),
-            lose_every: None,
-            sent: 0,
-            lost: 0,
-        },
+        mesh: Mesh { holders: holders.clone(), lose_every: None, sent: 0, lost: 0 },
     };
     loaded.into_iter().map(member).collect()
 }
@@ -200,10 +158,7 @@ pub(crate) struct Answer {
 pub(crate) fn block_on<F: Future>(future: F) -> F::Output {
     let mut future = pin!(future);
     loop {
-        if let Poll::Ready(output) = future
-            .as_mut()
-            .poll(&mut Context::from_waker(Waker::noop()))
-        {
+        if let Poll::Ready(output) = future.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
             return output;
         }
     }
@@ -217,11 +172,7 @@ pub(crate) fn step<N: Engine, E: Exchange>(
 ) {
     for event in block_on(engine.step(exchange)).unwrap() {
         match event {
-            Event::Token {
-                sequence,
-                token,
-                logprob,
-            } => {
+            Event::Token { sequence, token, logprob } => {
                 let answer = answers.entry(sequence).or_default();
                 answer.tokens.push(token);
                 answer.logprobs.extend(logprob);
@@ -239,14 +190,8 @@ pub(crate) fn step<N: Engine, E: Exchange>(
 }
 
 /// Answers all requests, submitted at once.
-pub(crate) fn ask<N: Engine, E: Exchange>(
-    engine: &mut N,
-    exchange: &mut E,
-    requests: &[Request],
-) -> Vec<Answer> {
-    let submitted = requests
-        .iter()
-        .map(|request| engine.submit(request.clone()).unwrap());
+pub(crate) fn ask<N: Engine, E: Exchange>(engine: &mut N, exchange: &mut E, requests: &[Request]) -> Vec<Answer> {
+    let submitted = requests.iter().map(|request| engine.submit(request.clone()).unwrap());
     let ids: Vec<SequenceId> = submitted.collect();
     let mut answers: BTreeMap<SequenceId, Answer> = BTreeMap::new();
     for _ in 0..20_000 {
@@ -269,9 +214,7 @@ pub(crate) fn ask_alone(engine: &mut ModelEngine, request: &Request) -> Answer {
 pub(crate) fn company(vocab: u32) -> Vec<Request> {
     (0..8)
         .map(|index: u32| {
-            let prompt: Vec<u32> = (0..3 + 7 * index)
-                .map(|at| (at * 37 + index * 11) % vocab)
-                .collect();
+            let prompt: Vec<u32> = (0..3 + 7 * index).map(|at| (at * 37 + index * 11) % vocab).collect();
             let sampling = Sampling {
                 temperature: if index.is_multiple_of(2) { 0.0 } else { 0.9 },
                 top_p: 0.95,
@@ -281,11 +224,7 @@ pub(crate) fn company(vocab: u32) -> Vec<Request> {
                 ..Sampling::default()
             };
             let telling = telling(&prompt, 6 + index as usize);
-            Request {
-                sampling,
-                stop_tokens: Vec::new(),
-                ..telling
-            }
+            Request { sampling, stop_tokens: Vec::new(), ..telling }
         })
         .collect()
 }

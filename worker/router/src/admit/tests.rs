@@ -15,27 +15,14 @@ fn routing_keys_are_found_wherever_they_stand() {
     let body = r#"{"messages":[{"role":"user","content":"{\"model\":\"no\"} [[["}],"n":3,"x":{"stream":false},
         "stream":true,"stream_options":{"include_usage":true,"y":[1]},"model":"tiny","stop":null}"#;
     let found = scan(body.as_bytes()).unwrap();
-    assert_eq!(
-        found,
-        Scan {
-            model: "tiny".into(),
-            stream: true,
-            include_usage: true,
-            choices: 3
-        }
-    );
+    assert_eq!(found, Scan { model: "tiny".into(), stream: true, include_usage: true, choices: 3 });
     assert!(matches!(found.model, Cow::Borrowed(_)));
 }
 
 #[test]
 fn what_is_absent_or_null_has_its_default() {
     let body = br#"{"model":"a\/b","stream":null,"n":null,"stream_options":null,"stop":null}"#;
-    let plain = Scan {
-        model: "a/b".into(),
-        stream: false,
-        include_usage: false,
-        choices: 1,
-    };
+    let plain = Scan { model: "a/b".into(), stream: false, include_usage: false, choices: 1 };
     assert_eq!(scan(body).unwrap(), plain);
 }
 
@@ -43,76 +30,24 @@ fn what_is_absent_or_null_has_its_default() {
 fn each_refusal_names_the_field_and_its_range() {
     let list = |n: usize| format!("[{}]", vec!["\"x\""; n].join(","));
     let table = [
-        (
-            r#"{}"#.to_owned(),
-            "model",
-            "model is missing; name one of /v1/models",
-        ),
-        (
-            r#"{"model":null}"#.into(),
-            "model",
-            "model is missing; name one of /v1/models",
-        ),
-        (
-            r#"{"model":""}"#.into(),
-            "model",
-            "model is an empty string; use a string that is not empty",
-        ),
-        (
-            r#"{"model":["m"]}"#.into(),
-            "model",
-            "model is a list; use a string that is not empty",
-        ),
-        (
-            r#"{"model":"m","n":0}"#.into(),
-            "n",
-            "n is 0; use a whole number from 1 to 64",
-        ),
-        (
-            r#"{"model":"m","n":65}"#.into(),
-            "n",
-            "n is 65; use a whole number from 1 to 64",
-        ),
-        (
-            r#"{"model":"m","n":-1}"#.into(),
-            "n",
-            "n is -1; use a whole number from 1 to 64",
-        ),
-        (
-            r#"{"model":"m","n":1.5}"#.into(),
-            "n",
-            "n is 1.5; use a whole number from 1 to 64",
-        ),
-        (
-            r#"{"model":"m","n":"2"}"#.into(),
-            "n",
-            "n is a string; use a whole number from 1 to 64",
-        ),
-        (
-            r#"{"model":"m","stream":"yes"}"#.into(),
-            "stream",
-            "stream is a string; use true or false",
-        ),
+        (r#"{}"#.to_owned(), "model", "model is missing; name one of /v1/models"),
+        (r#"{"model":null}"#.into(), "model", "model is missing; name one of /v1/models"),
+        (r#"{"model":""}"#.into(), "model", "model is an empty string; use a string that is not empty"),
+        (r#"{"model":["m"]}"#.into(), "model", "model is a list; use a string that is not empty"),
+        (r#"{"model":"m","n":0}"#.into(), "n", "n is 0; use a whole number from 1 to 64"),
+        (r#"{"model":"m","n":65}"#.into(), "n", "n is 65; use a whole number from 1 to 64"),
+        (r#"{"model":"m","n":-1}"#.into(), "n", "n is -1; use a whole number from 1 to 64"),
+        (r#"{"model":"m","n":1.5}"#.into(), "n", "n is 1.5; use a whole number from 1 to 64"),
+        (r#"{"model":"m","n":"2"}"#.into(), "n", "n is a string; use a whole number from 1 to 64"),
+        (r#"{"model":"m","stream":"yes"}"#.into(), "stream", "stream is a string; use true or false"),
         (
             r#"{"model":"m","stream_options":{"include_usage":1}}"#.into(),
             "stream_options.include_usage",
             "stream_options.include_usage is 1; use true or false",
         ),
-        (
-            r#"{"model":"m","stop":7}"#.into(),
-            "stop",
-            "stop is 7; use a string or a list of strings",
-        ),
-        (
-            format!(r#"{{"model":"m","stop":{}}}"#, list(17)),
-            "stop",
-            "stop has 17 entries; use at most 16",
-        ),
-        (
-            r#"{"model":"m","messages":{}}"#.into(),
-            "messages",
-            "messages is an object; use a list",
-        ),
+        (r#"{"model":"m","stop":7}"#.into(), "stop", "stop is 7; use a string or a list of strings"),
+        (format!(r#"{{"model":"m","stop":{}}}"#, list(17)), "stop", "stop has 17 entries; use at most 16"),
+        (r#"{"model":"m","messages":{}}"#.into(), "messages", "messages is an object; use a list"),
         (
             format!(r#"{{"model":"m","messages":{}}}"#, list(1025)),
             "messages",
@@ -120,11 +55,7 @@ fn each_refusal_names_the_field_and_its_range() {
         ),
     ];
     for (body, param, message) in table {
-        assert_eq!(
-            refused(&body),
-            (Some(param.to_owned()), message.to_owned()),
-            "{body:.80}"
-        );
+        assert_eq!(refused(&body), (Some(param.to_owned()), message.to_owned()), "{body:.80}");
     }
 }
 
@@ -132,30 +63,12 @@ fn each_refusal_names_the_field_and_its_range() {
 fn what_is_not_json_is_refused_with_its_place() {
     let table = [
         ("", "EOF while parsing a value at line 1 column 0"),
-        (
-            "[]",
-            "invalid type: sequence, expected an object at line 1 column 0",
-        ),
-        (
-            "{\"model\":\"m\"",
-            "EOF while parsing an object at line 1 column 12",
-        ),
-        (
-            "{\"model\":\"m\"} x",
-            "trailing characters at line 1 column 15",
-        ),
-        (
-            "{\"model\":\"m\",\"t\":NaN}",
-            "expected value at line 1 column 18",
-        ),
-        (
-            "{\"model\":\"m\",\"model\":\"k\"}",
-            "`model` comes twice at line 1 column 20",
-        ),
-        (
-            "{\"n\":1,\"\\u006e\":2}",
-            "`n` comes twice at line 1 column 15",
-        ),
+        ("[]", "invalid type: sequence, expected an object at line 1 column 0"),
+        ("{\"model\":\"m\"", "EOF while parsing an object at line 1 column 12"),
+        ("{\"model\":\"m\"} x", "trailing characters at line 1 column 15"),
+        ("{\"model\":\"m\",\"t\":NaN}", "expected value at line 1 column 18"),
+        ("{\"model\":\"m\",\"model\":\"k\"}", "`model` comes twice at line 1 column 20"),
+        ("{\"n\":1,\"\\u006e\":2}", "`n` comes twice at line 1 column 15"),
     ];
     for (body, place) in table {
         let (param, message) = refused(body);
@@ -168,22 +81,10 @@ fn what_is_not_json_is_refused_with_its_place() {
 
 #[test]
 fn only_nesting_outside_strings_counts_as_depth() {
-    let nested = |depth: usize| {
-        format!(
-            r#"{{"model":"m","x":{}{}}}"#,
-            "[".repeat(depth - 1),
-            "]".repeat(depth - 1)
-        )
-    };
+    let nested = |depth: usize| format!(r#"{{"model":"m","x":{}{}}}"#, "[".repeat(depth - 1), "]".repeat(depth - 1));
     assert!(scan(nested(DEPTH).as_bytes()).is_ok());
-    assert_eq!(
-        refused(&nested(DEPTH + 1)).1,
-        "The body is nested deeper than 64 at byte 80"
-    );
-    assert_eq!(
-        refused(&"[".repeat(100_000)).1,
-        "The body is nested deeper than 64 at byte 64"
-    );
+    assert_eq!(refused(&nested(DEPTH + 1)).1, "The body is nested deeper than 64 at byte 80");
+    assert_eq!(refused(&"[".repeat(100_000)).1, "The body is nested deeper than 64 at byte 64");
     let text = format!(r#"{{"model":"m","x":"\"{}\\"}}"#, "[".repeat(500));
     assert!(scan(text.as_bytes()).is_ok());
 }

@@ -85,9 +85,7 @@ impl Activity {
     pub(super) async fn is_overdue(&self) {
         loop {
             tokio::time::sleep(LOOK_EVERY.min(self.head_timeout.unwrap_or(LOOK_EVERY))).await;
-            let head = self
-                .head_timeout
-                .is_some_and(|timeout| self.is_over(&self.head_since, timeout));
+            let head = self.head_timeout.is_some_and(|timeout| self.is_over(&self.head_since, timeout));
             if head || self.is_over(&self.stalled_since, self.stall_timeout) {
                 return;
             }
@@ -124,11 +122,7 @@ impl Watched {
 }
 
 impl AsyncRead for Watched {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let before = buf.filled().len();
         ready!(Pin::new(&mut self.stream).poll_read(cx, buf))?;
         if buf.filled().len() > before {
@@ -139,11 +133,7 @@ impl AsyncRead for Watched {
 }
 
 impl AsyncWrite for Watched {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &[u8],
-    ) -> Poll<io::Result<usize>> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.stream).poll_write(cx, buf);
         self.told(written)
     }
@@ -179,10 +169,7 @@ mod tests {
     #[test]
     fn a_head_counts_from_its_first_byte_to_its_request() {
         let activity = Activity::of_http1(NOW, Duration::MAX);
-        assert!(
-            !activity.is_over(&activity.head_since, NOW),
-            "nothing was read yet"
-        );
+        assert!(!activity.is_over(&activity.head_since, NOW), "nothing was read yet");
         activity.has_read();
         assert!(activity.is_over(&activity.head_since, NOW));
         let busy = activity.begin();

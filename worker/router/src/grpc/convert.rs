@@ -3,10 +3,7 @@
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
-use wire::proto::{
-    Chunk, Endpoint, GenerateRequest, GenerateResponse, TokenLogprob, Usage,
-    generate_request::Input,
-};
+use wire::proto::{Chunk, Endpoint, GenerateRequest, GenerateResponse, TokenLogprob, Usage, generate_request::Input};
 
 use crate::refusal::Refusal;
 
@@ -87,14 +84,8 @@ pub(super) fn body(request: &GenerateRequest) -> Result<(Endpoint, Vec<u8>), Ref
         Some(Input::PromptTokenIds(tokens)) => (Endpoint::Completions, Prompt::Ids(&tokens.ids)),
         Some(Input::Messages(conversation)) => {
             let messages = conversation.messages.iter();
-            let messages = messages.map(|message| Message {
-                role: &message.role,
-                content: &message.content,
-            });
-            (
-                Endpoint::ChatCompletions,
-                Prompt::Messages(messages.collect()),
-            )
+            let messages = messages.map(|message| Message { role: &message.role, content: &message.content });
+            (Endpoint::ChatCompletions, Prompt::Messages(messages.collect()))
         }
         None => {
             let message = "input is missing; use prompt, prompt_token_ids or messages";
@@ -102,13 +93,7 @@ pub(super) fn body(request: &GenerateRequest) -> Result<(Endpoint, Vec<u8>), Ref
         }
     };
     let is_chat = endpoint == Endpoint::ChatCompletions;
-    let logprobs = request.logprobs.map(|n| {
-        if is_chat {
-            Logprobs::Flag(true)
-        } else {
-            Logprobs::Alternatives(n)
-        }
-    });
+    let logprobs = request.logprobs.map(|n| if is_chat { Logprobs::Flag(true) } else { Logprobs::Alternatives(n) });
     let sampling = request.sampling.unwrap_or_default();
     let body = Body {
         model: &request.model,
@@ -150,10 +135,7 @@ fn check(request: &GenerateRequest) -> Result<(), Refusal> {
     for (name, number) in numbers {
         if let Some(number) = number.filter(|number| !number.is_finite()) {
             let field = format!("sampling.{name}");
-            return Err(Refusal::invalid(
-                Some(&field),
-                format!("{field} is {number}; use a finite number"),
-            ));
+            return Err(Refusal::invalid(Some(&field), format!("{field} is {number}; use a finite number")));
         }
     }
     Ok(())
@@ -210,31 +192,22 @@ struct Counts {
 ///
 /// # Errors
 /// The worker's JSON is not a piece.
-pub(super) fn response(
-    request_id: &str,
-    endpoint: Endpoint,
-    chunk: Chunk,
-) -> serde_json::Result<GenerateResponse> {
+pub(super) fn response(request_id: &str, endpoint: Endpoint, chunk: Chunk) -> serde_json::Result<GenerateResponse> {
     let piece: Piece = serde_json::from_slice(&chunk.json)?;
     let mut response = GenerateResponse {
         request_id: request_id.to_owned(),
         choice: chunk.choice,
         token_ids: chunk.token_ids,
-        usage: piece.usage.map(|counts| Usage {
-            prompt_tokens: counts.prompt_tokens,
-            completion_tokens: counts.completion_tokens,
-        }),
+        usage: piece
+            .usage
+            .map(|counts| Usage { prompt_tokens: counts.prompt_tokens, completion_tokens: counts.completion_tokens }),
         ..Default::default()
     };
     let Some(part) = piece.choices.into_iter().next() else {
         return Ok(response);
     };
     let delta = part.delta.unwrap_or_default();
-    let text = if endpoint == Endpoint::ChatCompletions {
-        delta.content
-    } else {
-        part.text
-    };
+    let text = if endpoint == Endpoint::ChatCompletions { delta.content } else { part.text };
     response.text = text.unwrap_or_default();
     response.reasoning = delta.reasoning_content.unwrap_or_default();
     response.finish_reason = part.finish_reason.unwrap_or_default();
@@ -251,35 +224,18 @@ fn typed(logprobs: PartLogprobs) -> Vec<TokenLogprob> {
     tokens
         .map(|(token, logprob)| {
             let top = tops.next().flatten().unwrap_or_default().into_iter();
-            let mut top: Vec<TokenLogprob> = top
-                .map(|(token, logprob)| TokenLogprob {
-                    token,
-                    logprob,
-                    top: Vec::new(),
-                })
-                .collect();
+            let mut top: Vec<TokenLogprob> =
+                top.map(|(token, logprob)| TokenLogprob { token, logprob, top: Vec::new() }).collect();
             top.sort_by(|a, b| b.logprob.total_cmp(&a.logprob));
-            TokenLogprob {
-                token,
-                logprob: logprob.unwrap_or_default(),
-                top,
-            }
+            TokenLogprob { token, logprob: logprob.unwrap_or_default(), top }
         })
         .collect()
 }
 
 impl From<Logprob> for TokenLogprob {
     fn from(logprob: Logprob) -> Self {
-        let top = logprob
-            .top_logprobs
-            .into_iter()
-            .map(TokenLogprob::from)
-            .collect();
-        Self {
-            token: logprob.token,
-            logprob: logprob.logprob,
-            top,
-        }
+        let top = logprob.top_logprobs.into_iter().map(TokenLogprob::from).collect();
+        Self { token: logprob.token, logprob: logprob.logprob, top }
     }
 }
 
@@ -297,23 +253,14 @@ mod tests {
 
     #[test]
     fn a_typed_request_is_the_openai_body_that_means_the_same() {
-        let message = ProtoMessage {
-            role: "user".into(),
-            content: "47 + 85?".into(),
-        };
+        let message = ProtoMessage { role: "user".into(), content: "47 + 85?".into() };
         let request = GenerateRequest {
             model: "m".into(),
-            input: Some(Input::Messages(Conversation {
-                messages: vec![message],
-            })),
+            input: Some(Input::Messages(Conversation { messages: vec![message] })),
             max_tokens: Some(9),
             stop: vec!["x".into()],
             logprobs: Some(2),
-            sampling: Some(Sampling {
-                temperature: Some(0.7),
-                seed: Some(-3),
-                ..Default::default()
-            }),
+            sampling: Some(Sampling { temperature: Some(0.7), seed: Some(-3), ..Default::default() }),
             ..Default::default()
         };
         let expected = json!({
@@ -323,73 +270,33 @@ mod tests {
         assert_eq!(json_of(&request), (Endpoint::ChatCompletions, expected));
 
         let input = Some(Input::PromptTokenIds(TokenIds { ids: vec![1, 2] }));
-        let request = GenerateRequest {
-            model: "m".into(),
-            input,
-            logprobs: Some(0),
-            ..Default::default()
-        };
+        let request = GenerateRequest { model: "m".into(), input, logprobs: Some(0), ..Default::default() };
         let expected = json!({"model": "m", "stream": true, "prompt": [1, 2], "logprobs": 0});
         assert_eq!(json_of(&request), (Endpoint::Completions, expected));
     }
 
     #[test]
     fn what_json_cannot_carry_is_refused_by_field() {
-        let sampling = Sampling {
-            top_p: Some(f32::NAN),
-            ..Default::default()
-        };
+        let sampling = Sampling { top_p: Some(f32::NAN), ..Default::default() };
         let input = Some(Input::Prompt("a".into()));
-        let request = GenerateRequest {
-            model: "m".into(),
-            input,
-            sampling: Some(sampling),
-            ..Default::default()
-        };
+        let request = GenerateRequest { model: "m".into(), input, sampling: Some(sampling), ..Default::default() };
         let error = body(&request).unwrap_err().error;
         assert_eq!(error.message, "sampling.top_p is NaN; use a finite number");
-        let request = GenerateRequest {
-            logprobs: Some(21),
-            sampling: None,
-            ..request
-        };
-        assert_eq!(
-            body(&request).unwrap_err().error.message,
-            "logprobs is 21; use at most 20"
-        );
-        let request = GenerateRequest {
-            input: None,
-            logprobs: None,
-            ..request
-        };
-        assert_eq!(
-            body(&request).unwrap_err().error.param.as_deref(),
-            Some("input")
-        );
+        let request = GenerateRequest { logprobs: Some(21), sampling: None, ..request };
+        assert_eq!(body(&request).unwrap_err().error.message, "logprobs is 21; use at most 20");
+        let request = GenerateRequest { input: None, logprobs: None, ..request };
+        assert_eq!(body(&request).unwrap_err().error.param.as_deref(), Some("input"));
     }
 
     fn typed(endpoint: Endpoint, json: Value) -> GenerateResponse {
-        let chunk = Chunk {
-            json: json.to_string().into(),
-            choice: 1,
-            token_ids: vec![7],
-            ..Default::default()
-        };
+        let chunk = Chunk { json: json.to_string().into(), choice: 1, token_ids: vec![7], ..Default::default() };
         response("r", endpoint, chunk).unwrap()
     }
 
     #[test]
     fn pieces_of_both_endpoints_become_the_same_type() {
-        let logprob = |top| TokenLogprob {
-            token: "13".into(),
-            logprob: -0.5,
-            top,
-        };
-        let top = TokenLogprob {
-            token: "14".into(),
-            logprob: -1.0,
-            top: Vec::new(),
-        };
+        let logprob = |top| TokenLogprob { token: "13".into(), logprob: -0.5, top };
+        let top = TokenLogprob { token: "14".into(), logprob: -1.0, top: Vec::new() };
         let expected = GenerateResponse {
             request_id: "r".into(),
             choice: 1,
@@ -409,10 +316,7 @@ mod tests {
         let thought = json!({"choices": [{"index": 1, "delta": {"reasoning_content": "carry"}}]});
         assert_eq!(typed(Endpoint::ChatCompletions, thought).reasoning, "carry");
         let usage = json!({"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}});
-        let counts = Usage {
-            prompt_tokens: 3,
-            completion_tokens: 2,
-        };
+        let counts = Usage { prompt_tokens: 3, completion_tokens: 2 };
         assert_eq!(typed(Endpoint::Completions, usage).usage, Some(counts));
     }
 }

@@ -49,19 +49,10 @@ fn put_right(response: Response<Body>) -> Response<Body> {
 }
 
 fn right(status: &Status) -> Option<Status> {
-    let of_decoding = [
-        "failed to decode",
-        "Unexpected EOF",
-        "protocol error",
-        "Missing request message",
-    ];
+    let of_decoding = ["failed to decode", "Unexpected EOF", "protocol error", "Missing request message"];
     match status.code() {
         Code::OutOfRange => Some(Status::resource_exhausted("The message is too large")),
-        Code::Internal
-            if of_decoding
-                .iter()
-                .any(|words| status.message().starts_with(words)) =>
-        {
+        Code::Internal if of_decoding.iter().any(|words| status.message().starts_with(words)) => {
             Some(Status::invalid_argument("The message cannot be read"))
         }
         _ => None,

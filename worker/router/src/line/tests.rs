@@ -11,10 +11,7 @@ use crate::{pick::SEQUENCES_PER_WORKER, snapshot::Table};
 const NOW: Duration = Duration::from_secs(1);
 
 fn snapshot(workers: usize, max_pending: u32, availability: Availability) -> ModelSnapshot {
-    let entry = |id: usize| WorkerEntry {
-        id: id.to_string(),
-        ..Default::default()
-    };
+    let entry = |id: usize| WorkerEntry { id: id.to_string(), ..Default::default() };
     ModelSnapshot {
         model: "ns/m".into(),
         availability: availability.into(),
@@ -29,21 +26,14 @@ fn freed() -> Freed {
 }
 
 fn line(workers: usize, max_pending: u32) -> Arc<Line> {
-    let table = Table::default().with(
-        snapshot(workers, max_pending, Availability::Serving),
-        &freed(),
-    );
+    let table = Table::default().with(snapshot(workers, max_pending, Availability::Serving), &freed());
     table.find("ns/m").unwrap().clone()
 }
 
 fn enter(line: &Arc<Line>, weight: u32, is_retry: bool) -> (Entered, mpsc::Receiver<Grant>) {
     let (sender, receiver) = mpsc::channel();
     let waiter = || -> Waiter { Box::new(move |grant| sender.send(grant).map_err(|back| back.0)) };
-    let entry = Entry {
-        weight,
-        arrived: Duration::ZERO,
-        is_retry,
-    };
+    let entry = Entry { weight, arrived: Duration::ZERO, is_retry };
     (line.enter(entry, NOW, 0, waiter), receiver)
 }
 
@@ -63,15 +53,7 @@ fn a_free_worker_is_granted_at_once_and_the_rest_wait_up_to_the_bound() {
     assert!(matches!(enter(&line, 1, false).0, Entered::Full));
     assert_eq!(line.counts(), (1, 1));
     let load = line.load(NOW);
-    assert_eq!(
-        (
-            load.queued,
-            load.running,
-            load.oldest_wait_ms,
-            load.accepted
-        ),
-        (1, 1, 1000, 3)
-    );
+    assert_eq!((load.queued, load.running, load.oldest_wait_ms, load.accepted), (1, 1, 1000, 3));
 
     drop(running); // the guard serves the next
     assert_eq!(grant.try_recv().unwrap().worker().id, "0");
@@ -83,10 +65,7 @@ fn nobody_overtakes_the_line_but_who_lost_a_worker() {
     let line = line(1, 9);
     let running = granted(&line, SEQUENCES_PER_WORKER - 1);
     let (_, big) = enter(&line, 2, false);
-    assert!(
-        matches!(enter(&line, 1, false).0, Entered::Waiting(..)),
-        "it would fit, but is second"
-    );
+    assert!(matches!(enter(&line, 1, false).0, Entered::Waiting(..)), "it would fit, but is second");
     assert!(matches!(enter(&line, 1, true).0, Entered::Granted(_)));
     drop(running);
     assert!(big.try_recv().is_ok());
@@ -96,9 +75,7 @@ fn nobody_overtakes_the_line_but_who_lost_a_worker() {
 fn who_left_the_queue_or_hung_up_is_passed_over() {
     let line = line(1, 9);
     let running = granted(&line, SEQUENCES_PER_WORKER);
-    let (Entered::Waiting(ticket, _), left) = enter(&line, 1, false) else {
-        panic!()
-    };
+    let (Entered::Waiting(ticket, _), left) = enter(&line, 1, false) else { panic!() };
     let (_, hung_up) = enter(&line, 1, false);
     let (_, stays) = enter(&line, 1, false);
     line.leave(ticket);
@@ -128,10 +105,7 @@ fn a_model_that_goes_sends_its_waiters_away() {
     let line = table.find("ns/m").unwrap().clone();
     let (_, grant) = enter(&line, 1, false);
     let _table = table.without("ns/m");
-    assert!(matches!(
-        grant.try_recv(),
-        Err(mpsc::TryRecvError::Disconnected)
-    ));
+    assert!(matches!(grant.try_recv(), Err(mpsc::TryRecvError::Disconnected)));
     assert_eq!(line.counts(), (0, 0));
 }
 

@@ -48,19 +48,8 @@ fn request(method: Method, path: &str) -> Request<Full<Bytes>> {
 #[tokio::test]
 async fn routes_methods_and_models_that_do_not_exist() {
     let (rig, _worker) = rig().await;
-    for path in [
-        "/",
-        "/v1",
-        "/v2/models",
-        "//v1/chat/completions",
-        "/v1/chat%2fcompletions",
-        "/v1/../v1/models",
-    ] {
-        assert_eq!(
-            refused(&rig, request(Method::POST, path)).await.0,
-            404,
-            "{path}"
-        );
+    for path in ["/", "/v1", "/v2/models", "//v1/chat/completions", "/v1/chat%2fcompletions", "/v1/../v1/models"] {
+        assert_eq!(refused(&rig, request(Method::POST, path)).await.0, 404, "{path}");
     }
     for (method, path) in [
         (Method::GET, CHAT),
@@ -74,10 +63,7 @@ async fn routes_methods_and_models_that_do_not_exist() {
     let allowed = rig.send(request(Method::GET, CHAT)).await;
     assert_eq!(allowed.headers()[header::ALLOW], "POST");
     let (status, error) = refused(&rig, post(CHAT, r#"{"model":"nobody\u0007\n"}"#)).await;
-    assert_eq!(
-        (status.as_u16(), &error["code"]),
-        (404, &"model_not_found".into())
-    );
+    assert_eq!((status.as_u16(), &error["code"]), (404, &"model_not_found".into()));
     assert_eq!(error["message"], "The model `nobody` does not exist");
 }
 
@@ -104,19 +90,8 @@ async fn bodies_that_are_not_what_they_should_be() {
     }
     let mut latin = post(CHAT, "");
     *latin.body_mut() = Full::new(Bytes::from_static(b"{\"model\":\"\xe9\"}"));
-    assert_eq!(
-        refused(&rig, latin).await.1["message"],
-        "The body is not UTF-8 at byte 10"
-    );
-    assert!(
-        worker
-            .seen
-            .calls
-            .lock()
-            .unwrap()
-            .iter()
-            .all(|call| call.body == GOOD)
-    );
+    assert_eq!(refused(&rig, latin).await.1["message"], "The body is not UTF-8 at byte 10");
+    assert!(worker.seen.calls.lock().unwrap().iter().all(|call| call.body == GOOD));
 }
 
 #[tokio::test]
@@ -132,20 +107,14 @@ async fn content_that_is_not_json_or_is_compressed() {
         assert_eq!(refused(&rig, bad).await.0, 415, "{value}");
     }
     let mut good = post(CHAT, GOOD);
-    good.headers_mut().insert(
-        header::CONTENT_TYPE,
-        "Application/JSON; charset=utf-8".parse().unwrap(),
-    );
+    good.headers_mut().insert(header::CONTENT_TYPE, "Application/JSON; charset=utf-8".parse().unwrap());
     assert_eq!(rig.send(good).await.status(), 200);
 }
 
 #[tokio::test]
 async fn bodies_and_heads_that_are_too_large() {
     let (rig, worker) = rig().await;
-    let fits = format!(
-        r#"{{"model":"m","stream":true,"x":"{}"}}"#,
-        "y".repeat((4 << 20) - 40)
-    );
+    let fits = format!(r#"{{"model":"m","stream":true,"x":"{}"}}"#, "y".repeat((4 << 20) - 40));
     assert_eq!(rig.ask(&fits).await.0, 200);
     assert_eq!(worker.seen.calls.lock().unwrap()[0].body.len(), fits.len());
     let large = "y".repeat((4 << 20) + 1);
@@ -158,18 +127,13 @@ async fn bodies_and_heads_that_are_too_large() {
     for _ in 0..5 {
         stream.write_all(chunk.as_bytes()).await.unwrap();
     }
-    assert!(
-        answer(&mut stream).await.starts_with("HTTP/1.1 413"),
-        "counted, not claimed"
-    );
+    assert!(answer(&mut stream).await.starts_with("HTTP/1.1 413"), "counted, not claimed");
 
     let mut head = post(CHAT, GOOD);
-    head.headers_mut()
-        .insert("x-long", "y".repeat(17 << 10).parse().unwrap());
+    head.headers_mut().insert("x-long", "y".repeat(17 << 10).parse().unwrap());
     assert_eq!(send(&rig.http, head).await.status(), 431);
     let mut head = post(CHAT, GOOD);
-    head.headers_mut()
-        .insert("x-long", "y".repeat(12 << 10).parse().unwrap());
+    head.headers_mut().insert("x-long", "y".repeat(12 << 10).parse().unwrap());
     assert_eq!(send(&rig.http, head).await.status(), 200);
 }
 
@@ -192,46 +156,24 @@ async fn who_sends_a_head_slowly_or_nothing_is_cut_and_who_pauses_between_reques
     let connect = || async { TcpStream::connect(&rig.http).await.unwrap() };
     let silent = connect().await;
     let mut half = connect().await;
-    half.write_all(b"GET /v1/models HTTP/1.1\r\nhost: x\r\nx-sl")
-        .await
-        .unwrap();
+    half.write_all(b"GET /v1/models HTTP/1.1\r\nhost: x\r\nx-sl").await.unwrap();
     let mut preface = connect().await;
     preface.write_all(b"PRI * HTTP/2").await.unwrap();
     let mut second = connect().await;
-    second
-        .write_all(b"GET /v1/models HTTP/1.1\r\nhost: x\r\n\r\n")
-        .await
-        .unwrap();
+    second.write_all(b"GET /v1/models HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
     assert!(answer(&mut second).await.starts_with("HTTP/1.1 200"));
     second.write_all(b"GET /v1/mod").await.unwrap();
     let mut patient = connect().await;
-    patient
-        .write_all(b"GET /v1/models HTTP/1.1\r\nhost: x\r\n\r\n")
-        .await
-        .unwrap();
+    patient.write_all(b"GET /v1/models HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
     assert!(answer(&mut patient).await.starts_with("HTTP/1.1 200"));
 
     let begun = Instant::now();
-    let cut = tokio::join!(
-        closed(silent),
-        closed(half),
-        closed(preface),
-        closed(second)
-    );
+    let cut = tokio::join!(closed(silent), closed(half), closed(preface), closed(second));
     assert_eq!(cut, Default::default(), "not a word");
-    assert!(
-        begun.elapsed() >= Duration::from_secs(3),
-        "only the deadline may end them"
-    );
+    assert!(begun.elapsed() >= Duration::from_secs(3), "only the deadline may end them");
 
-    patient
-        .write_all(b"GET /v1/models HTTP/1.1\r\nhost: x\r\n\r\n")
-        .await
-        .unwrap();
-    assert!(
-        answer(&mut patient).await.starts_with("HTTP/1.1 200"),
-        "it had begun no head"
-    );
+    patient.write_all(b"GET /v1/models HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
+    assert!(answer(&mut patient).await.starts_with("HTTP/1.1 200"), "it had begun no head");
 }
 
 #[tokio::test]
@@ -242,10 +184,7 @@ async fn a_body_that_ends_early_or_never_is_no_request() {
     early.write_all(head.as_bytes()).await.unwrap();
     early.shutdown().await.unwrap();
     let said = closed(early).await;
-    assert!(
-        said.is_empty() || said.starts_with("HTTP/1.1 400"),
-        "{said}"
-    );
+    assert!(said.is_empty() || said.starts_with("HTTP/1.1 400"), "{said}");
     assert_eq!(worker.calls(), 0);
     rig.idle().await;
 }
@@ -277,10 +216,7 @@ async fn a_body_that_takes_too_long_is_timed_out() {
     let head = format!("POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{{");
     stream.write_all(head.as_bytes()).await.unwrap();
     let mut said = vec![0; 1024];
-    let read = tokio::time::timeout(Duration::from_secs(60), stream.read(&mut said))
-        .await
-        .unwrap()
-        .unwrap();
+    let read = tokio::time::timeout(Duration::from_secs(60), stream.read(&mut said)).await.unwrap().unwrap();
     let said = String::from_utf8_lossy(&said[..read]);
     assert!(said.starts_with("HTTP/1.1 408"), "{said}");
 }

@@ -48,10 +48,7 @@ pub(crate) fn words(text: &'static str) -> Vec<Step> {
     let words = text.split_inclusive(' ');
     let mut steps = vec![Step::Head(200, Value::Null)];
     steps.extend(words.clone().map(|word| Step::Text(0, word)));
-    steps.extend([
-        Step::Finish(0, "stop"),
-        Step::Usage(3, words.count() as u64),
-    ]);
+    steps.extend([Step::Finish(0, "stop"), Step::Usage(3, words.count() as u64)]);
     steps
 }
 
@@ -73,27 +70,14 @@ pub(crate) struct Seen {
 }
 
 impl FakeWorker {
-    pub(crate) async fn start(
-        id: &str,
-        script: impl Fn(&GenerateCall) -> Script + Send + Sync + 'static,
-    ) -> Self {
+    pub(crate) async fn start(id: &str, script: impl Fn(&GenerateCall) -> Script + Send + Sync + 'static) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let seen = Arc::<Seen>::default();
-        let scripted = Scripted {
-            script: Box::new(script),
-            seen: seen.clone(),
-        };
-        let routes = Routes::new(
-            WorkerServer::new(scripted).max_decoding_message_size(wire::MAX_MESSAGE_BYTES),
-        );
+        let scripted = Scripted { script: Box::new(script), seen: seen.clone() };
+        let routes = Routes::new(WorkerServer::new(scripted).max_decoding_message_size(wire::MAX_MESSAGE_BYTES));
         let server = tokio::spawn(wire::serve(listener, routes, std::future::pending()));
-        Self {
-            id: id.to_owned(),
-            address,
-            seen,
-            server,
-        }
+        Self { id: id.to_owned(), address, seen, server }
     }
 
     /// As the operator tells of it.
@@ -135,15 +119,8 @@ impl Drop for Ended {
 impl Worker for Scripted {
     type GenerateStream = Pin<Box<dyn Stream<Item = Result<GenerateReply, Status>> + Send>>;
 
-    async fn generate(
-        &self,
-        request: Request<GenerateCall>,
-    ) -> Result<Response<Self::GenerateStream>, Status> {
-        self.seen
-            .metadata
-            .lock()
-            .unwrap()
-            .push(request.metadata().clone());
+    async fn generate(&self, request: Request<GenerateCall>) -> Result<Response<Self::GenerateStream>, Status> {
+        self.seen.metadata.lock().unwrap().push(request.metadata().clone());
         let call = request.into_inner();
         self.seen.calls.lock().unwrap().push(call.clone());
         let steps = (self.script)(&call)?;
@@ -162,11 +139,7 @@ impl Worker for Scripted {
 async fn reply(step: Step, call: &GenerateCall) -> Option<Result<GenerateReply, Status>> {
     let is_chat = call.endpoint() == Endpoint::ChatCompletions;
     let choice = |index: u32, key: &str, text: &str| {
-        if is_chat {
-            json!({"index": index, "delta": {key: text}})
-        } else {
-            json!({"index": index, "text": text})
-        }
+        if is_chat { json!({"index": index, "delta": {key: text}}) } else { json!({"index": index, "text": text}) }
     };
     let (kind, index, mut json) = match step {
         Step::Await(permits) => {
@@ -175,64 +148,33 @@ async fn reply(step: Step, call: &GenerateCall) -> Option<Result<GenerateReply, 
         }
         Step::Fail(code) => return Some(Err(Status::new(code, "10.1.2.3 said no"))),
         Step::Head(status, body) => {
-            let head = Head {
-                status,
-                content_type: "application/json".into(),
-                body: body.to_string().into(),
-            };
-            return Some(Ok(GenerateReply {
-                reply: Some(Reply::Head(head)),
-            }));
+            let head = Head { status, content_type: "application/json".into(), body: body.to_string().into() };
+            return Some(Ok(GenerateReply { reply: Some(Reply::Head(head)) }));
         }
-        Step::Text(index, text) => (
-            Kind::Delta,
-            index,
-            json!({"choices": [choice(index, "content", text)]}),
-        ),
-        Step::Thought(index, text) => (
-            Kind::Delta,
-            index,
-            json!({"choices": [choice(index, "reasoning_content", text)]}),
-        ),
+        Step::Text(index, text) => (Kind::Delta, index, json!({"choices": [choice(index, "content", text)]})),
+        Step::Thought(index, text) => {
+            (Kind::Delta, index, json!({"choices": [choice(index, "reasoning_content", text)]}))
+        }
         Step::Finish(index, reason) => {
             let mut choice = choice(index, "content", "");
             choice["finish_reason"] = reason.into();
             (Kind::Delta, index, json!({"choices": [choice]}))
         }
         Step::Usage(prompt, completion) => {
-            let usage = json!({"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion});
+            let usage =
+                json!({"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion});
             (Kind::Usage, 0, json!({"choices": [], "usage": usage}))
         }
         Step::Error(kind, message) => {
             let error = json!({"message": message, "type": kind, "param": null, "code": null});
-            let chunk = Chunk {
-                json: json!({"error": error}).to_string().into(),
-                ..Default::default()
-            };
-            return Some(Ok(GenerateReply {
-                reply: Some(Reply::Chunk(Chunk {
-                    kind: Kind::Error.into(),
-                    ..chunk
-                })),
-            }));
+            let chunk = Chunk { json: json!({"error": error}).to_string().into(), ..Default::default() };
+            return Some(Ok(GenerateReply { reply: Some(Reply::Chunk(Chunk { kind: Kind::Error.into(), ..chunk })) }));
         }
     };
     json["id"] = call.request_id.clone().into();
     json["created"] = call.created.into();
     json["model"] = call.model.clone().into();
-    json["object"] = if is_chat {
-        "chat.completion.chunk"
-    } else {
-        "text_completion"
-    }
-    .into();
-    let chunk = Chunk {
-        kind: kind.into(),
-        json: json.to_string().into(),
-        choice: index,
-        token_ids: vec![index + 5],
-    };
-    Some(Ok(GenerateReply {
-        reply: Some(Reply::Chunk(chunk)),
-    }))
+    json["object"] = if is_chat { "chat.completion.chunk" } else { "text_completion" }.into();
+    let chunk = Chunk { kind: kind.into(), json: json.to_string().into(), choice: index, token_ids: vec![index + 5] };
+    Some(Ok(GenerateReply { reply: Some(Reply::Chunk(chunk)) }))
 }

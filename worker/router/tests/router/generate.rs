@@ -15,33 +15,17 @@ async fn a_stream_is_the_workers_pieces_and_done() {
     let body = r#"{"model":"m","stream":true, "messages":[],  "unknown":{"kept":[1.0]}}"#;
     let response = rig.post(CHAT, body).await;
     assert_eq!(response.status(), 200);
-    assert_eq!(
-        response.headers()[header::CONTENT_TYPE],
-        "text/event-stream"
-    );
+    assert_eq!(response.headers()[header::CONTENT_TYPE], "text/event-stream");
     let events = events(&text(response).await);
-    let pieces: Vec<Value> = events[..3]
-        .iter()
-        .map(|event| serde_json::from_str(event).unwrap())
-        .collect();
+    let pieces: Vec<Value> = events[..3].iter().map(|event| serde_json::from_str(event).unwrap()).collect();
     assert_eq!(pieces[0]["choices"][0]["delta"]["content"], "one ");
     assert_eq!(pieces[2]["choices"][0]["finish_reason"], "stop");
-    assert!(
-        pieces.iter().all(|piece| piece.get("usage").is_none()),
-        "nobody asked for it"
-    );
+    assert!(pieces.iter().all(|piece| piece.get("usage").is_none()), "nobody asked for it");
     assert_eq!(events[3..], ["[DONE]"]);
 
     let calls = worker.seen.calls.lock().unwrap();
     assert_eq!(calls[0].body, body.as_bytes(), "every byte untouched");
-    assert_eq!(
-        (
-            &*calls[0].model,
-            &*calls[0].content_hash,
-            calls[0].remaining_ms
-        ),
-        ("m", "hash", 0)
-    );
+    assert_eq!((&*calls[0].model, &*calls[0].content_hash, calls[0].remaining_ms), ("m", "hash", 0));
     assert!(calls[0].request_id.starts_with("chatcmpl-"));
 }
 
@@ -51,15 +35,8 @@ async fn usage_is_streamed_to_those_who_ask() {
     let rig = Rig::start(vec![model(&[&worker])]).await;
     let body = r#"{"model":"m","stream":true,"stream_options":{"include_usage":true}}"#;
     let events = events(&text(rig.post("/v1/completions", body).await).await);
-    let pieces: Vec<Value> = events[..4]
-        .iter()
-        .map(|event| serde_json::from_str(event).unwrap())
-        .collect();
-    assert!(
-        pieces[..3]
-            .iter()
-            .all(|piece| piece["usage"] == Value::Null && piece.get("usage").is_some())
-    );
+    let pieces: Vec<Value> = events[..4].iter().map(|event| serde_json::from_str(event).unwrap()).collect();
+    assert!(pieces[..3].iter().all(|piece| piece["usage"] == Value::Null && piece.get("usage").is_some()));
     assert_eq!(pieces[3]["usage"]["completion_tokens"], 2);
     assert_eq!(events[4..], ["[DONE]"]);
 }
@@ -80,17 +57,9 @@ async fn without_stream_the_pieces_come_as_one_body() {
     let worker = FakeWorker::start("w", move |_| Ok(script.clone())).await;
     let rig = Rig::start(vec![model(&[&worker])]).await;
     let mut request = post(CHAT, r#"{"model":"ns/m","n":2,"messages":[]}"#);
-    request
-        .headers_mut()
-        .insert("x-request-id", "mine".parse().unwrap());
+    request.headers_mut().insert("x-request-id", "mine".parse().unwrap());
     let response = rig.send(request).await;
-    assert_eq!(
-        (
-            response.status().as_u16(),
-            &response.headers()["x-request-id"]
-        ),
-        (200, &"mine".parse().unwrap())
-    );
+    assert_eq!((response.status().as_u16(), &response.headers()["x-request-id"]), (200, &"mine".parse().unwrap()));
     assert!(response.headers().contains_key(header::CONTENT_LENGTH));
     let mut body = json(response).await;
     assert!(body["created"].take().as_i64().unwrap() > 1_700_000_000);
@@ -132,9 +101,7 @@ async fn what_the_worker_refuses_is_passed_on_with_its_status() {
         })
         .await;
         let rig = Rig::start(vec![model(&[&worker])]).await;
-        let response = rig
-            .post(CHAT, &format!(r#"{{"model":"m","stream":{stream}}}"#))
-            .await;
+        let response = rig.post(CHAT, &format!(r#"{{"model":"m","stream":{stream}}}"#)).await;
         assert_eq!(response.status(), 400);
         assert_eq!(json(response).await["error"]["param"], "max_tokens");
         assert_eq!(worker.calls(), 1, "another worker would say the same");
@@ -149,20 +116,11 @@ async fn models_are_listed_under_all_their_names() {
     other.created += 1; // younger, so `m` is not its
     let rig = Rig::start(vec![other, model(&[])]).await;
     let list = json(rig.send(get("/v1/models")).await).await;
-    let ids: Vec<&str> = list["data"]
-        .as_array()
-        .unwrap()
-        .iter()
-        .map(|model| model["id"].as_str().unwrap())
-        .collect();
+    let ids: Vec<&str> = list["data"].as_array().unwrap().iter().map(|model| model["id"].as_str().unwrap()).collect();
     assert_eq!(ids, ["m", "ns/m", "ns/other"]);
     for path in ["/v1/models/m", "/v1/models/ns/m", "/v1/models/ns%2Fm"] {
         let shown = json(rig.send(get(path)).await).await;
-        assert_eq!(
-            (&shown["object"], &shown["created"]),
-            (&json!("model"), &json!(1_700_000_000)),
-            "{path}"
-        );
+        assert_eq!((&shown["object"], &shown["created"]), (&json!("model"), &json!(1_700_000_000)), "{path}");
     }
     let missing = rig.send(get("/v1/models/none")).await;
     assert_eq!(missing.status(), 404);
@@ -176,9 +134,7 @@ async fn http2_clients_are_served_at_the_same_port() {
     let stream = tokio::net::TcpStream::connect(&rig.http).await.unwrap();
     let executor = hyper_util::rt::TokioExecutor::new();
     let (mut sender, connection) =
-        hyper::client::conn::http2::handshake(executor, hyper_util::rt::TokioIo::new(stream))
-            .await
-            .unwrap();
+        hyper::client::conn::http2::handshake(executor, hyper_util::rt::TokioIo::new(stream)).await.unwrap();
     tokio::spawn(connection);
     let mut request = post(CHAT, r#"{"model":"m","stream":true}"#);
     *request.uri_mut() = format!("http://router{CHAT}").parse().unwrap();

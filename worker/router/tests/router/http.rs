@@ -20,25 +20,15 @@ async fn a_router_that_never_heard_of_an_operator_is_not_ready() {
     let response = rig.post(CHAT, STREAM).await;
     assert_eq!(response.status(), 503);
     assert!(response.headers().contains_key("retry-after"));
-    rig.tell(wire::proto::instruction::Instruction::Synced(
-        wire::proto::Synced {},
-    ));
+    rig.tell(wire::proto::instruction::Instruction::Synced(wire::proto::Synced {}));
     assert!(*rig.router.readiness().borrow());
-    assert_eq!(
-        rig.post(CHAT, STREAM).await.status(),
-        404,
-        "now it knows that there is none"
-    );
+    assert_eq!(rig.post(CHAT, STREAM).await.status(), 404, "now it knows that there is none");
 }
 
 #[tokio::test]
 async fn at_the_end_streams_finish_and_nobody_new_is_let_in() {
     let gate = Arc::new(Semaphore::new(0));
-    let mut script = vec![
-        Step::Head(200, Value::Null),
-        Step::Text(0, "half"),
-        Step::Await(gate.clone()),
-    ];
+    let mut script = vec![Step::Head(200, Value::Null), Step::Text(0, "half"), Step::Await(gate.clone())];
     script.extend(words("rest").split_off(1));
     let worker = FakeWorker::start("w", move |_| Ok(script.clone())).await;
     let mut rig = Rig::start(vec![model(&[&worker])]).await;

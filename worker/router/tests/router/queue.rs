@@ -49,10 +49,7 @@ async fn a_full_queue_answers_429_with_retry_after_and_what_waits_is_served() {
     assert_eq!(refused.status(), 429);
     assert_eq!(refused.headers()["retry-after"], "1");
     assert_eq!(json(refused).await["error"]["type"], "rate_limit_error");
-    assert!(
-        rig.metrics()
-            .contains("modelfleet_router_rejected_requests_total{reason=\"queue_full\"")
-    );
+    assert!(rig.metrics().contains("modelfleet_router_rejected_requests_total{reason=\"queue_full\""));
 
     gate.add_permits(3);
     for asked in [running].into_iter().chain(waiting) {
@@ -74,10 +71,7 @@ async fn who_waits_too_long_gets_503_and_who_streams_hears_comments() {
     let streamed = rig.post(CHAT, STREAM).await;
     assert_eq!(streamed.status(), 200, "it is told to wait after a second");
     let streamed = text(streamed).await;
-    assert!(
-        streamed.starts_with(": waiting\n\nevent: error\n") && !streamed.contains("[DONE]"),
-        "{streamed}"
-    );
+    assert!(streamed.starts_with(": waiting\n\nevent: error\n") && !streamed.contains("[DONE]"), "{streamed}");
     rig.idle().await;
 }
 
@@ -92,12 +86,7 @@ async fn the_first_request_to_a_model_asleep_wakes_it_and_is_answered() {
     in_time(rig.router.somebody_waits()).await; // which pushes the load
     assert_eq!(rig.router.load().models[0].queued, 1);
     let mut body = in_time(asked).await.unwrap().into_body();
-    let first = in_time(body.frame())
-        .await
-        .unwrap()
-        .unwrap()
-        .into_data()
-        .unwrap();
+    let first = in_time(body.frame()).await.unwrap().unwrap().into_data().unwrap();
     assert_eq!(first, ": waiting\n\n");
     rig.tell_model(model(&[&worker]));
     let rest = in_time(body.collect()).await.unwrap().to_bytes();
@@ -121,9 +110,7 @@ async fn who_waits_for_a_model_that_is_deleted_hears_that_it_is_gone() {
     let address = rig.http.clone();
     let asked = tokio::spawn(async move { send(&address, post(CHAT, WHOLE)).await });
     eventually("it waits", || rig.counts() == (1, 0)).await;
-    rig.tell(instruction::Instruction::Removed(ModelRemoved {
-        model: "ns/m".into(),
-    }));
+    rig.tell(instruction::Instruction::Removed(ModelRemoved { model: "ns/m".into() }));
     assert_eq!(in_time(asked).await.unwrap().status(), 404);
 }
 
@@ -132,9 +119,7 @@ async fn who_leaves_the_queue_leaves_no_trace() {
     let rig = Rig::start(vec![model(&[])]).await;
     let stream = tokio::net::TcpStream::connect(&rig.http).await.unwrap();
     let (mut sender, connection) =
-        hyper::client::conn::http1::handshake(hyper_util::rt::TokioIo::new(stream))
-            .await
-            .unwrap();
+        hyper::client::conn::http1::handshake(hyper_util::rt::TokioIo::new(stream)).await.unwrap();
     let connection = tokio::spawn(connection);
     let asked = tokio::spawn(async move { sender.send_request(post(CHAT, WHOLE)).await });
     eventually("it waits", || rig.counts() == (1, 0)).await;
@@ -163,21 +148,10 @@ async fn work_is_spread_over_the_workers_of_all_replicas() {
             tokio::spawn(async move { send(&address, post(CHAT, WHOLE)).await.status().as_u16() })
         })
         .collect();
-    eventually("all run", || {
-        workers
-            .iter()
-            .map(|worker| worker.seen.begun.load(SeqCst))
-            .sum::<usize>()
-            == 80
-    })
-    .await;
+    eventually("all run", || workers.iter().map(|worker| worker.seen.begun.load(SeqCst)).sum::<usize>() == 80).await;
     for worker in &workers {
         let calls = worker.calls();
-        assert!(
-            (15..=25).contains(&calls),
-            "{} has {calls} of 80",
-            worker.id
-        );
+        assert!((15..=25).contains(&calls), "{} has {calls} of 80", worker.id);
     }
     gate.add_permits(80);
     for asked in asked {
@@ -216,17 +190,11 @@ async fn two_thousand_requests_with_clients_that_leave_anywhere_leave_nothing_be
         let (address, places) = (rig.http.clone(), places.clone());
         clients.spawn(async move {
             let _place = places.acquire().await.unwrap();
-            let patience = Duration::from_millis(if seed % 4 == 0 {
-                3000
-            } else {
-                seed * 7919 % 60
-            });
+            let patience = Duration::from_millis(if seed % 4 == 0 { 3000 } else { seed * 7919 % 60 });
             let body = if seed % 3 == 0 { WHOLE } else { STREAM };
             let stream = tokio::net::TcpStream::connect(&address).await.unwrap();
             let (mut sender, connection) =
-                hyper::client::conn::http1::handshake(hyper_util::rt::TokioIo::new(stream))
-                    .await
-                    .unwrap();
+                hyper::client::conn::http1::handshake(hyper_util::rt::TokioIo::new(stream)).await.unwrap();
             let connection = tokio::spawn(connection);
             let asked = async {
                 let response = sender.send_request(post(CHAT, body)).await.unwrap();
@@ -241,23 +209,14 @@ async fn two_thousand_requests_with_clients_that_leave_anywhere_leave_nothing_be
     while let Some(client) = in_time(clients.join_next()).await {
         answered += usize::from(client.unwrap().is_some());
     }
-    assert!(
-        answered > 0 && answered < 2000,
-        "{answered}: some stayed, some left"
-    );
+    assert!(answered > 0 && answered < 2000, "{answered}: some stayed, some left");
     rig.idle().await;
     for worker in &workers {
-        eventually("each answer ended", || {
-            worker.seen.begun.load(SeqCst) == worker.seen.ended.load(SeqCst)
-        })
-        .await;
+        eventually("each answer ended", || worker.seen.begun.load(SeqCst) == worker.seen.ended.load(SeqCst)).await;
     }
     let (status, body) = rig.ask(r#"{"model":"none"}"#).await;
     assert_eq!(
-        (
-            status.as_u16(),
-            serde_json::from_str::<Value>(&body).unwrap()["error"]["param"].as_str()
-        ),
+        (status.as_u16(), serde_json::from_str::<Value>(&body).unwrap()["error"]["param"].as_str()),
         (404, Some("model"))
     );
 }

@@ -22,17 +22,10 @@ const WHOLE: &str = r#"{"model":"m","messages":[]}"#;
 async fn failing_at_first(times: usize, script: fn() -> Script) -> (FakeWorker, FakeWorker) {
     let calls = Arc::new(AtomicUsize::new(0));
     let answer = move |calls: &AtomicUsize| {
-        if calls.fetch_add(1, SeqCst) < times {
-            script()
-        } else {
-            Ok(words("fine"))
-        }
+        if calls.fetch_add(1, SeqCst) < times { script() } else { Ok(words("fine")) }
     };
     let other = calls.clone();
-    (
-        FakeWorker::start("a", move |_| answer(&calls)).await,
-        FakeWorker::start("b", move |_| answer(&other)).await,
-    )
+    (FakeWorker::start("a", move |_| answer(&calls)).await, FakeWorker::start("b", move |_| answer(&other)).await)
 }
 
 #[tokio::test]
@@ -40,62 +33,35 @@ async fn whatever_fails_before_the_first_piece_goes_to_another_worker() {
     let draining: fn() -> Script = || Err(Status::unavailable("draining"));
     let other_files: fn() -> Script = || Err(Status::failed_precondition("other content"));
     let busy: fn() -> Script = || Ok(vec![Step::Head(503, Value::Null)]);
-    let lost: fn() -> Script = || {
-        Ok(vec![
-            Step::Head(200, Value::Null),
-            Step::Fail(Code::Internal),
-        ])
-    };
+    let lost: fn() -> Script = || Ok(vec![Step::Head(200, Value::Null), Step::Fail(Code::Internal)]);
     let ended: fn() -> Script = || Ok(vec![Step::Head(200, Value::Null)]);
     for script in [draining, other_files, busy, lost, ended] {
         let (a, b) = failing_at_first(1, script).await;
         let rig = Rig::start(vec![model(&[&a, &b])]).await;
         let streamed = text(rig.post(CHAT, STREAM).await).await;
         assert!(streamed.ends_with("data: [DONE]\n\n"), "{streamed}");
-        assert_eq!(
-            (a.calls(), b.calls()),
-            (1, 1),
-            "at once, and not to the one that failed"
-        );
+        assert_eq!((a.calls(), b.calls()), (1, 1), "at once, and not to the one that failed");
         rig.idle().await;
-        assert!(
-            rig.metrics()
-                .contains("modelfleet_router_retries_total{model=\"ns/m\"")
-        );
+        assert!(rig.metrics().contains("modelfleet_router_retries_total{model=\"ns/m\""));
     }
 }
 
 #[tokio::test]
 async fn a_whole_answer_survives_the_loss_of_its_worker_in_the_middle() {
     let (a, b) = failing_at_first(1, || {
-        Ok(vec![
-            Step::Head(200, Value::Null),
-            Step::Text(0, "half"),
-            Step::Fail(Code::Unavailable),
-        ])
+        Ok(vec![Step::Head(200, Value::Null), Step::Text(0, "half"), Step::Fail(Code::Unavailable)])
     })
     .await;
     let rig = Rig::start(vec![model(&[&a, &b])]).await;
     let body = json(rig.post(CHAT, WHOLE).await).await;
-    assert_eq!(
-        body["choices"][0]["message"]["content"], "fine",
-        "nothing of the first half"
-    );
+    assert_eq!(body["choices"][0]["message"]["content"], "fine", "nothing of the first half");
     rig.idle().await;
 }
 
 #[tokio::test]
 async fn a_stream_that_breaks_after_its_first_piece_says_so_and_has_no_done() {
-    let broken = vec![
-        Step::Head(200, Value::Null),
-        Step::Text(0, "half"),
-        Step::Fail(Code::Unavailable),
-    ];
-    let failed = vec![
-        Step::Head(200, Value::Null),
-        Step::Text(0, "half"),
-        Step::Error("server_error", "no expert"),
-    ];
+    let broken = vec![Step::Head(200, Value::Null), Step::Text(0, "half"), Step::Fail(Code::Unavailable)];
+    let failed = vec![Step::Head(200, Value::Null), Step::Text(0, "half"), Step::Error("server_error", "no expert")];
     let silent = vec![Step::Head(200, Value::Null), Step::Text(0, "half")];
     for (script, message) in [
         (broken, "The model could not answer; try again later"),
@@ -105,10 +71,7 @@ async fn a_stream_that_breaks_after_its_first_piece_says_so_and_has_no_done() {
         let worker = FakeWorker::start("w", move |_| Ok(script.clone())).await;
         let rig = Rig::start(vec![model(&[&worker])]).await;
         let streamed = text(rig.post(CHAT, STREAM).await).await;
-        assert!(
-            streamed.contains("event: error\n") && !streamed.contains("[DONE]"),
-            "{streamed}"
-        );
+        assert!(streamed.contains("event: error\n") && !streamed.contains("[DONE]"), "{streamed}");
         let last: Value = serde_json::from_str(events(&streamed).last().unwrap()).unwrap();
         assert_eq!(last["error"]["message"], message);
         assert!(!streamed.contains("10.1.2.3"), "nothing internal");
@@ -120,10 +83,7 @@ async fn a_stream_that_breaks_after_its_first_piece_says_so_and_has_no_done() {
 async fn a_failure_before_the_first_piece_has_a_status() {
     for body in [STREAM, WHOLE] {
         let worker = FakeWorker::start("w", |_| {
-            Ok(vec![
-                Step::Head(200, Value::Null),
-                Step::Error("server_error", "no expert"),
-            ])
+            Ok(vec![Step::Head(200, Value::Null), Step::Error("server_error", "no expert")])
         })
         .await;
         let rig = Rig::start(vec![model(&[&worker])]).await;
@@ -138,12 +98,7 @@ async fn a_failure_before_the_first_piece_has_a_status() {
 async fn a_request_that_kills_its_worker_does_not_kill_all() {
     let mut workers = Vec::new();
     for id in ["a", "b", "c", "d", "e"] {
-        let lost = || {
-            Ok(vec![
-                Step::Head(200, Value::Null),
-                Step::Fail(Code::Internal),
-            ])
-        };
+        let lost = || Ok(vec![Step::Head(200, Value::Null), Step::Fail(Code::Internal)]);
         workers.push(FakeWorker::start(id, move |_| lost()).await);
     }
     let rig = Rig::start(vec![model(&workers.iter().collect::<Vec<_>>())]).await;
@@ -162,10 +117,7 @@ async fn a_dead_worker_costs_no_request() {
     dead.kill().await;
     for _ in 0..20 {
         let (status, body) = rig.ask(STREAM).await;
-        assert!(
-            status == 200 && body.ends_with("data: [DONE]\n\n"),
-            "{status} {body}"
-        );
+        assert!(status == 200 && body.ends_with("data: [DONE]\n\n"), "{status} {body}");
     }
     rig.idle().await;
 }
@@ -182,21 +134,14 @@ async fn with_all_workers_dead_requests_are_held_and_then_refused_without_a_word
     assert_eq!(response.status(), 503);
     assert!(response.headers().contains_key("retry-after"));
     let body = text(response).await;
-    assert!(
-        !body.contains(&address) && !body.contains("onnect"),
-        "{body}"
-    );
+    assert!(!body.contains(&address) && !body.contains("onnect"), "{body}");
     rig.idle().await;
 }
 
 #[tokio::test]
 async fn a_worker_that_drains_gets_no_new_request_but_finishes_its_own() {
     let gate = Arc::new(Semaphore::new(0));
-    let mut script = vec![
-        Step::Head(200, Value::Null),
-        Step::Text(0, "half"),
-        Step::Await(gate.clone()),
-    ];
+    let mut script = vec![Step::Head(200, Value::Null), Step::Text(0, "half"), Step::Await(gate.clone())];
     script.extend(words("rest").split_off(1));
     let old = FakeWorker::start("old", move |_| Ok(script.clone())).await;
     let new = FakeWorker::start("new", |_| Ok(words("fine"))).await;
@@ -246,16 +191,10 @@ async fn a_client_that_leaves_cancels_at_the_worker() {
         let rig = Rig::start(vec![model(&[&worker])]).await;
         let stream = tokio::net::TcpStream::connect(&rig.http).await.unwrap();
         let (mut sender, connection) =
-            hyper::client::conn::http1::handshake(hyper_util::rt::TokioIo::new(stream))
-                .await
-                .unwrap();
+            hyper::client::conn::http1::handshake(hyper_util::rt::TokioIo::new(stream)).await.unwrap();
         let connection = tokio::spawn(connection);
-        let asked =
-            tokio::spawn(async move { sender.send_request(crate::rig::post(CHAT, body)).await });
-        eventually("the worker has begun", || {
-            worker.seen.begun.load(SeqCst) == 1
-        })
-        .await;
+        let asked = tokio::spawn(async move { sender.send_request(crate::rig::post(CHAT, body)).await });
+        eventually("the worker has begun", || worker.seen.begun.load(SeqCst) == 1).await;
         if steps == 2 && body == STREAM {
             let mut response = in_time(asked).await.unwrap().unwrap().into_body();
             assert!(in_time(response.frame()).await.is_some());
@@ -263,10 +202,7 @@ async fn a_client_that_leaves_cancels_at_the_worker() {
             asked.abort();
         }
         connection.abort();
-        eventually("the worker was cancelled", || {
-            worker.seen.ended.load(SeqCst) == 1
-        })
-        .await;
+        eventually("the worker was cancelled", || worker.seen.ended.load(SeqCst) == 1).await;
         rig.idle().await;
         assert!(rig.metrics().contains("error_type=\"cancelled\""));
     }

@@ -20,9 +20,7 @@ use tokio::{
     sync::oneshot,
     task::JoinHandle,
 };
-use wire::proto::{
-    Instruction, ModelSnapshot, Synced, Version, instruction, model_snapshot::Availability,
-};
+use wire::proto::{Instruction, ModelSnapshot, Synced, Version, instruction, model_snapshot::Availability};
 
 use crate::fake::FakeWorker;
 
@@ -53,45 +51,25 @@ impl Rig {
     /// That has heard of no operator.
     pub(crate) async fn start_unsynced() -> Self {
         let registry = Registry::new();
-        let reader = opentelemetry_prometheus::exporter()
-            .with_registry(registry.clone())
-            .build()
-            .unwrap();
+        let reader = opentelemetry_prometheus::exporter().with_registry(registry.clone()).build().unwrap();
         let provider = SdkMeterProvider::builder().with_reader(reader).build();
         let router = Router::new(&provider.meter("test"));
         let http = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let grpc = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let addresses = (
-            http.local_addr().unwrap().to_string(),
-            grpc.local_addr().unwrap().to_string(),
-        );
+        let addresses = (http.local_addr().unwrap().to_string(), grpc.local_addr().unwrap().to_string());
         let (end, ended) = oneshot::channel::<()>();
-        let ending = Ending {
-            linger: Duration::ZERO,
-            grace: DEADLINE,
-        };
+        let ending = Ending { linger: Duration::ZERO, grace: DEADLINE };
         let serving = router.clone();
         let served = tokio::spawn(async move {
             let _provider = provider;
             let shutdown = async { drop(ended.await) };
-            serve(Listeners { http, grpc }, serving, shutdown, ending)
-                .await
-                .unwrap();
+            serve(Listeners { http, grpc }, serving, shutdown, ending).await.unwrap();
         });
-        Self {
-            router,
-            http: addresses.0,
-            grpc: addresses.1,
-            end: Some(end),
-            served,
-            registry,
-        }
+        Self { router, http: addresses.0, grpc: addresses.1, end: Some(end), served, registry }
     }
 
     pub(crate) fn tell(&self, instruction: instruction::Instruction) {
-        self.router.apply(Instruction {
-            instruction: Some(instruction),
-        });
+        self.router.apply(Instruction { instruction: Some(instruction) });
     }
 
     pub(crate) fn tell_model(&self, snapshot: ModelSnapshot) {
@@ -101,10 +79,7 @@ impl Rig {
     /// Queued and running requests of all models.
     pub(crate) fn counts(&self) -> (u64, u64) {
         let models = self.router.load().models;
-        (
-            models.iter().map(|model| model.queued).sum(),
-            models.iter().map(|model| model.running).sum(),
-        )
+        (models.iter().map(|model| model.queued).sum(), models.iter().map(|model| model.running).sum())
     }
 
     /// Until nothing waits or runs.
@@ -112,19 +87,12 @@ impl Rig {
         eventually("all counters are zero", || self.counts() == (0, 0)).await;
         let table = self.router.table();
         for line in table.lines() {
-            assert!(
-                line.model()
-                    .workers
-                    .iter()
-                    .all(|worker| worker.load.outstanding() == 0)
-            );
+            assert!(line.model().workers.iter().all(|worker| worker.load.outstanding() == 0));
         }
     }
 
     pub(crate) fn metrics(&self) -> String {
-        TextEncoder::new()
-            .encode_to_string(&self.registry.gather())
-            .unwrap()
+        TextEncoder::new().encode_to_string(&self.registry.gather()).unwrap()
     }
 
     pub(crate) async fn post(&self, path: &str, body: &str) -> Response<Incoming> {
@@ -146,10 +114,7 @@ impl Rig {
 pub(crate) fn model(workers: &[&FakeWorker]) -> ModelSnapshot {
     ModelSnapshot {
         model: "ns/m".into(),
-        version: Some(Version {
-            epoch: 1,
-            sequence: 1,
-        }),
+        version: Some(Version { epoch: 1, sequence: 1 }),
         served_names: vec!["m".into()],
         created: 1_700_000_000,
         availability: Availability::Serving.into(),
@@ -161,22 +126,13 @@ pub(crate) fn model(workers: &[&FakeWorker]) -> ModelSnapshot {
 }
 
 pub(crate) fn post(path: &str, body: &str) -> Request<Full<Bytes>> {
-    let request = Request::builder()
-        .method(Method::POST)
-        .uri(path)
-        .header(header::HOST, "router");
+    let request = Request::builder().method(Method::POST).uri(path).header(header::HOST, "router");
     let request = request.header(header::CONTENT_TYPE, "application/json");
-    request
-        .body(Full::new(Bytes::copy_from_slice(body.as_bytes())))
-        .unwrap()
+    request.body(Full::new(Bytes::copy_from_slice(body.as_bytes()))).unwrap()
 }
 
 pub(crate) fn get(path: &str) -> Request<Full<Bytes>> {
-    Request::builder()
-        .uri(path)
-        .header(header::HOST, "router")
-        .body(Full::default())
-        .unwrap()
+    Request::builder().uri(path).header(header::HOST, "router").body(Full::default()).unwrap()
 }
 
 /// On a connection of its own, which ends with the response.
@@ -188,10 +144,7 @@ pub(crate) async fn send(address: &str, request: Request<Full<Bytes>>) -> Respon
 }
 
 pub(crate) async fn text(response: Response<Incoming>) -> String {
-    let body = in_time(response.into_body().collect())
-        .await
-        .unwrap()
-        .to_bytes();
+    let body = in_time(response.into_body().collect()).await.unwrap().to_bytes();
     String::from_utf8(body.to_vec()).unwrap()
 }
 
@@ -201,24 +154,12 @@ pub(crate) async fn json(response: Response<Incoming>) -> Value {
 
 /// The `data` of each event; comments are left out.
 pub(crate) fn events(text: &str) -> Vec<String> {
-    let blocks = text
-        .split("\n\n")
-        .filter(|block| !block.is_empty() && !block.starts_with(':'));
-    blocks
-        .map(|block| {
-            block
-                .lines()
-                .find_map(|line| line.strip_prefix("data: "))
-                .unwrap()
-                .to_owned()
-        })
-        .collect()
+    let blocks = text.split("\n\n").filter(|block| !block.is_empty() && !block.starts_with(':'));
+    blocks.map(|block| block.lines().find_map(|line| line.strip_prefix("data: ")).unwrap().to_owned()).collect()
 }
 
 pub(crate) async fn in_time<T>(future: impl Future<Output = T>) -> T {
-    tokio::time::timeout(DEADLINE, future)
-        .await
-        .expect("it took too long")
+    tokio::time::timeout(DEADLINE, future).await.expect("it took too long")
 }
 
 pub(crate) async fn eventually(what: &str, mut holds: impl FnMut() -> bool) {

@@ -30,30 +30,15 @@ async fn probes_and_metrics_tell_what_the_process_knows() {
     let is_ready = Arc::new(AtomicBool::new(false));
     let seen = is_ready.clone();
     let ready = move || {
-        if seen.load(Relaxed) {
-            Ok(())
-        } else {
-            Err("no snapshot yet".to_owned())
-        }
+        if seen.load(Relaxed) { Ok(()) } else { Err("no snapshot yet".to_owned()) }
     };
-    tokio::spawn(serve(
-        listener,
-        Admin { ready, registry },
-        std::future::pending(),
-    ));
+    tokio::spawn(serve(listener, Admin { ready, registry }, std::future::pending()));
 
     assert!(get(&address, "/healthz").await.starts_with("HTTP/1.1 200"));
     let not_ready = get(&address, "/readyz").await;
-    assert!(
-        not_ready.starts_with("HTTP/1.1 503") && not_ready.contains("no snapshot yet"),
-        "{not_ready}"
-    );
+    assert!(not_ready.starts_with("HTTP/1.1 503") && not_ready.contains("no snapshot yet"), "{not_ready}");
     is_ready.store(true, Relaxed);
     assert!(get(&address, "/readyz").await.starts_with("HTTP/1.1 200"));
-    assert!(
-        get(&address, "/metrics")
-            .await
-            .contains("modelfleet_test_total 7")
-    );
+    assert!(get(&address, "/metrics").await.contains("modelfleet_test_total 7"));
     assert!(get(&address, "/debug").await.starts_with("HTTP/1.1 404"));
 }

@@ -23,37 +23,21 @@ struct Echo;
 impl Fleet for Echo {
     type WatchStream = Pin<Box<dyn Stream<Item = Result<Instruction, Status>> + Send>>;
 
-    async fn watch(
-        &self,
-        request: Request<Streaming<Report>>,
-    ) -> Result<Response<Self::WatchStream>, Status> {
-        let peer = request
-            .remote_addr()
-            .ok_or_else(|| Status::internal("no peer address"))?;
+    async fn watch(&self, request: Request<Streaming<Report>>) -> Result<Response<Self::WatchStream>, Status> {
+        let peer = request.remote_addr().ok_or_else(|| Status::internal("no peer address"))?;
         assert!(peer.ip().is_loopback());
-        let answers = request
-            .into_inner()
-            .map(|report| report.map(|_| Instruction::default()));
+        let answers = request.into_inner().map(|report| report.map(|_| Instruction::default()));
         Ok(Response::new(Box::pin(answers)))
     }
 }
 
-async fn served() -> (
-    String,
-    oneshot::Sender<()>,
-    tokio::task::JoinHandle<io::Result<()>>,
-) {
+async fn served() -> (String, oneshot::Sender<()>, tokio::task::JoinHandle<io::Result<()>>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap().to_string();
     let (end, ended) = oneshot::channel::<()>();
     let routes = Routes::new(FleetServer::new(Echo));
     let grace = Duration::from_secs(20);
-    let server = tokio::spawn(serve_until(
-        listener,
-        routes,
-        async { drop(ended.await) },
-        grace,
-    ));
+    let server = tokio::spawn(serve_until(listener, routes, async { drop(ended.await) }, grace));
     (address, end, server)
 }
 
@@ -62,18 +46,11 @@ async fn a_call_arrives_with_its_peers_address_and_ends_before_the_server_does()
     let (address, end, server) = served().await;
     let (reports, receiver) = tokio::sync::mpsc::channel(1);
     let receiver = tokio_stream::wrappers::ReceiverStream::new(receiver);
-    let mut answers = FleetClient::new(connect(&address))
-        .watch(receiver)
-        .await
-        .unwrap()
-        .into_inner();
+    let mut answers = FleetClient::new(connect(&address)).watch(receiver).await.unwrap().into_inner();
     end.send(()).unwrap();
     // told to end, the server still finishes what runs
     reports.send(Report::default()).await.unwrap();
-    assert_eq!(
-        answers.message().await.unwrap(),
-        Some(Instruction::default())
-    );
+    assert_eq!(answers.message().await.unwrap(), Some(Instruction::default()));
     drop(reports);
     assert_eq!(answers.message().await.unwrap(), None);
     server.await.unwrap().unwrap();
@@ -82,9 +59,7 @@ async fn a_call_arrives_with_its_peers_address_and_ends_before_the_server_does()
 #[tokio::test]
 async fn nobody_there_and_no_address_are_both_unavailable() {
     for address in ["127.0.0.1:1", "no address", ""] {
-        let answer = FleetClient::new(connect(address))
-            .watch(tokio_stream::empty())
-            .await;
+        let answer = FleetClient::new(connect(address)).watch(tokio_stream::empty()).await;
         assert_eq!(answer.unwrap_err().code(), Code::Unavailable, "{address:?}");
     }
 }
@@ -108,10 +83,7 @@ async fn who_never_finishes_the_preface_is_cut() {
     let mut rest = Vec::new();
     let read = tokio::time::timeout(Duration::from_secs(60), stream.read_to_end(&mut rest)).await;
     assert!(matches!(read, Ok(Ok(0) | Err(_))), "{rest:?}");
-    assert!(
-        begun.elapsed() >= PREFACE_TIMEOUT / 2,
-        "only the deadline may end it"
-    );
+    assert!(begun.elapsed() >= PREFACE_TIMEOUT / 2, "only the deadline may end it");
 }
 
 #[tokio::test]
@@ -119,11 +91,7 @@ async fn dropping_the_server_closes_its_connections() {
     let (address, _end, server) = served().await;
     let (_reports, receiver) = tokio::sync::mpsc::channel(1);
     let receiver = tokio_stream::wrappers::ReceiverStream::new(receiver);
-    let mut answers = FleetClient::new(connect(&address))
-        .watch(receiver)
-        .await
-        .unwrap()
-        .into_inner();
+    let mut answers = FleetClient::new(connect(&address)).watch(receiver).await.unwrap().into_inner();
     server.abort();
     answers.message().await.unwrap_err();
 }

@@ -18,8 +18,7 @@ impl Latest {
     pub(super) fn keep(&mut self, report: Report) {
         match &report.report {
             Some(report::Report::Acknowledgement(acknowledgement)) => {
-                self.acknowledgements
-                    .insert(acknowledgement.model.clone(), report);
+                self.acknowledgements.insert(acknowledgement.model.clone(), report);
             }
             Some(report::Report::WorkerState(_)) => self.worker_state = Some(report),
             Some(report::Report::Description(_)) => self.description = Some(report),
@@ -35,15 +34,9 @@ impl Latest {
 
     /// `hello`, then what is remembered.
     pub(super) fn after(&self, hello: Hello) -> Vec<Report> {
-        let hello = Report {
-            report: Some(report::Report::Hello(hello)),
-        };
+        let hello = Report { report: Some(report::Report::Hello(hello)) };
         let states = [&self.worker_state, &self.description, &self.failure];
-        let states = states
-            .into_iter()
-            .flatten()
-            .chain(self.acknowledgements.values())
-            .cloned();
+        let states = states.into_iter().flatten().chain(self.acknowledgements.values()).cloned();
         std::iter::once(hello).chain(states).collect()
     }
 }

@@ -93,12 +93,8 @@ impl Order {
 }
 
 fn removal(model: &str) -> Instruction {
-    let removed = ModelRemoved {
-        model: model.to_owned(),
-    };
-    Instruction {
-        instruction: Some(instruction::Instruction::Removed(removed)),
-    }
+    let removed = ModelRemoved { model: model.to_owned() };
+    Instruction { instruction: Some(instruction::Instruction::Removed(removed)) }
 }
 
 #[cfg(test)]
@@ -108,20 +104,12 @@ mod tests {
 
     fn model(name: &str, epoch: u64, sequence: u64) -> Instruction {
         let version = Some(Version { epoch, sequence });
-        let snapshot = ModelSnapshot {
-            model: name.into(),
-            version,
-            ..Default::default()
-        };
-        Instruction {
-            instruction: Some(instruction::Instruction::Model(snapshot)),
-        }
+        let snapshot = ModelSnapshot { model: name.into(), version, ..Default::default() };
+        Instruction { instruction: Some(instruction::Instruction::Model(snapshot)) }
     }
 
     fn synced() -> Instruction {
-        Instruction {
-            instruction: Some(instruction::Instruction::Synced(Synced {})),
-        }
+        Instruction { instruction: Some(instruction::Instruction::Synced(Synced {})) }
     }
 
     #[test]
@@ -129,16 +117,8 @@ mod tests {
         let (mut order, mut said) = (Order::default(), Said::default());
         assert_eq!(order.admit(&mut said, model("a/m", 1, 2)).len(), 1);
         assert!(order.admit(&mut said, model("a/m", 1, 1)).is_empty());
-        assert_eq!(
-            order.admit(&mut said, model("a/m", 1, 2)).len(),
-            1,
-            "a new stream repeats it"
-        );
-        assert_eq!(
-            order.admit(&mut said, model("a/n", 1, 1)).len(),
-            1,
-            "models count on their own"
-        );
+        assert_eq!(order.admit(&mut said, model("a/m", 1, 2)).len(), 1, "a new stream repeats it");
+        assert_eq!(order.admit(&mut said, model("a/n", 1, 1)).len(), 1, "models count on their own");
     }
 
     #[test]

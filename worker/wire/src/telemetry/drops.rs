@@ -33,11 +33,7 @@ pub(super) struct Drops(Counter<u64>);
 impl Drops {
     pub(super) fn new(meter: &Meter) -> Self {
         let counter = meter.u64_counter("modelfleet_telemetry_dropped");
-        Self(
-            counter
-                .with_description("Spans and logs that the collector did not take")
-                .build(),
-        )
+        Self(counter.with_description("Spans and logs that the collector did not take").build())
     }
 
     /// The queue of one signal, as large as the variable says.
@@ -47,12 +43,7 @@ impl Drops {
     }
 
     fn queue_of(&self, signal: &'static str, capacity: usize) -> Queue {
-        Queue {
-            pending: Arc::default(),
-            capacity,
-            drops: self.0.clone(),
-            signal,
-        }
+        Queue { pending: Arc::default(), capacity, drops: self.0.clone(), signal }
     }
 }
 
@@ -68,17 +59,11 @@ pub(super) struct Queue {
 impl Queue {
     /// Wraps the exporter, so that what leaves the queue is known.
     pub(super) fn exporter<E>(&self, inner: E) -> Counted<E> {
-        Counted {
-            inner,
-            queue: self.clone(),
-        }
+        Counted { inner, queue: self.clone() }
     }
 
     fn admits(&self) -> bool {
-        let admitted = self
-            .pending
-            .fetch_update(Relaxed, Relaxed, |n| (n < self.capacity).then_some(n + 1))
-            .is_ok();
+        let admitted = self.pending.fetch_update(Relaxed, Relaxed, |n| (n < self.capacity).then_some(n + 1)).is_ok();
         if !admitted {
             self.dropped(1);
         }
@@ -93,8 +78,7 @@ impl Queue {
     }
 
     fn dropped(&self, items: usize) {
-        self.drops
-            .add(items as u64, &[KeyValue::new("signal", self.signal)]);
+        self.drops.add(items as u64, &[KeyValue::new("signal", self.signal)]);
     }
 }
 
@@ -221,10 +205,7 @@ mod tests {
     #[test]
     fn a_collector_that_hangs_costs_drops_that_are_counted() {
         let registry = Registry::new();
-        let reader = opentelemetry_prometheus::exporter()
-            .with_registry(registry.clone())
-            .build()
-            .unwrap();
+        let reader = opentelemetry_prometheus::exporter().with_registry(registry.clone()).build().unwrap();
         let provider = SdkMeterProvider::builder().with_reader(reader).build();
         let queue = Drops::new(&provider.meter("test")).queue_of("traces", 2);
 
@@ -234,15 +215,7 @@ mod tests {
         queue.left(1, false);
         assert!(queue.admits());
 
-        let family = registry
-            .gather()
-            .into_iter()
-            .find(|f| f.name() == "modelfleet_telemetry_dropped_total")
-            .unwrap();
-        assert_eq!(
-            family.get_metric()[0].get_counter().get_value(),
-            4.0,
-            "three found no room, one was not taken"
-        );
+        let family = registry.gather().into_iter().find(|f| f.name() == "modelfleet_telemetry_dropped_total").unwrap();
+        assert_eq!(family.get_metric()[0].get_counter().get_value(), 4.0, "three found no room, one was not taken");
     }
 }

@@ -84,11 +84,7 @@ mod tests {
             span.in_scope(|| inject(&mut metadata));
             let sent = extract(&metadata).span().span_context().clone();
             assert_eq!(sent.trace_id().to_string(), &PARENT[3..35]);
-            assert_ne!(
-                sent.span_id().to_string(),
-                &PARENT[36..52],
-                "the span itself is the parent"
-            );
+            assert_ne!(sent.span_id().to_string(), &PARENT[36..52], "the span itself is the parent");
         });
     }
 

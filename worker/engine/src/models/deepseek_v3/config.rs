@@ -43,16 +43,12 @@ impl Config {
     pub(crate) fn read(fields: &Fields) -> Result<Self, Error> {
         only_what_is_known(fields)?;
         let layers = fields.size("num_hidden_layers", 1..=4096)?;
-        let dense = fields
-            .optional_size("first_k_dense_replace", 0..=4096)?
-            .unwrap_or(3);
+        let dense = fields.optional_size("first_k_dense_replace", 0..=4096)?.unwrap_or(3);
         let moe_layers: Vec<usize> = (dense.min(layers)..layers).collect();
         let attention = attention(fields)?;
         let gate = gate(fields)?;
         let expert_inner = fields.size("moe_intermediate_size", 1..=WIDE)?;
-        let shared = fields
-            .optional_size("n_shared_experts", 1..=256)?
-            .unwrap_or(1);
+        let shared = fields.optional_size("n_shared_experts", 1..=256)?.unwrap_or(1);
         let max_context = fields.size("max_position_embeddings", 1..=LONG)?;
         let (theta, yarn) = rope(fields, max_context)?;
         Ok(Config {
@@ -62,11 +58,7 @@ impl Config {
                 layers,
                 max_context,
                 cache_width: attention.width(),
-                experts: if moe_layers.is_empty() {
-                    0
-                } else {
-                    gate.experts
-                },
+                experts: if moe_layers.is_empty() { 0 } else { gate.experts },
                 experts_per_token: if moe_layers.is_empty() { 0 } else { gate.top_k },
                 moe_layers,
             },
@@ -80,9 +72,7 @@ impl Config {
             interleave: fields.flag("rope_interleave", true)?,
             epsilon: fields.optional_positive("rms_norm_eps")?.unwrap_or(1e-6) as f32,
             tied: fields.flag("tie_word_embeddings", false)?,
-            predicting: fields
-                .optional_size("num_nextn_predict_layers", 0..=64)?
-                .unwrap_or(0),
+            predicting: fields.optional_size("num_nextn_predict_layers", 0..=64)?.unwrap_or(0),
         })
     }
 
@@ -94,13 +84,8 @@ impl Config {
 
     /// Refuses a file with more layers than the configuration tells of.
     pub(crate) fn check(&self, shelf: &Shelf<'_>) -> Result<(), Error> {
-        let layer = |name: &str| -> Option<usize> {
-            name.strip_prefix("model.layers.")?
-                .split('.')
-                .next()?
-                .parse()
-                .ok()
-        };
+        let layer =
+            |name: &str| -> Option<usize> { name.strip_prefix("model.layers.")?.split('.').next()?.parse().ok() };
         let (layers, predicting) = (self.shape.layers, self.predicting);
         match shelf.tensors().filter_map(layer).max() {
             Some(last) if last >= layers + predicting => Err(refuse(format!(
@@ -115,10 +100,7 @@ impl Config {
 /// Refuses variants whose arithmetic is another.
 fn only_what_is_known(fields: &Fields) -> Result<(), Error> {
     if let Some(quantization) = fields.object("quantization_config")? {
-        return Err(quantization.wrong(
-            "quant_method",
-            "absent: weights of bf16, f16 or f32 are read",
-        ));
+        return Err(quantization.wrong("quant_method", "absent: weights of bf16, f16 or f32 are read"));
     }
     let dtypes = ["bfloat16", "float16", "float32"].map(|name| json!(name));
     fields.expect("dtype", &dtypes)?;
@@ -151,16 +133,12 @@ fn attention(fields: &Fields) -> Result<MlaShape, Error> {
 
 fn gate(fields: &Fields) -> Result<GateShape, Error> {
     let experts = fields.size("n_routed_experts", 2..=1 << 16)?;
-    let groups = fields
-        .optional_size("n_group", 1..=experts / 2)?
-        .unwrap_or(8);
+    let groups = fields.optional_size("n_group", 1..=experts / 2)?.unwrap_or(8);
     if !experts.is_multiple_of(groups) {
         let accepted = format!("a divisor of n_routed_experts, which is {experts}");
         return Err(fields.wrong("n_group", &accepted));
     }
-    let groups_kept = fields
-        .optional_size("topk_group", 1..=groups)?
-        .unwrap_or(4.min(groups));
+    let groups_kept = fields.optional_size("topk_group", 1..=groups)?.unwrap_or(4.min(groups));
     let choosable = experts / groups * groups_kept;
     Ok(GateShape {
         experts,
@@ -168,9 +146,7 @@ fn gate(fields: &Fields) -> Result<GateShape, Error> {
         groups,
         groups_kept,
         normalise: fields.flag("norm_topk_prob", true)?,
-        scale: fields
-            .optional_positive("routed_scaling_factor")?
-            .unwrap_or(2.5) as f32,
+        scale: fields.optional_positive("routed_scaling_factor")?.unwrap_or(2.5) as f32,
     })
 }
 
@@ -182,21 +158,14 @@ fn rope(fields: &Fields, max_context: usize) -> Result<(f64, Option<Yarn>), Erro
         None => fields.object("rope_scaling")?,
     };
     let outer = fields.optional_positive("rope_theta")?;
-    let inner = scaling
-        .as_ref()
-        .map(|scaling| scaling.optional_positive("rope_theta"))
-        .transpose()?;
+    let inner = scaling.as_ref().map(|scaling| scaling.optional_positive("rope_theta")).transpose()?;
     let theta = inner.flatten().or(outer).unwrap_or(10_000.0);
     let Some(scaling) = scaling else {
         return Ok((theta, None));
     };
     fields.expect("partial_rotary_factor", &[json!(1.0), json!(1)])?;
     scaling.expect("partial_rotary_factor", &[json!(1.0), json!(1)])?;
-    let name = if scaling.get("rope_type").is_some() {
-        "rope_type"
-    } else {
-        "type"
-    };
+    let name = if scaling.get("rope_type").is_some() { "rope_type" } else { "type" };
     match scaling.get(name).map(Value::as_str) {
         None | Some(Some("default")) => Ok((theta, None)),
         Some(Some("yarn")) => Ok((theta, Some(yarn(&scaling, max_context)?))),
