@@ -1,0 +1,22 @@
+//! What the integration tests share: where the repository and its programs are.
+
+pub mod local;
+
+use std::path::{Path, PathBuf};
+
+/// The repository's root.
+pub fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the tests crate lies one folder below the root")
+}
+
+/// A program of ours, as cargo built it beside the running test.
+///
+/// # Panics
+/// If it is not there: `cargo test` of the tests crate alone builds no program of another crate.
+pub fn program(name: &str) -> PathBuf {
+    let test = std::env::current_exe().expect("a running test has a path");
+    let folder = test.parent().and_then(Path::parent).expect("tests lie in target/PROFILE/deps");
+    let path = folder.join(name);
+    assert!(path.exists(), "{} is missing: run `cargo build` first", path.display());
+    path
+}

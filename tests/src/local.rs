@@ -1,0 +1,152 @@
+//! A fleet in local mode, as a user starts it: the `modelfleet` program and the processes that it makes.
+
+use std::{
+    io::{BufRead, BufReader},
+    path::Path,
+    process::{Child, Command, Stdio},
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, ensure};
+
+/// One line of what `modelfleet local` prints on standard error: `NAME PID ADDRESS EXPERTS`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Process {
+    /// `router`, or the worker's name.
+    pub name: String,
+    /// Process id.
+    pub pid: u32,
+    /// Where it serves.
+    pub address: String,
+    /// The experts it holds, or `-`.
+    pub experts: String,
+}
+
+/// A running `modelfleet local`. It is killed when dropped; its children end by themselves.
+pub struct Fleet {
+    child: Child,
+    lines: Arc<Mutex<Vec<String>>>,
+}
+
+impl Fleet {
+    /// Starts `modelfleet local FILE` with an HTTP and a gRPC port of the system's choice.
+    ///
+    /// # Errors
+    /// If the program cannot be started.
+    pub fn start(file: &Path, environment: &[(&str, &str)]) -> anyhow::Result<Self> {
+        let mut command = Command::new(crate::program("modelfleet"));
+        command.arg("local").arg(file).args(["--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0"]);
+        command.envs(environment.iter().copied());
+        let mut child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
+        let stderr = child.stderr.take().context("standard error is piped")?;
+        let lines = Arc::new(Mutex::new(Vec::new()));
+        let seen = Arc::clone(&lines);
+        std::thread::spawn(move || {
+            for line in BufReader::new(stderr).lines().map_while(Result::ok) {
+                seen.lock().expect("no reader panics").push(line);
+            }
+        });
+        Ok(Self { child, lines })
+    }
+
+    /// Waits until the fleet says `ready`.
+    ///
+    /// # Errors
+    /// If it ends or a minute passes before, with all that it printed.
+    pub fn ready(&mut self) -> anyhow::Result<()> {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while !self.printed().iter().any(|line| line == "ready") {
+            ensure!(self.child.try_wait()?.is_none(), "the fleet ended: {:#?}", self.printed());
+            ensure!(Instant::now() < deadline, "the fleet is not ready: {:#?}", self.printed());
+            std::thread::sleep(Duration::from_millis(20)); // polls
+        }
+        Ok(())
+    }
+
+    /// All lines of standard error so far.
+    pub fn printed(&self) -> Vec<String> {
+        self.lines.lock().expect("no writer panics").clone()
+    }
+
+    /// The processes that it printed, in order.
+    pub fn processes(&self) -> Vec<Process> {
+        self.printed().iter().filter_map(|line| process(line)).collect()
+    }
+
+    /// The processes whose name is not the router's.
+    pub fn workers(&self) -> Vec<Process> {
+        self.processes().into_iter().filter(|process| process.name != "router").collect()
+    }
+
+    /// `http://HOST:PORT` of the router.
+    ///
+    /// # Errors
+    /// If the router has not been printed yet.
+    pub fn url(&self) -> anyhow::Result<String> {
+        let router = self.processes().into_iter().find(|process| process.name == "router");
+        Ok(format!("http://{}", router.context("the router's line is missing")?.address))
+    }
+
+    /// The process id of `modelfleet local` itself.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Asks it to stop (SIGTERM) and waits until it has ended, at most a minute.
+    ///
+    /// # Errors
+    /// If it does not end, or not well.
+    pub fn stop(mut self) -> anyhow::Result<()> {
+        signal(self.pid(), "TERM")?;
+        let deadline = Instant::now() + Duration::from_secs(60);
+        loop {
+            if let Some(status) = self.child.try_wait()? {
+                ensure!(status.success(), "ended with {status}: {:#?}", self.printed());
+                return Ok(());
+            }
+            ensure!(Instant::now() < deadline, "still running: {:#?}", self.printed());
+            std::thread::sleep(Duration::from_millis(20)); // polls
+        }
+    }
+
+    /// Kills it (SIGKILL), as a crash would, and waits for it alone.
+    ///
+    /// # Errors
+    /// If it cannot be killed.
+    pub fn kill(&mut self) -> anyhow::Result<()> {
+        self.child.kill()?;
+        self.child.wait()?;
+        Ok(())
+    }
+}
+
+impl Drop for Fleet {
+    fn drop(&mut self) {
+        // It may have ended already; then there is nothing to kill or to wait for.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn process(line: &str) -> Option<Process> {
+    let [name, pid, address, experts] = line.split_whitespace().collect::<Vec<_>>().try_into().ok()?;
+    let pid = pid.parse().ok()?;
+    Some(Process { name: name.to_owned(), pid, address: address.to_owned(), experts: experts.to_owned() })
+}
+
+/// Sends a signal to a process.
+///
+/// # Errors
+/// If there is no such process.
+pub fn signal(pid: u32, signal: &str) -> anyhow::Result<()> {
+    let status = Command::new("kill").args([&format!("-{signal}"), &pid.to_string()]).status()?;
+    ensure!(status.success(), "kill -{signal} {pid} failed");
+    Ok(())
+}
+
+/// Whether a process still runs; one that has ended and waits to be collected does not.
+pub fn runs(pid: u32) -> bool {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/stat"));
+    status.is_ok_and(|stat| !stat.rsplit(')').next().unwrap_or_default().trim_start().starts_with(['Z', 'X']))
+}
