@@ -33,7 +33,7 @@ pub enum Error {
     Write(#[from] std::io::Error),
 }
 
-/// Asks `model` and streams to `words`: the thought as the model marks it, in `<think>`, then the answer.
+/// Asks `model` and streams to `words`: the thought as the model marks it, in `<think>`, an empty line, the answer.
 ///
 /// Greedy, so that the same question gets the same answer.
 ///
@@ -165,7 +165,7 @@ impl Transcript {
             }
             if let Some(content) = delta.content.filter(|text| !text.is_empty()) {
                 if matches!(self, Self::Thought) {
-                    words.write_all(b"</think>")?;
+                    words.write_all(b"</think>\n\n")?;
                 }
                 *self = Self::Answer;
                 words.write_all(content.as_bytes())?;
@@ -197,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn thought_and_answer_are_written_as_the_model_wrote_them() {
+    fn thought_and_answer_are_written_apart() {
         let events = [
             r#"{"choices":[{"delta":{"role":"assistant","content":""}}]}"#,
             r#"{"choices":[{"delta":{"reasoning_content":"7+5"}}]}"#,
@@ -205,7 +205,7 @@ mod tests {
             r#"{"choices":[{"delta":{"content":"13"}}]}"#,
             r#"{"choices":[{"delta":{"content":"2"},"finish_reason":"stop"}]}"#,
         ];
-        assert_eq!(written(&events).unwrap(), "<think>7+5=12</think>132\n");
+        assert_eq!(written(&events).unwrap(), "<think>7+5=12</think>\n\n132\n");
         assert_eq!(written(&events[3..]).unwrap(), "132\n");
         assert_eq!(written(&events[..1]).unwrap(), "");
     }

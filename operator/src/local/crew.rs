@@ -51,6 +51,8 @@ pub(super) struct Crew<'a> {
     router: Option<Member>,
     workers: Vec<Member>,
     pids: BTreeMap<String, u32>,
+    /// The table as written, with its head.
+    table: Vec<[String; 4]>,
     ready: bool,
     grace: Duration,
 }
@@ -96,6 +98,7 @@ impl<'a> Crew<'a> {
             router: None,
             workers: Vec::new(),
             pids: BTreeMap::new(),
+            table: Vec::new(),
             ready: false,
             grace: MARGIN,
         })
@@ -220,7 +223,24 @@ impl<'a> Crew<'a> {
         };
         drop(self.output.notes.write_all(aligned(&rows).as_bytes()));
         drop(self.output.notes.flush());
+        self.table = rows;
         Ok(http)
+    }
+
+    /// Writes the new row of each worker that was started again, once it takes requests again.
+    fn reintroduce(&mut self) {
+        for worker in &self.workers {
+            let seen = self.fleet.seen(&worker.model).workers;
+            let back = seen.into_iter().find(|view| view.id == worker.token && view.routed);
+            let row = back.and_then(|view| self.row(worker, &view.address));
+            let known = self.table.iter().position(|known| known[0] == worker.name);
+            let (Some(row), Some(at)) = (row, known) else { continue };
+            if self.table[at][2] != row[2] {
+                self.table[at] = row;
+                let lines = aligned(&self.table);
+                note(&mut self.output, lines.lines().nth(at).unwrap_or_default());
+            }
+        }
     }
 
     /// All rows, router first, and the router's HTTP address; nothing while one is missing.
@@ -276,6 +296,7 @@ impl<'a> Crew<'a> {
         note(&mut self.output, "ready");
         loop {
             self.news().await?;
+            self.reintroduce();
         }
     }
 
