@@ -52,6 +52,8 @@ const TICK: Duration = Duration::from_millis(500);
 ///
 /// # Guarantees
 /// - A snapshot is sent again only if it changed, and then with a higher [`Version`].
+/// - A process that says no more (its half of the stream is closed) finds its stream ended without an error once what it
+///   said counts. What it said counts too if it left before that, within a minute.
 /// - A process that was expected, spoke and lost its stream keeps what it said until it is no longer expected, or
 ///   another process says hello with its id: a lost stream is no lost worker.
 /// - A reader that does not take what it is sent is dropped; it connects again and gets everything.

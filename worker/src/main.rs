@@ -206,7 +206,9 @@ async fn read(arguments: &SourceArguments, role: Role, to: Option<&Path>) -> any
     if let Err(error) = &result {
         reporter.failure(error.reason(), serve::chain(error)).await;
     }
-    reporter.close().await;
+    if to.is_none() || result.is_err() {
+        reporter.heard().await; // files that are here need no words
+    }
     Ok(result?)
 }
 

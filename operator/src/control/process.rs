@@ -60,8 +60,16 @@ impl Process {
         }
     }
 
-    /// Continues what the same process said on an earlier stream, where it has not said anything newer.
+    /// Continues what the same process said on an earlier stream, where it has not said anything newer. Of a reader that
+    /// was started again, only why it could not go on: a failure that is tried again stands until it is overcome.
     pub(super) fn take_over(&mut self, before: Self) {
+        if before.hello.process != self.hello.process {
+            let overcome = self.progress.is_some() || self.description.is_some();
+            if matches!(self.hello.role(), Role::Fetch | Role::Describe) && !overcome {
+                self.failure = self.failure.take().or(before.failure);
+            }
+            return;
+        }
         self.state = self.state.take().or(before.state);
         self.worker_load = self.worker_load.take().or(before.worker_load);
         self.router_load = self.router_load.take().or(before.router_load);
@@ -117,12 +125,14 @@ impl Process {
             }
             report::Report::Description(description) => {
                 self.description = Some((now, description.json.into()));
+                self.failure = None;
                 Heard::Matters
             }
             report::Report::Progress(progress) => {
                 let shown = |progress: &proto::Progress| (progress.phase, tenths(progress));
                 let matters = self.progress.as_ref().map(shown) != Some(shown(&progress));
                 self.progress = Some(progress);
+                let matters = self.failure.take().is_some() || matters;
                 if matters { Heard::Matters } else { Heard::Nothing }
             }
             report::Report::Failure(mut failure) => {

@@ -56,7 +56,7 @@ impl Drop for Session {
 
 /// Why a session ended.
 enum End {
-    /// The peer left, the fleet closes, or the process has another stream.
+    /// All that the peer said is taken in and it will say no more, it is gone, or the process has another stream.
     Quiet,
     Status(Status),
 }
@@ -73,7 +73,7 @@ impl Session {
             end = self.listen(reports) => end,
             end = self.speak(&instructions) => end,
             end = self.doubt() => end,
-            _ = closing.wait_for(|closing| *closing) => End::Quiet,
+            _ = closing.wait_for(|closing| *closing) => End::Status(Status::unavailable("this operator ends")),
         };
         if let End::Status(status) = end {
             debug!(%status, "ended a control stream");
@@ -94,6 +94,8 @@ impl Session {
             };
             first = false;
             let Ok(Some(report)) = next else {
+                // one that says all it knows and leaves is often done before its pod's address is known here
+                self.known().await;
                 return End::Quiet;
             };
             if let Err(rejection) = self.fleet.update(|state, now| state.report(self.id, report, now)) {
@@ -122,6 +124,12 @@ impl Session {
                 }
             }
         }
+    }
+
+    /// Waits until the process is one that is expected: what it said counts from then on.
+    async fn known(&self) {
+        let mut changes = self.fleet.0.changes.subscribe();
+        while !self.fleet.state().is_known(self.id) && changes.changed().await.is_ok() {}
     }
 
     /// Ends the stream of a process that nobody came to expect.

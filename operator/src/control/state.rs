@@ -273,9 +273,7 @@ impl State {
             return;
         };
         self.heard_epoch = self.heard_epoch.max(process.hello.epoch).max(process.highest_acknowledged());
-        if let Some(before) = self.processes.remove(&key)
-            && before.hello.process == process.hello.process
-        {
+        if let Some(before) = self.processes.remove(&key) {
             process.take_over(before);
         }
         self.touch(&process);

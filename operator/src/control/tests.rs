@@ -430,6 +430,47 @@ async fn fetchers_and_describers_are_heard() {
 }
 
 #[tokio::test]
+async fn what_was_said_before_the_process_was_expected_counts_and_only_then_the_stream_ends() {
+    let fleet = Fleet::new();
+    fleet.lead(1);
+    let address = serving(&fleet).await;
+    let (say, reports) = mpsc::channel(2);
+    let hello = proto::Hello { role: Role::Describe.into(), ..worker_hello("d0", 0) };
+    let description = proto::Description { json: b"{}".as_slice().into() };
+    for report in [Say::Hello(hello), Say::Description(description)] {
+        say.send(proto::Report { report: Some(report) }).await.unwrap();
+    }
+    drop(say);
+    let mut client = proto::fleet_client::FleetClient::new(wire::connect(&address));
+    let reports = tokio_stream::wrappers::ReceiverStream::new(reports);
+    let mut instructions = client.watch(reports).await.unwrap().into_inner();
+    assert!(timeout(Duration::from_millis(200), instructions.message()).await.is_err(), "nobody expected it yet");
+    fleet.expect([identity("d0")]);
+    assert_eq!(timeout(PATIENCE, instructions.message()).await.unwrap().unwrap(), None);
+    assert_eq!(fleet.seen(MODEL).descriptions.len(), 1);
+}
+
+#[tokio::test]
+async fn a_failure_that_is_tried_again_stands_until_it_is_overcome() {
+    let fleet = leading();
+    let address = serving(&fleet).await;
+    let hello = |process: &str| proto::Hello {
+        role: Role::Describe.into(),
+        process: process.to_owned(),
+        ..worker_hello("w0", 0)
+    };
+    let first = Peer::connect(&address, hello("first"));
+    let failure = proto::Failure { reason: "SourceNotFound".to_owned(), message: "no such repository".to_owned() };
+    first.say(Say::Failure(failure)).await;
+    until(&fleet, |view| !view.failures.is_empty()).await;
+    let second = Peer::connect(&address, hello("second"));
+    drop(first);
+    second.say(Say::Description(proto::Description { json: b"{}".as_slice().into() })).await;
+    let view = until(&fleet, |view| view.failures.is_empty()).await;
+    assert_eq!(view.descriptions.len(), 1, "it went only when it was overcome");
+}
+
+#[tokio::test]
 async fn a_stream_that_does_not_begin_with_a_hello_ends() {
     let address = serving(&leading()).await;
     let (say, reports) = mpsc::channel(1);

@@ -14,8 +14,8 @@ use super::{Error, OnProgress};
 
 /// How often progress is told at most.
 const TELL_EVERY: Duration = Duration::from_secs(1);
-/// How long the operators have for the last words.
-const LAST_WORDS: Duration = Duration::from_secs(5);
+/// How long the operators have for the last words: they may learn of this pod later than from it.
+const LAST_WORDS: Duration = Duration::from_secs(30);
 const TOKEN_EVERY: Duration = Duration::from_secs(2);
 
 /// A control stream that is only spoken to.
@@ -62,8 +62,8 @@ impl Reporter {
         self.send(report::Report::Description(wire::proto::Description { json: json.into() })).await;
     }
 
-    /// Ends the streams once all was said, or after a few seconds.
-    pub async fn close(self) {
+    /// Waits until every operator has taken in all that was said, but for one that is away.
+    pub async fn heard(self) {
         drop(self.reports);
         let _ = tokio::time::timeout(LAST_WORDS, self.streams).await; // an operator that is away hears nothing
     }

@@ -39,7 +39,7 @@ const OUTBOX: usize = 256;
 /// 4. A stream that ends is made again, after a pause that grows to five seconds.
 ///
 /// Once `reports` is closed, the streams are closed after the last report, and the returned one ends when all
-/// operators have ended theirs: a process that reports and leaves waits for that, with a deadline of its own.
+/// operators have taken that in: a process that reports and leaves waits for that, with a deadline of its own.
 /// Dropping the returned stream ends everything.
 pub fn watch(
     addresses: Vec<String>,

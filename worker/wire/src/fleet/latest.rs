@@ -21,7 +21,11 @@ impl Latest {
                 self.acknowledgements.insert(acknowledgement.model.clone(), report);
             }
             Some(report::Report::WorkerState(_)) => self.worker_state = Some(report),
-            Some(report::Report::Description(_)) => self.description = Some(report),
+            Some(report::Report::Description(_)) => {
+                self.description = Some(report);
+                self.failure = None;
+            }
+            Some(report::Report::Progress(_)) => self.failure = None,
             Some(report::Report::Failure(_)) => self.failure = Some(report),
             _ => {}
         }

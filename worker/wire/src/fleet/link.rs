@@ -11,7 +11,7 @@ use std::{
 };
 
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Status, transport::Channel};
+use tonic::{Code, Status, transport::Channel};
 use tracing::{debug, warn};
 
 use super::{Shared, order::Said};
@@ -50,9 +50,12 @@ pub(super) async fn run(operator: SocketAddr, shared: Arc<Shared>, wanted: Wante
                     pause = FIRST_PAUSE;
                 }
                 if shared.outboxes().closed {
-                    return operator; // it has read all and ended the stream
+                    return operator; // it has taken in all that there is to say
                 }
                 debug!(%operator, "the operator ended the control stream");
+            }
+            Err(status) if status.code() == Code::PermissionDenied => {
+                warn!(%operator, why = status.message(), "the operator refuses the control stream");
             }
             Err(status) => debug!(%operator, code = ?status.code(), "no control stream"),
         }
@@ -65,7 +68,8 @@ pub(super) async fn run(operator: SocketAddr, shared: Arc<Shared>, wanted: Wante
     }
 }
 
-/// One stream, until it ends. Returns whether anything was heard on it.
+/// One stream, until it ends: without an error only if the operator took in all that was said. Returns whether anything
+/// was heard on it.
 async fn hold(operator: SocketAddr, channel: &Channel, shared: &Shared) -> Result<bool, Status> {
     let mut client = FleetClient::new(channel.clone())
         .max_decoding_message_size(MAX_MESSAGE_BYTES)
@@ -85,9 +89,6 @@ async fn hold(operator: SocketAddr, channel: &Channel, shared: &Shared) -> Resul
                 return Ok(heard);
             }
         }
-    }
-    if !heard {
-        warn!(%operator, "the operator ended the control stream at once");
     }
     Ok(heard)
 }
