@@ -1,5 +1,7 @@
 //! The command `modelfleet`: arguments, telemetry, sockets and signals, and one call for each command.
 
+mod check;
+
 use std::{
     future::Future,
     io::{Write as _, stderr, stdout},
@@ -45,6 +47,11 @@ enum Command {
     Plan(PlanArguments),
     /// Prints the custom resource definition
     Crd,
+    /// Asks a router whether it serves
+    Check {
+        /// HOST:PORT of its gRPC
+        router: String,
+    },
 }
 
 #[derive(Args)]
@@ -129,6 +136,7 @@ async fn main() -> ExitCode {
         Command::Local(arguments) => with_telemetry(async |_| run_local(arguments).await).await,
         Command::Plan(arguments) => print_plan(&arguments).await,
         Command::Crd => print_definition(),
+        Command::Check { router } => check::check(&router).await,
     };
     match ended {
         Ok(()) => ExitCode::SUCCESS,
