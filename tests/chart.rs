@@ -82,7 +82,7 @@ const RIGHTS: [&str; 9] = [
     "apps/statefulsets: create delete get list patch watch",
     "batch/jobs: create delete get list patch watch",
     "/configmaps: create delete get list patch watch",
-    "/pods: delete list watch",
+    "/pods: list watch",
     "/pods/status: patch",
     "/serviceaccounts: create get list patch watch",
     "/services: create get list patch watch",

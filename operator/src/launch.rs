@@ -21,6 +21,9 @@ pub const FLEET_PORT: u16 = 9100;
 pub const ADMIN_PORT: u16 = 9400;
 /// Sequences that a worker runs at once.
 pub const MAX_SEQUENCES: u32 = 64;
+/// The attributes of a pod's telemetry, in Kubernetes' spelling of variables.
+const SENDER: &str =
+    "service.instance.id=$(MODELFLEET_ID),k8s.namespace.name=$(POD_NAMESPACE),k8s.pod.name=$(POD_NAME)";
 
 /// One process to start.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -210,7 +213,7 @@ pub fn serve(serve: &Serve<'_>) -> Launch {
         environment.push(pod_field("MODELFLEET_ORDINAL", "metadata.labels['apps.kubernetes.io/pod-index']"));
         environment.push(pod_field("POD_IP", "status.podIP"));
     }
-    environment.extend(serve.telemetry.iter().map(|(name, value)| text(name, value)));
+    environment.extend(telemetry(serve.site, serve.telemetry));
     Launch {
         program: Program::Worker,
         arguments,
@@ -266,7 +269,7 @@ fn reading(command: &str, read: &Read<'_>, more: &[String]) -> Launch {
         ("NO_PROXY", &read.hub.no_proxy),
     ];
     environment.extend(hub.iter().filter_map(|(name, value)| value.as_deref().map(|value| text(name, value))));
-    environment.extend(read.telemetry.iter().map(|(name, value)| text(name, value)));
+    environment.extend(telemetry(read.site, read.telemetry));
     Launch { program: Program::Worker, arguments, environment, ports: Vec::new(), files: Vec::new() }
 }
 
@@ -294,6 +297,17 @@ fn identity(site: Site<'_>) -> Vec<Variable> {
         Site::Pod => vec![pod_field("MODELFLEET_ID", "metadata.uid")],
         Site::Child { id } => vec![text("MODELFLEET_ID", id)],
     }
+}
+
+/// `variables`, and which pod it is that sends.
+fn telemetry(site: Site<'_>, variables: &[(String, String)]) -> Vec<Variable> {
+    let mut all: Vec<Variable> = variables.iter().map(|(name, value)| text(name, value)).collect();
+    if matches!(site, Site::Pod) && !all.is_empty() {
+        all.push(pod_field("POD_NAME", "metadata.name"));
+        all.push(pod_field("POD_NAMESPACE", "metadata.namespace"));
+        all.push(text("OTEL_RESOURCE_ATTRIBUTES", SENDER));
+    }
+    all
 }
 
 fn ports(site: Site<'_>, ports: &[(&'static str, u16)]) -> Vec<Port> {
@@ -411,6 +425,9 @@ MODELFLEET_ID<metadata.uid
 MODELFLEET_ORDINAL<metadata.labels['apps.kubernetes.io/pod-index']
 POD_IP<status.podIP
 OTEL_EXPORTER_OTLP_ENDPOINT=http://collector:4317
+POD_NAME<metadata.name
+POD_NAMESPACE<metadata.namespace
+OTEL_RESOURCE_ATTRIBUTES=service.instance.id=$(MODELFLEET_ID),k8s.namespace.name=$(POD_NAMESPACE),k8s.pod.name=$(POD_NAME)
 grpc 9000
 admin 9400
 ";
@@ -427,7 +444,7 @@ admin 9400
             differs(&child, &pod),
             ["  1", "  127.0.0.1:0", "  127.0.0.1:0", "  --exit-with-stdin", "MODELFLEET_ID=token"]
         );
-        assert_eq!(differs(&pod, &child).len(), 8, "ordinal, addresses, three variables, two ports");
+        assert_eq!(differs(&pod, &child).len(), 11, "ordinal, addresses, six variables, two ports");
     }
 
     #[test]

@@ -40,7 +40,7 @@ modelfleet-operator.{{ .Release.Namespace }}.svc:9100
 - name: OTEL_EXPORTER_OTLP_ENDPOINT
   value: {{ . | quote }}
 - name: OTEL_RESOURCE_ATTRIBUTES
-  value: k8s.namespace.name=$(POD_NAMESPACE),k8s.pod.name=$(POD_NAME),k8s.pod.uid=$(MODELFLEET_ID)
+  value: service.instance.id=$(MODELFLEET_ID),k8s.namespace.name=$(POD_NAMESPACE),k8s.pod.name=$(POD_NAME)
 {{- end }}
 {{- end }}
 
