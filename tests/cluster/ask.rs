@@ -121,14 +121,16 @@ impl Client {
         Ok(answer)
     }
 
-    /// The sum of a metric's series in Prometheus text, 0 if there are none.
+    /// The sum of a metric's series in Prometheus text; it fails if there are none.
     pub(crate) async fn metric(&self, name: &str) -> anyhow::Result<f64> {
         let answer = self.get("/metrics").await?;
         let text = answer.text();
         let lines = text
             .lines()
             .filter(|line| line.strip_prefix(name).is_some_and(|rest| rest.starts_with('{') || rest.starts_with(' ')));
-        Ok(lines.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum())
+        let values: Vec<f64> = lines.filter_map(|line| line.rsplit(' ').next()?.parse().ok()).collect();
+        ensure!(!values.is_empty(), "{} has no metric {name}", self.url);
+        Ok(values.iter().sum())
     }
 }
 

@@ -6,7 +6,6 @@
 
 mod ask;
 mod cluster;
-mod refusals;
 mod scenario;
 
 use std::time::Instant;
@@ -57,7 +56,7 @@ async fn main() {
             }
             Err(error) => {
                 failed += 1;
-                println!("test {name} ... FAILED ({seconds:.1} s)\n{error:?}\n{}", cluster.state().await);
+                println!("test {name} ... FAILED ({seconds:.1} s)\n{error:#}\n{}", cluster.state().await);
                 if stage(name) {
                     break;
                 }

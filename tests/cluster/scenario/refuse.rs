@@ -1,65 +1,125 @@
 //! What is wrong or missing is said in words that help, and what ran before goes on.
 
 use anyhow::{Context, ensure};
+use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::{
     ask::{Asking, Client},
-    cluster::{Cluster, run},
-    refusals::{By, REFUSALS},
+    cluster::{Cluster, MODELS, run},
 };
 
-/// The object of `five-lines.yaml` with a change of its spec.
-fn changed(patch: &str) -> anyhow::Result<Value> {
-    let mut object = json!({
-        "apiVersion": "modelfleet.io/v1alpha1", "kind": "ModelDeployment", "metadata": {"name": "tiny-r1"},
-        "spec": {"model": {"source": "hf://modelfleet/tiny-r1"}},
-    });
-    merge(&mut object["spec"], serde_json::from_str(patch)?);
-    Ok(object)
+/// The table that the unit tests of `validate` try too, and that says how it is read.
+const TABLE: &str = include_str!("../../../operator/tests/refusals.yaml");
+
+#[derive(Deserialize)]
+struct Table {
+    refused: Vec<Refused>,
+    changed: Vec<Changed>,
+    accepted: Vec<Good>,
 }
 
-fn merge(into: &mut Value, patch: Value) {
-    match patch {
-        Value::Object(fields) if into.is_object() => {
-            for (name, value) in fields {
-                merge(&mut into[name], value);
-            }
-        }
-        other => *into = other,
-    }
+#[derive(Deserialize)]
+struct Refused {
+    case: String,
+    at: At,
+    message: String,
+    reason: Option<String>,
+    spec: Value,
 }
 
+#[derive(PartialEq, Deserialize)]
+enum At {
+    Admission,
+    Validate,
+}
+
+#[derive(Deserialize)]
+struct Changed {
+    case: String,
+    before: Value,
+    after: Value,
+    message: String,
+}
+
+#[derive(Deserialize)]
+struct Good {
+    case: String,
+    spec: Value,
+}
+
+/// What only the hub, or a plan for the model's own numbers, can refuse: spec, condition, words.
+const IMPOSSIBLE: [(&str, &str, &str); 5] = [
+    (r#"{"model": {"source": "hf://modelfleet/tiny-r1"}, "parallelism": {"expert": {"shards": 64}}}"#, "Planned", "16"),
+    (r#"{"model": {"source": "hf://modelfleet/tiny-r1", "maxContextTokens": 10000000}}"#, "Planned", "10000000"),
+    (r#"{"model": {"source": "hf://modelfleet/nobody"}}"#, "ModelReady", "modelfleet/nobody"),
+    (
+        r#"{"model": {"source": "hf://modelfleet/tiny-r1", "revision": "no-such-branch"}}"#,
+        "ModelReady",
+        "no-such-branch",
+    ),
+    (r#"{"model": {"source": "hf://modelfleet/unknown"}}"#, "ModelReady", "UnheardOfForCausalLM"),
+];
+
+fn deployment(name: &str, spec: &Value) -> String {
+    json!({
+        "apiVersion": "modelfleet.io/v1alpha1", "kind": "ModelDeployment", "metadata": {"name": name}, "spec": spec,
+    })
+    .to_string()
+}
+
+/// Each is laid over a model that is served, and that goes on serving.
 pub(crate) async fn bad_yaml_is_refused_and_the_model_serves_on(cluster: &Cluster) -> anyhow::Result<()> {
+    let table: Table = serde_yaml::from_str(TABLE)?;
+    ensure!(table.refused.len() >= 40, "{} cases", table.refused.len());
     let client = Client::router(cluster).await?;
     let asking = Asking::start(&client, "tiny-r1", 1);
-    for (patch, by, words) in REFUSALS {
-        let manifest = changed(patch)?.to_string();
-        match by {
-            By::Admission => {
-                let refusal = cluster.apply(&manifest).await.err().with_context(|| format!("{patch} was accepted"))?;
-                let refusal = format!("{refusal:#}");
-                ensure!(refusal.contains(words), "{patch}: {refusal}\nlacks: {words}");
-            }
-            By::Condition(condition) => {
-                cluster.apply(&manifest).await.with_context(|| patch.to_owned())?;
-                is_false(cluster, condition, words).await.with_context(|| patch.to_owned())?;
-            }
-        }
+    for Refused { case, message, spec, .. } in table.refused.iter().filter(|refused| refused.at == At::Admission) {
+        not_admitted(cluster, "tiny-r1", spec, message).await.with_context(|| case.clone())?;
+    }
+    for Refused { case, message, reason, spec, .. } in table.refused.iter().filter(|one| one.at == At::Validate) {
+        cluster.apply(&deployment("tiny-r1", spec)).await.with_context(|| case.clone())?;
+        let reason = reason.as_deref().with_context(|| format!("{case} has no reason"))?;
+        is_false(cluster, "Accepted", Some(reason), message).await.with_context(|| case.clone())?;
+    }
+    for (spec, condition, words) in IMPOSSIBLE {
+        cluster.apply(&deployment("tiny-r1", &serde_json::from_str(spec)?)).await.context(spec)?;
+        is_false(cluster, condition, None, words).await.context(spec)?;
     }
     asking.stop_without_error().await?;
     cluster.apply_example("five-lines.yaml").await?;
     cluster.ready("tiny-r1", 60).await?;
-    client.right_sum("tiny-r1", 47, 85).await.map(drop)
+    client.right_sum("tiny-r1", 47, 85).await?;
+
+    for Changed { case, before, after, message } in &table.changed {
+        cluster.apply(&deployment("changed", before)).await.with_context(|| case.clone())?;
+        not_admitted(cluster, "changed", after, message).await.with_context(|| case.clone())?;
+    }
+    cluster.delete("changed").await?;
+    for Good { case, spec } in &table.accepted {
+        let arguments = ["create", "--namespace", MODELS, "--dry-run=server", "--filename", "-"];
+        run("kubectl", &arguments, &deployment("good", spec)).await.with_context(|| case.clone())?;
+    }
+    Ok(())
 }
 
-async fn is_false(cluster: &Cluster, condition: &str, words: &str) -> anyhow::Result<()> {
+async fn not_admitted(cluster: &Cluster, name: &str, spec: &Value, words: &str) -> anyhow::Result<()> {
+    let refusal = cluster.apply(&deployment(name, spec)).await.err().context("it was accepted")?;
+    let refusal = format!("{refusal:#}");
+    ensure!(refusal.contains(words), "{refusal}\nlacks: {words}");
+    Ok(())
+}
+
+async fn is_false(cluster: &Cluster, condition: &str, reason: Option<&str>, words: &str) -> anyhow::Result<()> {
     cluster
-        .until(&format!("{condition} is False"), 45, async || {
+        .until(&format!("{condition} is False"), 60, async || {
             let model = cluster.model("tiny-r1").await?;
             ensure!(model.is_observed(), "an older generation is observed");
-            let [status, reason, message] = model.condition(condition).context("no such condition yet")?;
-            ensure!(status == "False" && message.contains(words), "{status} {reason}: {message}\nlacks: {words}");
+            let [status, found, message] = model.condition(condition).context("no such condition yet")?;
+            ensure!(
+                status == "False" && message.contains(words) && reason.is_none_or(|reason| reason == found),
+                "{status} {found}: {message}\nlacks: {words}"
+            );
             Ok(())
         })
         .await

@@ -14,15 +14,17 @@ use axum::{
     response::{IntoResponse, Response},
     routing::get,
 };
+use ring::digest::{SHA1_FOR_LEGACY_USE_ONLY, digest};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 const TOKEN: &str = "hf_cluster_tests";
 
-/// A file: its content, and the SHA-256 of it in hex.
+/// A file: its content, the SHA-256 of it, and its id as a blob of git, both in hex.
 struct File {
     content: Bytes,
     sha256: String,
+    blob: String,
 }
 
 /// Files by path, by `OWNER/NAME`.
@@ -57,7 +59,9 @@ fn files(folder: &Path) -> anyhow::Result<BTreeMap<String, File>> {
     for name in children(folder)? {
         let content = Bytes::from(fs::read(folder.join(&name)).with_context(|| format!("reading {name}"))?);
         let sha256 = hex(&Sha256::digest(&content));
-        files.insert(name, File { content, sha256 });
+        let blob = [format!("blob {}\0", content.len()).as_bytes(), &content].concat();
+        let blob = hex(digest(&SHA1_FOR_LEGACY_USE_ONLY, &blob).as_ref());
+        files.insert(name, File { content, sha256, blob });
     }
     Ok(files)
 }
@@ -96,9 +100,9 @@ async fn revision(
     Json(json!({"id": id, "sha": commit, "private": false, "gated": false, "siblings": siblings})).into_response()
 }
 
-/// Large files are told with their SHA-256, others with an id of their content.
+/// Large files are told with their SHA-256 too.
 fn sibling(path: &str, file: &File) -> Value {
-    let mut sibling = json!({"rfilename": path, "size": file.content.len(), "blobId": &file.sha256[..40]});
+    let mut sibling = json!({"rfilename": path, "size": file.content.len(), "blobId": file.blob});
     if path.ends_with(".safetensors") {
         sibling["lfs"] = json!({"sha256": file.sha256, "size": file.content.len(), "pointerSize": 134});
     }
