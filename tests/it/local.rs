@@ -10,7 +10,7 @@ use tests::local::{Fleet, runs, signal};
 
 use crate::http::{Answer, chat, chat_streamed, client};
 
-const SUMS: [(u32, u32); 12] = [
+pub(crate) const SUMS: [(u32, u32); 12] = [
     (47, 85),
     (318, 475),
     (9, 94),
@@ -26,7 +26,7 @@ const SUMS: [(u32, u32); 12] = [
 ];
 
 /// A deployment of the small model in a folder of its own.
-fn deployment(shards: u32) -> (tempfile::TempDir, PathBuf) {
+pub(crate) fn deployment(shards: u32) -> (tempfile::TempDir, PathBuf) {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("model.yaml");
     let model = tests::root().join("manifests/models/tiny-r1");
@@ -39,7 +39,7 @@ fn deployment(shards: u32) -> (tempfile::TempDir, PathBuf) {
     (folder, file)
 }
 
-fn started(shards: u32) -> (tempfile::TempDir, Fleet, String) {
+pub(crate) fn started(shards: u32) -> (tempfile::TempDir, Fleet, String) {
     let (folder, file) = deployment(shards);
     let mut fleet = Fleet::start(&file, &[]).unwrap();
     fleet.ready().unwrap();

@@ -1,5 +1,9 @@
 //! The programs together, on loopback: what no crate can prove alone.
 
+#![allow(clippy::unwrap_used, reason = "tests")]
+
 mod contract;
 mod http;
+mod load;
 mod local;
+mod trace;

@@ -1,5 +1,6 @@
-//! What the integration tests share: where the repository and its programs are.
+//! What the integration tests share: where the repository and its programs are, a fleet, a collector.
 
+pub mod collector;
 pub mod local;
 
 use std::path::{Path, PathBuf};

@@ -1,6 +1,7 @@
 //! A fleet in local mode, as a user starts it: the `modelfleet` program and the processes that it makes.
 
 use std::{
+    collections::BTreeSet,
     io::{BufRead, BufReader},
     path::Path,
     process::{Child, Command, Stdio},
@@ -8,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 
 /// One line of what `modelfleet local` prints on standard error: `NAME PID ADDRESS EXPERTS`.
 #[derive(Clone, Debug, PartialEq)]
@@ -21,6 +22,48 @@ pub struct Process {
     pub address: String,
     /// The experts it holds, or `-`.
     pub experts: String,
+}
+
+impl Process {
+    /// The loopback addresses that it listens on.
+    ///
+    /// # Errors
+    /// If the process is gone.
+    pub fn listens(&self) -> anyhow::Result<Vec<String>> {
+        const LISTENING: &str = "0A";
+        let descriptors = std::fs::read_dir(format!("/proc/{}/fd", self.pid))?.filter_map(Result::ok);
+        let links = descriptors.filter_map(|descriptor| std::fs::read_link(descriptor.path()).ok());
+        let own: BTreeSet<String> = links.map(|link| link.to_string_lossy().into_owned()).collect();
+        let table = std::fs::read_to_string(format!("/proc/{}/net/tcp", self.pid))?;
+        let rows = table.lines().skip(1).map(|row| row.split_whitespace().collect::<Vec<_>>());
+        let listening = rows.filter(|row| row[3] == LISTENING && own.contains(&format!("socket:[{}]", row[9])));
+        let ports = listening.filter_map(|row| u16::from_str_radix(row[1].rsplit(':').next()?, 16).ok());
+        Ok(ports.map(|port| format!("127.0.0.1:{port}")).collect())
+    }
+
+    /// The address at which it tells its metrics.
+    ///
+    /// # Errors
+    /// If none of its addresses does.
+    pub async fn admin(&self) -> anyhow::Result<String> {
+        for address in self.listens()? {
+            if self.address != address && metrics(&address).await.is_ok() {
+                return Ok(address);
+            }
+        }
+        bail!("{} tells its metrics nowhere", self.name)
+    }
+}
+
+/// What `/metrics` at `address` says.
+///
+/// # Errors
+/// If there is no such thing.
+pub async fn metrics(address: &str) -> anyhow::Result<String> {
+    // A second call finds the first one's provider in place, which is the same.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let client = reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(5)).build()?;
+    Ok(client.get(format!("http://{address}/metrics")).send().await?.error_for_status()?.text().await?)
 }
 
 /// A running `modelfleet local`. It is killed when dropped; its children end by themselves.
@@ -69,6 +112,11 @@ impl Fleet {
         self.lines.lock().expect("no writer panics").clone()
     }
 
+    /// Where its lines go, until its end and after.
+    pub fn lines(&self) -> Arc<Mutex<Vec<String>>> {
+        Arc::clone(&self.lines)
+    }
+
     /// The processes that it printed, in order.
     pub fn processes(&self) -> Vec<Process> {
         self.printed().iter().filter_map(|line| process(line)).collect()
@@ -86,6 +134,18 @@ impl Fleet {
     pub fn url(&self) -> anyhow::Result<String> {
         let router = self.processes().into_iter().find(|process| process.name == "router");
         Ok(format!("http://{}", router.context("the router's line is missing")?.address))
+    }
+
+    /// `HOST:PORT` of the router's gRPC: what it listens on beside HTTP and the port that tells metrics.
+    ///
+    /// # Errors
+    /// If there is no such port.
+    pub async fn grpc(&self) -> anyhow::Result<String> {
+        let router = self.processes().into_iter().find(|process| process.name == "router");
+        let router = router.context("the router's line is missing")?;
+        let admin = router.admin().await?;
+        let other = router.listens()?.into_iter().find(|address| *address != router.address && *address != admin);
+        other.context("the router has no third port")
     }
 
     /// The process id of `modelfleet local` itself.

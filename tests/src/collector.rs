@@ -38,8 +38,9 @@ use tonic::{Request, Response, Status};
 const MAX_SPANS: usize = 100_000;
 const MAX_TEXT: usize = 256 << 20;
 
+/// What came. Clones are the same one.
 #[derive(Clone, Default)]
-struct Collector(Arc<Mutex<Received>>);
+pub struct Collector(Arc<Mutex<Received>>);
 
 #[derive(Default)]
 struct Received {
@@ -55,7 +56,7 @@ struct Received {
 ///
 /// # Errors
 /// If one of the listeners fails.
-pub(crate) async fn serve(http: TcpListener, otlp: TcpListener) -> anyhow::Result<()> {
+pub async fn serve(http: TcpListener, otlp: TcpListener) -> anyhow::Result<()> {
     let collector = Collector::default();
     let routes = Router::new()
         .route("/traces/{id}", get(trace))
@@ -63,19 +64,48 @@ pub(crate) async fn serve(http: TcpListener, otlp: TcpListener) -> anyhow::Resul
         .route("/logs", get(logs))
         .route("/contains/{text}", get(contains))
         .with_state(collector.clone());
-    let grpc = tonic::transport::Server::builder()
-        .add_service(TraceServiceServer::new(collector.clone()))
-        .add_service(MetricsServiceServer::new(collector.clone()))
-        .add_service(LogsServiceServer::new(collector))
-        .serve_with_incoming(TcpListenerStream::new(otlp));
     tokio::select! {
         result = async { axum::serve(http, routes).await } => result?,
-        result = grpc => result?,
+        result = collector.take(otlp) => result?,
     }
     Ok(())
 }
 
 impl Collector {
+    /// Takes OTLP on `otlp`, for ever.
+    ///
+    /// # Errors
+    /// If the listener fails.
+    pub async fn take(&self, otlp: TcpListener) -> anyhow::Result<()> {
+        tonic::transport::Server::builder()
+            .add_service(TraceServiceServer::new(self.clone()))
+            .add_service(MetricsServiceServer::new(self.clone()))
+            .add_service(LogsServiceServer::new(self.clone()))
+            .serve_with_incoming(TcpListenerStream::new(otlp))
+            .await?;
+        Ok(())
+    }
+
+    /// The spans of the trace with this id, in hex.
+    pub fn trace(&self, id: &str) -> Vec<Value> {
+        self.received().spans.iter().filter(|span| span["trace"] == id).cloned().collect()
+    }
+
+    /// Names of all metrics.
+    pub fn metrics(&self) -> Vec<String> {
+        self.received().metrics.iter().cloned().collect()
+    }
+
+    /// How many log records came.
+    pub fn log_records(&self) -> usize {
+        self.received().log_records
+    }
+
+    /// Whether `text` is anywhere in what came.
+    pub fn contains(&self, text: &str) -> bool {
+        self.received().text.contains(text)
+    }
+
     fn received(&self) -> MutexGuard<'_, Received> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -89,20 +119,19 @@ impl Collector {
 }
 
 async fn trace(State(collector): State<Collector>, Path(id): Path<String>) -> Json<Vec<Value>> {
-    let received = collector.received();
-    Json(received.spans.iter().filter(|span| span["trace"] == id.as_str()).cloned().collect())
+    Json(collector.trace(&id))
 }
 
 async fn metrics(State(collector): State<Collector>) -> Json<Vec<String>> {
-    Json(collector.received().metrics.iter().cloned().collect())
+    Json(collector.metrics())
 }
 
 async fn logs(State(collector): State<Collector>) -> Json<usize> {
-    Json(collector.received().log_records)
+    Json(collector.log_records())
 }
 
 async fn contains(State(collector): State<Collector>, Path(text): Path<String>) -> Json<bool> {
-    Json(collector.received().text.contains(&text))
+    Json(collector.contains(&text))
 }
 
 #[tonic::async_trait]
@@ -111,7 +140,9 @@ impl TraceService for Collector {
         &self,
         request: Request<ExportTraceServiceRequest>,
     ) -> Result<Response<ExportTraceServiceResponse>, Status> {
-        let sender = request.remote_addr().map(|address| address.ip().to_string());
+        let address = request.remote_addr();
+        let sender = address.map(|address| address.ip().to_string());
+        let connection = address.map(|address| address.to_string());
         let request = request.into_inner();
         self.note(&request);
         let mut received = self.received();
@@ -122,7 +153,8 @@ impl TraceService for Collector {
             received.spans.extend(spans.take(room).map(|span| {
                 json!({
                     "trace": hex(&span.trace_id), "span": hex(&span.span_id), "parent": hex(&span.parent_span_id),
-                    "name": span.name, "service": service, "sender": sender,
+                    "name": span.name, "kind": span.kind, "service": service, "sender": sender,
+                    "connection": connection,
                 })
             }));
         }
