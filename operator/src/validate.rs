@@ -1,6 +1,6 @@
 //! From what a user wrote to what the operator may act on.
 //!
-//! [`RULES`] is the list of all rules, in the order in which they are told. It repeats every rule of the schema and of
+//! `RULES` is the list of all rules, in the order in which they are told. It repeats every rule of the schema and of
 //! `crds::rules` with the same words, for objects that were stored before a rule existed and for local mode, where no
 //! API server checked anything. It adds what a schema cannot say: where the model is to run, and the pod template.
 //!

@@ -1,6 +1,6 @@
 //! The mesh of experts.
 //!
-//! [`exchange`] asks the holders of experts that are not here; [`link`] keeps one stream to each of them; [`service`]
+//! [`exchange`] asks the holders of experts that are not here; `link` keeps one stream to each of them; [`service`]
 //! answers peers that ask us, on the threads of [`pool`].
 //!
 //! Architecture Invariant: no answer is ever made up. A row without an answer is missing, and the sequence that needs

@@ -61,7 +61,7 @@ pub struct Workload<'a> {
     pub revision: &'a Revision,
 }
 
-/// The pods of a revision, for any replica: [`place`] makes them those of one.
+/// The pods of a revision, for any replica: `place` makes them those of one.
 pub fn template(workload: &Workload<'_>, description: &ModelDescription, plan: &Plan) -> PodTemplateSpec {
     let mut volumes = reading_volumes(workload);
     volumes.push(empty_dir(MODEL_VOLUME, model_dir_bytes(description)));

@@ -88,7 +88,7 @@ pub(super) fn placement(names: &Names, revision: &Revision, index: u32, plan: &P
 /// Reads the plan of a replica back.
 ///
 /// # Errors
-/// If the ConfigMap is not what [`placement`] makes.
+/// If the ConfigMap is not what `placement` makes.
 pub fn read_plan(config: &ConfigMap) -> Result<Plan, Error> {
     field(config, PLAN)
 }
@@ -102,7 +102,7 @@ pub(super) fn accepted(names: &Names, spec: &ModelDeploymentSpec) -> ConfigMap {
 /// Reads the spec back that was accepted last; `None`: none was.
 ///
 /// # Errors
-/// If the ConfigMap is not what [`accepted`] makes.
+/// If the ConfigMap is not what `accepted` makes.
 pub fn read_accepted(names: &Names, configs: &[Arc<ConfigMap>]) -> Result<Option<ModelDeploymentSpec>, Error> {
     let name = names.accepted();
     configs.iter().find(|config| config.name_any() == name).map(|config| field(config, SPEC)).transpose()

@@ -1,7 +1,7 @@
 //! The front door of modelfleet: OpenAI over HTTP and a typed gRPC, to all models and their workers.
 //!
 //! A request's way: [`edge`] (connections, time) → [`http`] or [`grpc`] (routes) → [`admit`] (limits, what routing
-//! needs) → [`line`] (queue, grant) → [`pick`] → [`dispatch`] (call, retry) → [`pieces`] (the answer as it comes) →
+//! needs) → [`mod@line`] (queue, grant) → [`pick`] → [`dispatch`] (call, retry) → [`pieces`] (the answer as it comes) →
 //! server-sent events, one body of [`aggregate`], or typed responses. [`control`] brings the snapshots of [`snapshot`].
 //!
 //! Architecture Invariant: `admit`, `aggregate`, `line`, `load`, `pick`, `queue` and `snapshot` know no `async`, no

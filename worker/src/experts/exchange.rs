@@ -1,7 +1,7 @@
 //! The engine's way to experts that are not here.
 //!
 //! A batch is parted by holder, each holder gets one message with each row once, all are asked at once. Which holder is
-//! asked is decided in one place, [`MeshExchange::holder`]. Rows whose holder cannot be reached, refuses or does not
+//! asked is decided in one place, `MeshExchange::holder`. Rows whose holder cannot be reached, refuses or does not
 //! answer in time come back as missing.
 
 use std::{
