@@ -64,7 +64,7 @@ impl Trouble {
             trouble.lost.extend(replica.lost());
             for ordinal in 0..replica.shards() {
                 match replica.worker(ordinal) {
-                    Some(worker) => trouble.add(worker),
+                    Some(worker) => trouble.add(worker, case),
                     None => trouble.pending += 1,
                 }
             }
@@ -77,12 +77,12 @@ impl Trouble {
         trouble
     }
 
-    fn add(&mut self, worker: &Worker) {
+    fn add(&mut self, worker: &Worker, case: &Case<'_>) {
         if worker.ready() || worker.terminating() {
             return;
         }
         if let Some(failure) = &worker.failure {
-            self.model.get_or_insert_with(|| of(failure));
+            self.model.get_or_insert_with(|| of(failure, case));
         }
         if let Some(scheduled) = worker.condition("PodScheduled").filter(|one| one.status == "False") {
             let message = scheduled.message.clone().unwrap_or_else(|| "no node fits".to_owned());
@@ -114,11 +114,12 @@ fn describer(case: &Case<'_>) -> Option<(Reason, String)> {
     }
     let revision = case.decision.revision.as_str();
     let mut failures = case.seen.fleet.failures.iter();
-    failures.find(|failure| failure.role == Role::Describe && failure.revision == revision).map(of)
+    failures.find(|failure| failure.role == Role::Describe && failure.revision == revision).map(|failure| of(failure, case))
 }
 
-/// A failure that a process reported. Only reasons that we know become reasons of ours.
-fn of(failure: &FailureView) -> (Reason, String) {
+/// A failure that a process reported. Only reasons that we know become reasons of ours. A process sees of a Secret only
+/// the file that it lacks; the spec has its name.
+fn of(failure: &FailureView, case: &Case<'_>) -> (Reason, String) {
     let known = [
         Reason::SourceNotFound,
         Reason::GatedModel,
@@ -129,7 +130,13 @@ fn of(failure: &FailureView) -> (Reason, String) {
     ];
     let other = if failure.role == Role::Describe { Reason::DescribeFailed } else { Reason::FetchFailed };
     let reason = known.into_iter().find(|reason| reason.to_string() == failure.reason).unwrap_or(other);
-    (reason, failure.message.clone())
+    let message = match &case.model.spec.model.credentials_ref {
+        Some(secret) if reason == Reason::CredentialsMissing => {
+            format!("waiting for key {} of Secret {} (spec.model.credentialsRef)", secret.key, secret.name)
+        }
+        _ => failure.message.clone(),
+    };
+    (reason, message)
 }
 
 fn image(worker: &Worker) -> Option<String> {
