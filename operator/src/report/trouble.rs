@@ -114,7 +114,9 @@ fn describer(case: &Case<'_>) -> Option<(Reason, String)> {
     }
     let revision = case.decision.revision.as_str();
     let mut failures = case.seen.fleet.failures.iter();
-    failures.find(|failure| failure.role == Role::Describe && failure.revision == revision).map(|failure| of(failure, case))
+    failures
+        .find(|failure| failure.role == Role::Describe && failure.revision == revision)
+        .map(|failure| of(failure, case))
 }
 
 /// A failure that a process reported. Only reasons that we know become reasons of ours. A process sees of a Secret only
