@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "tests")]
 
+mod clients;
 mod contract;
 mod http;
 mod load;
