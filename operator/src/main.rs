@@ -92,7 +92,7 @@ struct RunArguments {
     /// Name of this process in the election
     #[arg(long, env = "POD_NAME")]
     identity: String,
-    /// Instead of https://huggingface.co
+    /// Instead of the hub of Hugging Face.
     #[arg(long)]
     hub_endpoint: Option<String>,
     /// A file with certificates to trust beside the usual ones
