@@ -22,10 +22,10 @@ pub fn pause(attempt: u32, draw: u64) -> Duration {
     half + half.mul_f64(draw as f64 / u64::MAX as f64)
 }
 
-/// Attempts since the last success, by object.
+/// Attempts since the last success, by object, and what failed in them.
 #[derive(Debug)]
 pub struct Backoff<K> {
-    attempts: Mutex<HashMap<K, u32>>,
+    attempts: Mutex<HashMap<K, (String, u32)>>,
 }
 
 impl<K> Default for Backoff<K> {
@@ -35,10 +35,16 @@ impl<K> Default for Backoff<K> {
 }
 
 impl<K: Eq + Hash> Backoff<K> {
-    /// Counts a failure and says how long to wait.
-    pub fn failed(&self, key: K) -> Duration {
+    /// Counts a failure of `what` and says how long to wait.
+    ///
+    /// An object that fails elsewhere than before has come further, so its count begins anew: an API server that
+    /// refuses a call now and then must not make the whole wait as long as all of its steps would.
+    pub fn failed(&self, key: K, what: &str) -> Duration {
         let mut attempts = self.attempts.lock().unwrap_or_else(PoisonError::into_inner);
-        let attempt = attempts.entry(key).or_insert(0);
+        let (before, attempt) = attempts.entry(key).or_default();
+        if before != what {
+            (*before, *attempt) = (what.to_owned(), 0);
+        }
         let pause = pause(*attempt, draw());
         *attempt = attempt.saturating_add(1);
         pause
@@ -72,11 +78,21 @@ mod tests {
     fn success_forgets_and_objects_do_not_share() {
         let backoff = Backoff::default();
         for _ in 0..12 {
-            backoff.failed("a");
+            backoff.failed("a", "write");
         }
-        assert!(backoff.failed("a") >= CAP / 2);
-        assert!(backoff.failed("b") <= FIRST);
+        assert!(backoff.failed("a", "write") >= CAP / 2);
+        assert!(backoff.failed("b", "write") <= FIRST);
         backoff.succeeded(&"a");
-        assert!(backoff.failed("a") <= FIRST);
+        assert!(backoff.failed("a", "write") <= FIRST);
+    }
+
+    #[test]
+    fn an_object_that_came_further_does_not_wait_for_its_earlier_failures() {
+        let backoff = Backoff::default();
+        for _ in 0..12 {
+            backoff.failed("a", "first");
+        }
+        assert!(backoff.failed("a", "second") <= FIRST);
+        assert!(backoff.failed("a", "second") > FIRST / 2);
     }
 }

@@ -236,7 +236,7 @@ fn error_policy(object: Arc<Guarded>, error: &Error, context: Arc<Context>) -> A
     match error.class() {
         Class::Invalid => Action::await_change(),
         Class::Transient => {
-            let pause = context.backoff.failed(key.clone());
+            let pause = context.backoff.failed(key.clone(), &error.to_string());
             warn!(object = %key, error = error.chain(), ?pause, "tries again");
             Action::requeue(pause)
         }

@@ -164,7 +164,7 @@ impl Asking {
                         Ok(_) => drop(answered.fetch_add(1, Ordering::Relaxed)),
                         Err(error) => {
                             failed.lock().expect("no asker panics").push(format!("{error:#}"));
-                            tokio::time::sleep(Duration::from_millis(100)).await; // does not flood what is broken
+                            tokio::time::sleep(Duration::from_millis(100)).await; // polls, without flooding what is broken
                         }
                     }
                 }

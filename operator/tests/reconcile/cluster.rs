@@ -57,7 +57,7 @@ impl Cluster {
         tasks.spawn(async move {
             loop {
                 node.turn();
-                tokio::time::sleep(Duration::from_millis(20)).await;
+                tokio::time::sleep(Duration::from_millis(20)).await; // polls, as a controller would be woken
             }
         });
         Self { api, stage, no_pods, _tasks: tasks }

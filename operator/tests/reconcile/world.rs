@@ -104,7 +104,7 @@ impl World {
                 Ok(listener) => return listener,
                 Err(error) => assert!(Instant::now() < end, "{error}"),
             }
-            tokio::time::sleep(Duration::from_millis(20)).await;
+            tokio::time::sleep(Duration::from_millis(20)).await; // polls
         }
     }
 
@@ -112,8 +112,12 @@ impl World {
     pub async fn until(&self, what: &str, is: impl Fn(&Self) -> bool) {
         let end = Instant::now() + PATIENCE;
         while !is(self) {
-            assert!(Instant::now() < end, "never: {what}; status: {:#}", self.status());
-            tokio::time::sleep(Duration::from_millis(10)).await;
+            if Instant::now() >= end {
+                let writes = self.api().writes();
+                let last = &writes[writes.len().saturating_sub(12)..];
+                panic!("never: {what}; status: {:#}; last writes: {last:#?}", self.status());
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await; // polls
         }
     }
 

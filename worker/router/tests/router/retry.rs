@@ -173,7 +173,7 @@ async fn the_name_is_used_where_the_address_fails() {
     let looks = tokio::spawn(async move {
         loop {
             looking.look();
-            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await; // polls
         }
     });
     assert_eq!(rig.ask(WHOLE).await.0, 200);
