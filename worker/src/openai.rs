@@ -88,6 +88,8 @@ pub struct Call {
     pub n: usize,
     /// As the client asks.
     pub max_tokens: Option<usize>,
+    /// The field in which the client asks for it: refusals name that one.
+    pub max_tokens_field: &'static str,
     /// Where the client does not ask, as far as the context reaches; `None`: up to the context.
     pub default_max_tokens: Option<usize>,
     /// `seed` and `stream` are set when the sequences are made.
@@ -145,6 +147,7 @@ fn common(fields: &Fields<'_>, defaults: &Defaults, input: Input) -> Result<Call
         input,
         n: fields.integer("n", 1..=MAX_N)?.map_or(1, field::count),
         max_tokens: None,
+        max_tokens_field: "max_tokens",
         default_max_tokens: None,
         sampling,
         seed,

@@ -148,12 +148,13 @@ impl Model {
             Input::Chat(_) => "messages",
             Input::Prompts(_) => "prompt",
         };
+        let field = call.max_tokens_field;
         match call.max_tokens {
             Some(asked) if asked > left => {
                 let message = format!(
-                    "{param} has {prompt} tokens and max_tokens is {asked}; the context is {context} tokens, so use at most {left}"
+                    "{param} has {prompt} tokens and {field} is {asked}; the context is {context} tokens, so use at most {left}"
                 );
-                Err(over_context(if left == 0 { param } else { "max_tokens" }, message))
+                Err(over_context(if left == 0 { param } else { field }, message))
             }
             Some(asked) => Ok(asked),
             None if left == 0 => {

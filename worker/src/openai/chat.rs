@@ -9,13 +9,14 @@ pub(super) fn call(fields: &Fields<'_>, defaults: &Defaults) -> Result<Call, Ref
     unsupported::check_chat(fields)?;
     let messages = messages(fields)?;
     let mut call = common(fields, defaults, Input::Chat(messages))?;
-    call.max_tokens = max_tokens(fields)?;
+    (call.max_tokens, call.max_tokens_field) = max_tokens(fields)?;
     call.default_max_tokens = defaults.max_new_tokens;
     call.logprobs = logprobs(fields)?;
     Ok(call)
 }
 
-fn max_tokens(fields: &Fields<'_>) -> Result<Option<usize>, Refusal> {
+/// How many, and the field that says so.
+fn max_tokens(fields: &Fields<'_>) -> Result<(Option<usize>, &'static str), Refusal> {
     let old = fields.integer("max_tokens", 1..=i64::MAX)?;
     let new = fields.integer("max_completion_tokens", 1..=i64::MAX)?;
     match (old, new) {
@@ -23,7 +24,8 @@ fn max_tokens(fields: &Fields<'_>) -> Result<Option<usize>, Refusal> {
             "max_completion_tokens",
             format!("max_completion_tokens is {new}; max_tokens is {old}, so use one of them"),
         )),
-        (old, new) => Ok(new.or(old).map(field::count)),
+        (_, Some(new)) => Ok((Some(field::count(new)), "max_completion_tokens")),
+        (old, None) => Ok((old.map(field::count), "max_tokens")),
     }
 }
 

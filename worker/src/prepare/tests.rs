@@ -80,6 +80,7 @@ fn what_does_not_fit_is_refused_with_both_numbers() {
         (completion(json!({"prompt": vec![7; 64]})), "prompt", "64 tokens, as many as the context"),
         (completion(json!({"prompt": ""})), "prompt", "the prompt has no tokens"),
         (chat(json!({"max_tokens": 64})), "max_tokens", "the context is 64 tokens"),
+        (chat(json!({"max_completion_tokens": 64})), "max_completion_tokens", "max_completion_tokens is 64"),
         (chat(json!({"logit_bias": {"512": 1}})), "logit_bias", "512"),
     ];
     for (result, param, message) in table {
