@@ -2,7 +2,7 @@
 
 use std::{
     path::PathBuf,
-    process::{Command, Stdio},
+    process::Stdio,
     time::{Duration, Instant},
 };
 
@@ -57,7 +57,7 @@ fn until(what: &str, mut condition: impl FnMut() -> bool) {
 
 #[test]
 fn five_lines_of_yaml_become_a_thought_and_an_answer() {
-    let output = Command::new(tests::program("modelfleet"))
+    let output = tests::command("modelfleet")
         .args(["local", "manifests/examples/tiny-r1.yaml", "--prompt", "What is 47 + 85?"])
         .current_dir(tests::root())
         .stdin(Stdio::null())

@@ -3,7 +3,11 @@
 pub mod collector;
 pub mod local;
 
-use std::path::{Path, PathBuf};
+use std::{
+    env,
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 /// The repository's root.
 pub fn root() -> &'static Path {
@@ -15,9 +19,22 @@ pub fn root() -> &'static Path {
 /// # Panics
 /// If it is not there: `cargo test` of the tests crate alone builds no program of another crate.
 pub fn program(name: &str) -> PathBuf {
-    let test = std::env::current_exe().expect("a running test has a path");
+    let test = env::current_exe().expect("a running test has a path");
     let folder = test.parent().and_then(Path::parent).expect("tests lie in target/PROFILE/deps");
     let path = folder.join(name);
     assert!(path.exists(), "{} is missing: run `cargo build` first", path.display());
     path
+}
+
+/// A call of a program of ours that heeds nothing of how the machine that tests tells its own telemetry.
+///
+/// # Panics
+/// As [`program`].
+pub fn command(name: &str) -> Command {
+    let mut command = Command::new(program(name));
+    let telemetry = |name: &String| name.starts_with("OTEL_") || name == "RUST_LOG";
+    env::vars_os().filter_map(|(name, _)| name.into_string().ok()).filter(telemetry).for_each(|name| {
+        command.env_remove(name);
+    });
+    command
 }

@@ -78,7 +78,7 @@ impl Fleet {
     /// # Errors
     /// If the program cannot be started.
     pub fn start(file: &Path, environment: &[(&str, &str)]) -> anyhow::Result<Self> {
-        let mut command = Command::new(crate::program("modelfleet"));
+        let mut command = crate::command("modelfleet");
         command.arg("local").arg(file).args(["--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0"]);
         command.envs(environment.iter().copied());
         let mut child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
@@ -86,8 +86,8 @@ impl Fleet {
         let lines = Arc::new(Mutex::new(Vec::new()));
         let seen = Arc::clone(&lines);
         std::thread::spawn(move || {
-            for line in BufReader::new(stderr).lines().map_while(Result::ok) {
-                seen.lock().expect("no reader panics").push(line);
+            for line in BufReader::new(stderr).split(b'\n').map_while(Result::ok) {
+                seen.lock().expect("no reader panics").push(String::from_utf8_lossy(&line).into_owned());
             }
         });
         Ok(Self { child, lines })

@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     fs::File,
-    io::{self, Read as _, Write as _},
+    io::{self, Read as _, Write},
     net::{IpAddr, Ipv4Addr, SocketAddr},
     path::PathBuf,
     time::{Duration, SystemTime, UNIX_EPOCH},
@@ -284,7 +284,7 @@ impl<'a> Crew<'a> {
                 answered = &mut answered => return Ok(answered?),
                 Some(event) = events.recv() => {
                     if let Some(line) = told(event, pids) {
-                        drop(writeln!(notes, "{line}"));
+                        write_line(*notes, &line);
                     }
                 }
             }
@@ -366,10 +366,14 @@ fn told(event: Event, pids: &mut BTreeMap<String, u32>) -> Option<String> {
     }
 }
 
-/// That nobody reads the notes is no reason to stop.
 fn note(output: &mut Output<'_>, line: &str) {
-    drop(writeln!(output.notes, "{line}"));
-    drop(output.notes.flush());
+    write_line(output.notes, line);
+}
+
+/// In one piece, for the children write their logs to the same place. That nobody reads it is no reason to stop.
+fn write_line(notes: &mut dyn Write, line: &str) {
+    drop(notes.write_all(format!("{line}\n").as_bytes()));
+    drop(notes.flush());
 }
 
 fn identity(token: &str) -> Identity {

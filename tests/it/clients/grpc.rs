@@ -1,6 +1,6 @@
 //! gRPC clients of the real processes: health, reflection, a sum, and everything that can be wrong with a call.
 
-use std::{collections::BTreeMap, process::Command, time::Duration};
+use std::{collections::BTreeMap, time::Duration};
 
 use hyper::http::uri::PathAndQuery;
 use tokio_stream::StreamExt as _;
@@ -175,7 +175,7 @@ fn refused(status: &Status) -> MessageResponse {
 /// The content hash of the model that all these tests serve.
 fn content_hash() -> String {
     let source = format!("file://{}", tests::root().join("manifests/models/tiny-r1").display());
-    let described = Command::new(tests::program("modelfleet-worker")).args(["describe", &source]).output().unwrap();
+    let described = tests::command("modelfleet-worker").args(["describe", &source]).output().unwrap();
     let description: serde_json::Value = serde_json::from_slice(&described.stdout).unwrap();
     description["contentHash"].as_str().unwrap().to_owned()
 }
