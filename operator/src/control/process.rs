@@ -108,7 +108,9 @@ impl Process {
             report::Report::Hello(_) => Heard::Nothing,
             report::Report::Acknowledgement(acknowledgement) => self.hear_acknowledgement(acknowledgement),
             report::Report::RouterLoad(load) if self.hello.role() == Role::Router => self.hear_router_load(load, now),
-            report::Report::RouterLoad(_) => Heard::Nothing,
+            report::Report::RouterLoad(_) | report::Report::ExpertLoad(_) | report::Report::Suspects(_) => {
+                Heard::Nothing
+            }
             report::Report::WorkerLoad(load) => {
                 let was_idle = self.is_idle();
                 self.worker_load = Some((now, load));

@@ -50,6 +50,7 @@ pub(super) fn for_routers(model: &str, facts: &ModelFacts, words: &Words) -> Mod
         max_wait_ms: u64::try_from(facts.max_wait.as_millis()).unwrap_or(u64::MAX),
         workers,
         max_context_tokens: facts.max_context_tokens,
+        ..ModelSnapshot::default()
     }
 }
 
@@ -62,6 +63,7 @@ pub(super) fn for_worker(model: &str, replica: &ReplicaFacts, worker: &WorkerFac
         placement: Some(placement(&replica.placement)),
         peers: peers.map(|peer| self::peer(replica, peer, words)).collect(),
         drain: replica.draining,
+        ..MeshSnapshot::default()
     }
 }
 

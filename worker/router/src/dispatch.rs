@@ -258,6 +258,7 @@ async fn attempt(router: &Router, call: &Call, grant: &Grant) -> Result<(Chunk, 
         remaining_ms: remaining.map_or(0, |remaining| remaining.as_millis().max(1) as u64),
         model: call.model.clone(),
         content_hash: worker.content_hash.clone(),
+        resume: None,
     });
     wire::telemetry::inject(request.metadata_mut());
     let mut client = WorkerClient::new(router.channels().get(worker.target()))
