@@ -197,6 +197,7 @@ impl<E: Engine, X: Peers> Steps<E, X> {
             let span = self.span();
             self.exchange.begin_step(span);
             let step = AssertUnwindSafe(self.engine.step(&mut self.exchange)).catch_unwind().await;
+            let missing = self.exchange.end_step();
             let events = match step {
                 Ok(Ok(events)) => events,
                 Ok(Err(error)) => {
@@ -212,7 +213,7 @@ impl<E: Engine, X: Peers> Steps<E, X> {
             };
             let moved = !events.is_empty();
             events.into_iter().for_each(|event| self.deliver(event));
-            if let Some(since) = self.exchange.end_step() {
+            if let Some(since) = missing {
                 self.fail_stalled(since);
                 if !moved {
                     self.wait().await;

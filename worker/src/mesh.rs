@@ -1,13 +1,16 @@
-//! Who holds which experts: the placement of this replica, and its workers, as the newest snapshot says.
+//! Who holds which experts: the placements, and the workers, as the newest snapshot says; and which snapshot is in use.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs, io,
     path::Path,
+    sync::Arc,
+    time::Duration,
 };
 
 use engine::Held;
 use serde::Deserialize;
+use tokio::sync::watch;
 use wire::proto;
 
 /// Which ordinals of a replica hold which experts, by layer and expert.
@@ -34,12 +37,20 @@ pub enum PlacementError {
 pub struct Mesh {
     /// Of the snapshot, or of the placement file.
     pub version: proto::Version,
-    /// Of this worker's replica.
+    /// How many snapshots of it this worker took before.
+    age: u64,
+    /// Of this worker's replica: who is asked for an expert.
     pub placement: Placement,
+    /// What workers of this replica hold besides.
+    pub also_hold: Option<Placement>,
+    /// Of the other replicas with the same model files, by their index.
+    pub others: Vec<(u32, Placement)>,
     /// All workers with the same model files; empty before the first snapshot.
     pub peers: Vec<proto::Peer>,
     /// Whether this replica goes away.
     pub drain: bool,
+    /// How long a sequence waits for an expert that nobody holds, if the snapshot says so.
+    pub max_wait: Option<Duration>,
 }
 
 #[derive(Deserialize)]
@@ -79,16 +90,6 @@ impl Placement {
             self.layers.iter().map(|(&layer, experts)| (layer as usize, mine(experts, ordinal))).collect(),
         )
     }
-
-    /// Whether two placements give a worker the same experts.
-    pub fn same_for(&self, other: &Self, ordinal: u32) -> bool {
-        self.held(ordinal) == other.held(ordinal)
-    }
-
-    /// Experts that a worker keeps, over all layers.
-    pub fn count(&self, ordinal: u32) -> usize {
-        self.layers.values().map(|experts| mine(experts, ordinal).len()).sum()
-    }
 }
 
 fn mine(experts: &[Vec<u32>], ordinal: u32) -> BTreeSet<usize> {
@@ -121,8 +122,7 @@ impl Mesh {
         Ok(Self {
             version: proto::Version { epoch: file.version.epoch, sequence: file.version.sequence },
             placement: Placement { shards: file.shards, layers },
-            peers: Vec::new(),
-            drain: false,
+            ..Self::default()
         })
     }
 
@@ -130,10 +130,20 @@ impl Mesh {
     pub fn from_snapshot(snapshot: proto::MeshSnapshot, known: &Self) -> Self {
         Self {
             version: snapshot.version.unwrap_or_default(),
+            age: known.age + 1,
             placement: snapshot.placement.as_ref().map_or_else(|| known.placement.clone(), Placement::from),
+            also_hold: snapshot.also_hold.as_ref().map(Placement::from),
+            others: snapshot.others.iter().filter_map(of_replica).collect(),
             peers: snapshot.peers,
             drain: snapshot.drain,
+            max_wait: (snapshot.max_wait_ms > 0).then(|| Duration::from_millis(snapshot.max_wait_ms)),
         }
+    }
+
+    /// What the worker with this ordinal keeps in memory.
+    pub fn held(&self, ordinal: u32) -> Held {
+        let held = self.placement.held(ordinal);
+        self.also_hold.iter().fold(held, |held, besides| held.and(besides.held(ordinal)))
     }
 
     /// Whether this mesh is newer than another.
@@ -145,6 +155,70 @@ impl Mesh {
     /// Whether any worker but this one may still need experts from it.
     pub fn others_run(&self, own_id: &str) -> bool {
         self.peers.iter().any(|peer| peer.running && peer.id != own_id)
+    }
+}
+
+fn of_replica(other: &proto::ReplicaPlacement) -> Option<(u32, Placement)> {
+    Some((other.replica, Placement::from(other.placement.as_ref()?)))
+}
+
+/// The newest mesh, and the one that the running step uses.
+///
+/// A step uses one mesh from its beginning to its end, so that no two of its layers disagree on who holds what.
+#[derive(Debug, Clone)]
+pub struct Meshes {
+    newest: watch::Sender<Arc<Mesh>>,
+    /// Age of the mesh of the step that runs.
+    in_use: watch::Sender<Option<u64>>,
+}
+
+impl Meshes {
+    /// Begins with what the placement file says.
+    pub fn new(mesh: Mesh) -> Self {
+        Self { newest: watch::Sender::new(Arc::new(mesh)), in_use: watch::Sender::new(None) }
+    }
+
+    /// The newest mesh.
+    pub fn newest(&self) -> Arc<Mesh> {
+        self.newest.borrow().clone()
+    }
+
+    /// The newest mesh, and every newer one.
+    pub fn follow(&self) -> watch::Receiver<Arc<Mesh>> {
+        self.newest.subscribe()
+    }
+
+    /// Takes a snapshot, unless as new a one is known. The first one counts whatever the placement file said.
+    pub fn take(&self, snapshot: proto::MeshSnapshot) -> Option<Arc<Mesh>> {
+        let known = self.newest();
+        let mesh = Mesh::from_snapshot(snapshot, &known);
+        if known.age > 0 && !mesh.is_newer_than(&known) {
+            return None;
+        }
+        let mesh = Arc::new(mesh);
+        self.newest.send_replace(mesh.clone());
+        Some(mesh)
+    }
+
+    /// The mesh of a step that begins now.
+    pub fn begin_step(&self) -> Arc<Mesh> {
+        let mut mesh = self.newest();
+        self.in_use.send_modify(|in_use| {
+            mesh = self.newest(); // again under the lock: whoever saw no step run has published before
+            *in_use = Some(mesh.age);
+        });
+        mesh
+    }
+
+    /// The step is over.
+    pub fn end_step(&self) {
+        self.in_use.send_replace(None);
+    }
+
+    /// Waits until no step runs on a mesh older than this one.
+    pub async fn in_use_everywhere(&self, mesh: &Mesh) {
+        let mut in_use = self.in_use.subscribe();
+        let _ = in_use.wait_for(|in_use| in_use.is_none_or(|age| age >= mesh.age)).await; // the sender lives as we do
     }
 }
 
@@ -162,9 +236,59 @@ mod tests {
         assert_eq!(mesh.placement.holders(1, 2), [0, 1]);
         assert!(mesh.placement.holders(1, 3).is_empty() && mesh.placement.holders(1, 99).is_empty());
         assert!(mesh.placement.holders(9, 0).is_empty());
-        assert_eq!((mesh.placement.count(0), mesh.placement.count(1)), (2, 6));
         let held = BTreeMap::from([(1, BTreeSet::from([0, 2])), (2, BTreeSet::new())]);
-        assert_eq!(mesh.placement.held(0), Held::from_layers(held));
+        assert_eq!(mesh.held(0), Held::from_layers(held));
+    }
+
+    fn snapshot(sequence: u64) -> proto::MeshSnapshot {
+        proto::MeshSnapshot { version: Some(proto::Version { epoch: 1, sequence }), ..proto::MeshSnapshot::default() }
+    }
+
+    fn placement(experts: &[&[u32]]) -> proto::Placement {
+        let experts = experts.iter().map(|ordinals| proto::Holders { ordinals: ordinals.to_vec() }).collect();
+        proto::Placement { shards: 2, layers: vec![proto::LayerPlacement { layer: 1, experts }] }
+    }
+
+    #[test]
+    fn what_is_also_held_is_kept_and_not_asked() {
+        let snapshot = proto::MeshSnapshot {
+            placement: Some(placement(&[&[0], &[1], &[1]])),
+            also_hold: Some(placement(&[&[1], &[0], &[1]])),
+            others: vec![proto::ReplicaPlacement { replica: 3, placement: Some(placement(&[&[1], &[1], &[0]])) }],
+            max_wait_ms: 1500,
+            ..snapshot(1)
+        };
+        let mesh = Mesh::from_snapshot(snapshot, &Mesh::default());
+        assert_eq!(mesh.held(0), Held::from_layers([(1, [0, 1].into())].into()));
+        assert_eq!(mesh.placement.holders(1, 1), [1]);
+        assert_eq!((mesh.others[0].0, mesh.others[0].1.holders(1, 2)), (3, &[0][..]));
+        assert_eq!(mesh.max_wait, Some(Duration::from_millis(1500)));
+    }
+
+    #[test]
+    fn snapshots_count_in_any_order_and_the_newest_wins() {
+        let file = Mesh { version: proto::Version { epoch: 9, sequence: 9 }, ..Mesh::default() };
+        let meshes = Meshes::new(file);
+        let took = |sequence| meshes.take(snapshot(sequence)).is_some();
+        // the file is older than any snapshot; then repeats and old ones are nothing, and skips are no harm
+        assert_eq!([3, 3, 1, 7, 5, 8].map(took), [true, false, false, true, false, true]);
+        assert_eq!(meshes.newest().version.sequence, 8);
+    }
+
+    #[tokio::test]
+    async fn a_mesh_is_everywhere_in_use_once_no_step_runs_on_an_older_one() {
+        use futures::FutureExt as _;
+        let meshes = Meshes::new(Mesh::default());
+        let first = meshes.take(snapshot(1)).unwrap();
+        assert!(meshes.in_use_everywhere(&first).now_or_never().is_some(), "no step runs");
+        assert_eq!(meshes.begin_step().version, first.version);
+        let second = meshes.take(snapshot(2)).unwrap();
+        assert!(meshes.in_use_everywhere(&first).now_or_never().is_some());
+        assert!(meshes.in_use_everywhere(&second).now_or_never().is_none(), "a step runs on the first");
+        meshes.end_step();
+        assert!(meshes.in_use_everywhere(&second).now_or_never().is_some());
+        assert_eq!(meshes.begin_step().version, second.version);
+        assert!(meshes.in_use_everywhere(&second).now_or_never().is_some());
     }
 
     #[test]

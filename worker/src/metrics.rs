@@ -52,17 +52,6 @@ impl CallResult {
     }
 }
 
-/// What does not change after the weights are loaded.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Weights {
-    /// Bytes of the dense part in memory.
-    pub dense_bytes: u64,
-    /// Bytes of experts in memory.
-    pub expert_bytes: u64,
-    /// Experts in memory, over all layers.
-    pub experts: u64,
-}
-
 /// The instruments of one worker.
 pub struct Metrics {
     /// Those of the GenAI conventions.
@@ -125,11 +114,15 @@ impl Metrics {
         set(&self.gauges.kv_tokens, load.kv_tokens_used);
     }
 
-    /// What is in memory.
-    pub fn weights(&self, weights: &Weights) {
-        self.gauges.dense_bytes.store(weights.dense_bytes, Ordering::Relaxed);
-        self.gauges.expert_bytes.store(weights.expert_bytes, Ordering::Relaxed);
-        self.gauges.experts.store(weights.experts, Ordering::Relaxed);
+    /// Bytes of the dense part in memory.
+    pub fn dense_weights(&self, bytes: u64) {
+        self.gauges.dense_bytes.store(bytes, Ordering::Relaxed);
+    }
+
+    /// How many experts are in memory, over all layers, and their bytes.
+    pub fn experts(&self, (count, bytes): (u64, u64)) {
+        self.gauges.experts.store(count, Ordering::Relaxed);
+        self.gauges.expert_bytes.store(bytes, Ordering::Relaxed);
     }
 
     /// Counts calls to holders.

@@ -27,12 +27,13 @@ use crate::{
     drive::Driver,
     experts::{
         exchange::{MeshExchange, Own},
+        keep::Keeper,
         pool::Pool,
         service::ExpertsService,
     },
     fetch::record,
     mesh::{Mesh, PlacementError},
-    metrics::{Metrics, Weights},
+    metrics::Metrics,
     prepare::{self, Model},
 };
 
@@ -41,7 +42,7 @@ pub mod generate;
 pub mod state;
 
 use generate::GenerateService;
-use state::State;
+use state::{Serving, State};
 
 /// Prompt tokens in one step: other sequences get a token at least this often while a long prompt is read.
 const PREFILL_CHUNK: usize = 256;
@@ -183,7 +184,8 @@ async fn run(
         loaded = load(options, state, reports) => loaded?,
         _ = &mut shutdown => return Ok(()), // nothing to drain
     };
-    metrics.weights(&loaded.weights);
+    metrics.dense_weights(loaded.dense_bytes);
+    metrics.experts(loaded.experts.weight());
     let own = Own {
         replica: options.replica,
         ordinal: options.ordinal,
@@ -191,14 +193,23 @@ async fn run(
         hidden: loaded.experts.hidden(),
         dtype: loaded.experts.dtype(),
     };
-    let exchange = MeshExchange::new(own, state.mesh(), metrics.clone());
+    let exchange = MeshExchange::new(own, state.meshes.clone(), metrics.clone());
     let driver = Driver::start(loaded.engine, exchange, metrics.clone())?;
     let threads = std::thread::available_parallelism().map_or(1, usize::from).min(4);
     let pool = Pool::start(&loaded.experts, threads, metrics.clone())?;
-    let experts = ExpertsService::new(loaded.experts, pool, &options.content_hash);
-    let service = GenerateService::new(loaded.model, driver.clone(), state.clone(), metrics);
+    let experts = ExpertsService::new(loaded.experts.clone(), pool, &options.content_hash);
+    let service = GenerateService::new(loaded.model, driver.clone(), state.clone(), metrics.clone());
     let (routes, health) = routes(service, experts).await;
-    state.serving(driver.clone(), loaded.weights);
+    let (meshes, placed) = (state.meshes.clone(), state.loaded.clone());
+    let keeper = Keeper::new(options.ordinal, meshes, loaded.experts.clone(), placed, metrics);
+    tokio::spawn(keeper.follow());
+    let mut placed = state.loaded.subscribe();
+    tokio::select! {
+        _ = placed.wait_for(Option::is_some) => {} // a snapshot may have come meanwhile
+        _ = &mut shutdown => return Ok(()),
+    }
+    let (experts, dense_bytes) = (Some(loaded.experts), loaded.dense_bytes);
+    state.serving(Serving { driver: driver.clone(), experts, dense_bytes });
     info!(model = options.model, replica = options.replica, ordinal = options.ordinal, "serving");
 
     let (stop, mut stopped) = watch::channel(None);
@@ -236,16 +247,15 @@ struct Loaded {
     engine: ModelEngine,
     experts: Arc<engine::Experts>,
     model: Model,
-    weights: Weights,
+    dense_bytes: u64,
 }
 
 /// Loads on a thread that may block, and tells the operators how far it is.
 async fn load(options: &Options, state: &Arc<State>, reports: &mpsc::Sender<Report>) -> Result<Loaded, Error> {
     let (options, reports) = (options.clone(), reports.clone());
-    let placement = state.mesh().borrow().placement.clone();
+    let held = state.meshes.newest().held(options.ordinal);
     let loading = tokio::task::spawn_blocking(move || {
         record::check(&options.model_dir, &options.content_hash)?;
-        let held = placement.held(options.ordinal);
         let engine_options = engine::Options {
             kv_cache_tokens: options.kv_cache_tokens,
             max_context_tokens: options.max_context_tokens,
@@ -264,12 +274,8 @@ async fn load(options: &Options, state: &Arc<State>, reports: &mpsc::Sender<Repo
         let (engine, experts) = engine::load(&options.model_dir, &held, &engine_options, &mut progress)?;
         let limits = engine.limits();
         let model = Model::load(&options.model_dir, limits)?;
-        let weights = Weights {
-            dense_bytes: total_bytes.saturating_sub(experts.bytes()),
-            expert_bytes: experts.bytes(),
-            experts: placement.count(options.ordinal) as u64,
-        };
-        Ok(Loaded { engine, experts, model, weights })
+        let dense_bytes = total_bytes.saturating_sub(experts.weight().1);
+        Ok(Loaded { engine, experts, model, dense_bytes })
     });
     loading.await.unwrap_or_else(|panic| {
         warn!(%panic, "loading the model panicked");

@@ -15,9 +15,13 @@ use wire::proto::{Hello, hello::Role, worker_server::WorkerServer};
 use worker::{
     drive::Driver,
     mesh::Mesh,
-    metrics::{Metrics, Weights},
+    metrics::Metrics,
     prepare::Model,
-    serve::{Options, control, generate::GenerateService, state::State},
+    serve::{
+        Options, control,
+        generate::GenerateService,
+        state::{Serving, State},
+    },
 };
 
 use super::{ROUTER_GAUGES, WORKER_GAUGES, all_zero, eventually};
@@ -86,7 +90,7 @@ impl EchoWorker {
         let driver = Driver::start(Echo::new(limits, SLOTS), NoPeers, metrics.clone()).unwrap();
         let model = Model::load(&folder, limits).unwrap();
         let service = GenerateService::new(model, driver.clone(), state.clone(), metrics);
-        state.serving(driver.clone(), Weights::default());
+        state.serving(Serving { driver: driver.clone(), experts: None, dense_bytes: 0 });
         let routes = Routes::new(WorkerServer::new(service).max_decoding_message_size(wire::MAX_MESSAGE_BYTES));
         tokio::spawn(wire::serve(listener, routes, std::future::pending()));
         Self { state, driver, measured }

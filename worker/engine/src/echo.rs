@@ -73,6 +73,10 @@ impl Engine for Echo {
         self.sequences.is_empty()
     }
 
+    fn left(&self) -> &[SequenceId] {
+        &[]
+    }
+
     fn load(&self) -> Load {
         let running = self.running();
         let used = self.sequences.iter().take(running).map(|r| r.request.prompt.len() + r.drawn);

@@ -89,6 +89,11 @@ impl Cache {
         Cache { layers, width, pages: Vec::new() }
     }
 
+    /// Bytes of one page.
+    pub(crate) fn page_bytes(&self) -> u64 {
+        (self.layers * PAGE_TOKENS * self.width * size_of::<f32>()) as u64
+    }
+
     /// Writes the latent of one token; what was there is forgotten.
     ///
     /// # Shapes

@@ -30,31 +30,32 @@ pub use experts::{Experts, Held};
 pub use files::{LocalFiles, ModelFiles};
 pub use step::{ModelEngine, Options};
 
+use experts::Source;
 use load::{Fields, Loader, Mode, Shelf, Tally};
 use models::Family;
 
 /// A model's files, found to fit each other.
-struct Checked<'a> {
+struct Checked {
     architecture: &'static str,
     family: Family,
-    shelf: Shelf<'a>,
+    shelf: Shelf,
     /// What all of it weighs.
     tally: Tally,
 }
 
 /// Checks configuration and headers against each other; nothing is allocated for the model.
-fn check(files: &dyn ModelFiles) -> Result<Checked<'_>, Error> {
+fn check(files: &dyn ModelFiles) -> Result<Checked, Error> {
     let (architecture, family) = Family::read(&Fields::read(files)?)?;
     let shelf = Shelf::open(files)?;
     family.check(&shelf)?;
-    let tally = weigh(&family, &shelf, &Held::all())?;
+    let tally = weigh(files, &family, &shelf, &Held::all())?;
     Ok(Checked { architecture, family, shelf, tally })
 }
 
 /// What a worker weighs that holds these experts.
-fn weigh(family: &Family, shelf: &Shelf<'_>, held: &Held) -> Result<Tally, Error> {
+fn weigh(files: &dyn ModelFiles, family: &Family, shelf: &Shelf, held: &Held) -> Result<Tally, Error> {
     let mut unheard = |_, _| {};
-    let loader = Loader::new(shelf, Mode::Check, 0, &mut unheard);
+    let loader = Loader::new(files, shelf, Mode::Check, 0, &mut unheard);
     family.load(&loader.weights(), held)?;
     Ok(loader.tally())
 }
@@ -89,7 +90,7 @@ pub fn describe(files: &dyn ModelFiles) -> Result<Description, Error> {
     })
 }
 
-/// Loads a model: the dense part whole, of the routed experts only those held.
+/// Loads a model: the dense part whole, of the routed experts only those held. Others can follow, see [`Experts::load`].
 ///
 /// `progress` is told the bytes read and the bytes there are to read, after each tensor.
 ///
@@ -103,13 +104,12 @@ pub fn load(
 ) -> Result<(ModelEngine, Arc<Experts>), Error> {
     let files = LocalFiles(dir.into());
     let Checked { family, shelf, tally, .. } = check(&files)?;
-    let (shape, dtype) = (family.shape(), tally.wire());
+    let (shape, dtype) = (family.shape().clone(), tally.wire());
     held.check(&shape.moe_layers, shape.experts)?;
-    options.check(shape)?;
-    let own = weigh(&family, &shelf, held)?;
-    let bytes = own.expert_bytes();
-    let loader = Loader::new(&shelf, Mode::Read, own.dense_bytes + bytes, progress);
+    options.check(&shape)?;
+    let own = weigh(&files, &family, &shelf, held)?;
+    let loader = Loader::new(&files, &shelf, Mode::Read, own.dense_bytes + own.expert_bytes(), progress);
     let (model, experts) = family.load(&loader.weights(), held)?;
-    let experts = Arc::new(Experts::new(shape.hidden, dtype, bytes, experts));
-    Ok((ModelEngine::new(model, experts.clone(), shape, options), experts))
+    let experts = Arc::new(Experts::new(Source { files, family, shelf }, dtype, experts));
+    Ok((ModelEngine::new(model, experts.clone(), &shape, options), experts))
 }

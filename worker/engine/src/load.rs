@@ -14,6 +14,7 @@ pub(crate) use shelf::Shelf;
 
 use crate::error::Error;
 use crate::exchange::WireDtype;
+use crate::files::ModelFiles;
 use crate::layers::matrix::Matrix;
 
 /// What loading a model does with each tensor that the model names.
@@ -54,7 +55,8 @@ impl Tally {
 
 /// A walk over the tensors that a model names.
 pub(crate) struct Loader<'a> {
-    shelf: &'a Shelf<'a>,
+    files: &'a dyn ModelFiles,
+    shelf: &'a Shelf,
     mode: Mode,
     tally: RefCell<Tally>,
     total: u64,
@@ -64,9 +66,15 @@ pub(crate) struct Loader<'a> {
 
 impl<'a> Loader<'a> {
     /// `total`: bytes that `progress` is told there are to read.
-    pub(crate) fn new(shelf: &'a Shelf<'a>, mode: Mode, total: u64, progress: &'a mut dyn FnMut(u64, u64)) -> Self {
+    pub(crate) fn new(
+        files: &'a dyn ModelFiles,
+        shelf: &'a Shelf,
+        mode: Mode,
+        total: u64,
+        progress: &'a mut dyn FnMut(u64, u64),
+    ) -> Self {
         let (tally, done) = (RefCell::default(), Cell::new(0));
-        Loader { shelf, mode, tally, total, done, progress: RefCell::new(progress) }
+        Loader { files, shelf, mode, tally, total, done, progress: RefCell::new(progress) }
     }
 
     /// The model's tensors, from the top of their names.
@@ -150,7 +158,7 @@ impl<'w, 'f> Weights<'w, 'f> {
                 .and_then(|zero| zero.broadcast_as(shape))
                 .map_err(|source| self.failed(name, source)),
             Mode::Read => {
-                let bytes = loader.shelf.read(&full, entry)?;
+                let bytes = loader.shelf.read(loader.files, &full, entry)?;
                 let tensor = Tensor::from_raw_buffer(&bytes, entry.dtype, shape, &Device::Cpu)
                     .map_err(|source| self.failed(name, source))?;
                 loader.done.set(loader.done.get() + entry.bytes());

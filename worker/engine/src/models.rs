@@ -60,9 +60,16 @@ impl Family {
     }
 
     /// Refuses a file that holds more of the model than the configuration tells of.
-    pub(crate) fn check(&self, shelf: &Shelf<'_>) -> Result<(), Error> {
+    pub(crate) fn check(&self, shelf: &Shelf) -> Result<(), Error> {
         match self {
             Family::DeepseekV3(config) => config.check(shelf),
+        }
+    }
+
+    /// Walks over the tensors of one routed expert.
+    pub(crate) fn expert(&self, weights: &Weights<'_, '_>, layer: usize, expert: usize) -> Result<Mlp, Error> {
+        match self {
+            Family::DeepseekV3(config) => deepseek_v3::expert(config, weights, layer, expert),
         }
     }
 

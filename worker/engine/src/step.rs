@@ -1,12 +1,13 @@
 //! The engine that runs a model: `admit -> schedule -> forward -> sample -> emit`.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use crate::engine::{Engine, Event, Limits, Load, Request, SequenceId};
 use crate::error::{Error, Refusal};
 use crate::exchange::Exchange;
 use crate::experts::Experts;
-use crate::kv::{Cache, PAGE_TOKENS, Pages};
+use crate::kv::{Cache, PAGE_TOKENS, Pages, Slice};
 use crate::models::{Model, Shape};
 use crate::schedule::{Schedule, cached_tokens};
 
@@ -67,6 +68,7 @@ pub struct ModelEngine {
     cache: Cache,
     schedule: Schedule,
     limits: Limits,
+    left: Vec<SequenceId>,
 }
 
 impl ModelEngine {
@@ -82,7 +84,13 @@ impl ModelEngine {
                 max_context_tokens: options.max_context_tokens.unwrap_or(shape.max_context),
                 vocab_size: shape.vocab_size,
             },
+            left: Vec::new(),
         }
+    }
+
+    /// Bytes of the cache once all of it is in use.
+    pub fn cache_bytes(&self) -> u64 {
+        self.cache.page_bytes() * self.schedule.pages.total() as u64
     }
 
     fn forget_ended(&mut self, events: &[Event]) {
@@ -107,11 +115,17 @@ impl Engine for ModelEngine {
 
     async fn step<E: Exchange>(&mut self, exchange: &mut E) -> Result<Vec<Event>, Error> {
         self.schedule.admit();
+        self.left.clear();
         let mut slices = self.schedule.slices();
         if slices.is_empty() {
             return Ok(Vec::new());
         }
+        let id = |slice: &Slice<'_>| self.schedule.running[slice.sequence].id;
+        let begun: Vec<SequenceId> = slices.iter().map(id).collect();
         let hidden = self.model.forward(&mut slices, &mut self.cache, &self.experts, exchange).await?;
+
+        let ended: BTreeSet<SequenceId> = slices.iter().map(id).collect();
+        self.left = begun.into_iter().filter(|id| !ended.contains(id)).collect();
 
         // from here on nothing waits, so a step that was given up has changed nothing
         let wanted = self.schedule.wanted(&slices);
@@ -132,6 +146,10 @@ impl Engine for ModelEngine {
 
     fn is_idle(&self) -> bool {
         self.schedule.waiting.is_empty() && self.schedule.running.is_empty()
+    }
+
+    fn left(&self) -> &[SequenceId] {
+        &self.left
     }
 
     fn load(&self) -> Load {

@@ -97,6 +97,9 @@ impl Engine for Stalled {
     fn is_idle(&self) -> bool {
         self.0.is_idle()
     }
+    fn left(&self) -> &[SequenceId] {
+        self.0.left()
+    }
     fn load(&self) -> Load {
         self.0.load()
     }
@@ -153,6 +156,9 @@ impl Engine for Superstitious {
     }
     fn is_idle(&self) -> bool {
         self.0.is_idle()
+    }
+    fn left(&self) -> &[SequenceId] {
+        self.0.left()
     }
     fn load(&self) -> Load {
         self.0.load()

@@ -21,7 +21,7 @@ use wire::proto::{self, RunCall, RunReply, refusal::Reason};
 
 use super::{dtype, link::Link};
 use crate::{
-    mesh::Mesh,
+    mesh::{Mesh, Meshes},
     metrics::{CallResult, Metrics},
 };
 
@@ -46,7 +46,10 @@ pub struct Own {
 /// Sends rows to holders and gathers what comes back.
 pub struct MeshExchange {
     own: Own,
-    mesh: watch::Receiver<Arc<Mesh>>,
+    meshes: Meshes,
+    newest: watch::Receiver<Arc<Mesh>>,
+    /// What the running step goes by.
+    mesh: Arc<Mesh>,
     links: BTreeMap<u32, Link>,
     changes: watch::Sender<u64>,
     changed: watch::Receiver<u64>,
@@ -73,12 +76,14 @@ struct Asked {
 }
 
 impl MeshExchange {
-    /// Follows `mesh`, whose value is the newest snapshot. Must be used inside tokio.
-    pub fn new(own: Own, mesh: watch::Receiver<Arc<Mesh>>, metrics: Arc<Metrics>) -> Self {
+    /// Follows the newest of `meshes`. Must be used inside tokio.
+    pub fn new(own: Own, meshes: Meshes, metrics: Arc<Metrics>) -> Self {
         let (changes, changed) = watch::channel(0);
-        let mut exchange = Self {
+        Self {
             own,
-            mesh,
+            newest: meshes.follow(),
+            mesh: meshes.newest(),
+            meshes,
             links: BTreeMap::new(),
             changes,
             changed,
@@ -87,23 +92,24 @@ impl MeshExchange {
             missing_since: None,
             missed: false,
             metrics,
-        };
-        exchange.mesh.mark_changed();
-        exchange
+        }
     }
 
     /// Begins a step: follows the newest snapshot. Calls of the step become children of `span`, unless that is none.
     pub fn begin_step(&mut self, span: Span) {
         self.span = span;
         self.missed = false;
-        if self.mesh.has_changed().unwrap_or(false) {
-            let mesh = self.mesh.borrow_and_update().clone();
+        self.newest.mark_unchanged();
+        let mesh = self.meshes.begin_step();
+        if !Arc::ptr_eq(&mesh, &self.mesh) || self.links.is_empty() {
             self.follow(&mesh);
         }
+        self.mesh = mesh;
     }
 
     /// Ends a step; returns since when rows have been missing in every step, if some were missing in this one.
     pub fn end_step(&mut self) -> Option<Instant> {
+        self.meshes.end_step();
         self.missing_since = self.missed.then(|| self.missing_since.unwrap_or_else(Instant::now));
         self.missing_since
     }
@@ -112,7 +118,7 @@ impl MeshExchange {
     pub async fn changed(&mut self) {
         tokio::select! {
             _ = self.changed.changed() => {}
-            Ok(()) = self.mesh.changed() => self.mesh.mark_changed(),
+            Ok(()) = self.newest.changed() => self.newest.mark_changed(),
         }
     }
 
@@ -164,7 +170,7 @@ impl Exchange for MeshExchange {
 
     fn send(&mut self, batch: &ExpertBatch<'_>) -> Ticket {
         let layer = u32::try_from(batch.layer).unwrap_or(u32::MAX);
-        let mesh = self.mesh.borrow().clone();
+        let mesh = self.mesh.clone();
         let mut by_holder: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
         let mut ticket = Ticket { pairs: batch.pair_experts.len(), asked: Vec::new(), unasked: Vec::new() };
         for (pair, &expert) in (0..).zip(batch.pair_experts) {

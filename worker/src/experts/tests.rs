@@ -8,11 +8,7 @@ use std::{
 
 use engine::{Exchange as _, ExpertBatch, Experts, Held, ModelEngine, Request, Sampling};
 use opentelemetry::metrics::MeterProvider as _;
-use tokio::{
-    net::TcpListener,
-    sync::{mpsc, watch},
-    task::JoinHandle,
-};
+use tokio::{net::TcpListener, sync::mpsc, task::JoinHandle};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::service::Routes;
 use tracing::Span;
@@ -27,7 +23,7 @@ use super::{
 };
 use crate::{
     drive::{Driver, Progress, Sequence},
-    mesh::{Mesh, Placement},
+    mesh::{Mesh, Meshes, Placement},
     metrics::Metrics,
 };
 
@@ -48,10 +44,10 @@ fn load(held: &Held) -> (ModelEngine, Arc<Experts>) {
 }
 
 /// Experts dealt out to `shards` workers like cards: layers 1 to 3 of 16 experts.
-fn placement(shards: u32) -> Placement {
+fn placement(shards: u32) -> proto::Placement {
     let experts = || (0..16).map(|expert| proto::Holders { ordinals: vec![expert % shards] }).collect();
     let layers = (1..4).map(|layer| proto::LayerPlacement { layer, experts: experts() }).collect();
-    Placement::from(&proto::Placement { shards, layers })
+    proto::Placement { shards, layers }
 }
 
 /// A worker that serves its experts, and can run sequences.
@@ -63,13 +59,13 @@ struct Worker {
 }
 
 impl Worker {
-    async fn start(placement: &Placement, ordinal: u32, hash: &str) -> Self {
-        let (engine, experts) = load(&placement.held(ordinal));
+    async fn start(placement: &proto::Placement, ordinal: u32, hash: &str) -> Self {
+        let (engine, experts) = load(&Placement::from(placement).held(ordinal));
         let (server, address) = serve(&experts, hash, "127.0.0.1:0").await;
         Self { address, experts, engine: Some(engine), server }
     }
 
-    fn driver(&mut self, ordinal: u32, mesh: watch::Receiver<Arc<Mesh>>) -> Driver {
+    fn driver(&mut self, ordinal: u32, meshes: &Meshes) -> Driver {
         let own = Own {
             replica: 0,
             ordinal,
@@ -77,7 +73,8 @@ impl Worker {
             hidden: self.experts.hidden(),
             dtype: self.experts.dtype(),
         };
-        Driver::start(self.engine.take().unwrap(), MeshExchange::new(own, mesh, metrics()), metrics()).unwrap()
+        Driver::start(self.engine.take().unwrap(), MeshExchange::new(own, meshes.clone(), metrics()), metrics())
+            .unwrap()
     }
 }
 
@@ -91,7 +88,7 @@ async fn serve(experts: &Arc<Experts>, hash: &str, at: &str) -> (JoinHandle<()>,
     (server, address)
 }
 
-fn mesh(placement: &Placement, addresses: &[String], sequence: u64) -> Arc<Mesh> {
+fn mesh(placement: &proto::Placement, addresses: &[String], sequence: u64) -> proto::MeshSnapshot {
     let peer = |(ordinal, address): (u32, &String)| proto::Peer {
         id: format!("id-{ordinal}"),
         address: address.clone(),
@@ -100,12 +97,18 @@ fn mesh(placement: &Placement, addresses: &[String], sequence: u64) -> Arc<Mesh>
         running: true,
         ..proto::Peer::default()
     };
-    Arc::new(Mesh {
-        version: proto::Version { epoch: 1, sequence },
-        placement: placement.clone(),
+    proto::MeshSnapshot {
+        version: Some(proto::Version { epoch: 1, sequence }),
+        placement: Some(placement.clone()),
         peers: (0..).zip(addresses).map(peer).collect(),
-        drain: false,
-    })
+        ..proto::MeshSnapshot::default()
+    }
+}
+
+fn following(snapshot: proto::MeshSnapshot) -> Meshes {
+    let meshes = Meshes::new(Mesh::default());
+    meshes.take(snapshot).unwrap();
+    meshes
 }
 
 fn request(prompt: &str, seed: u64, tokens: usize) -> Request {
@@ -155,8 +158,8 @@ async fn shards_give_the_bits_of_one_worker_alone_and_in_company() {
             workers.push(Worker::start(&placement, ordinal, HASH).await);
         }
         let addresses: Vec<_> = workers.iter().map(|worker| worker.address.clone()).collect();
-        let (_keep, mesh) = watch::channel(mesh(&placement, &addresses, 1));
-        let driver = workers[0].driver(0, mesh.clone());
+        let meshes = following(mesh(&placement, &addresses, 1));
+        let driver = workers[0].driver(0, &meshes);
         let one = driver.submit(requests(1, 12), Span::none()).await.unwrap();
         assert_eq!(all(one).await[0], wanted[0], "{shards} shards, alone");
         let company = driver.submit(requests(4, 12), Span::none()).await.unwrap();
@@ -170,8 +173,8 @@ async fn a_holder_that_is_killed_and_comes_back_elsewhere_changes_no_token() {
     let placement = placement(2);
     let mut workers = [Worker::start(&placement, 0, HASH).await, Worker::start(&placement, 1, HASH).await];
     let addresses = workers.each_ref().map(|worker| worker.address.clone());
-    let (meshes, receiver) = watch::channel(mesh(&placement, &addresses, 1));
-    let driver = workers[0].driver(0, receiver);
+    let meshes = following(mesh(&placement, &addresses, 1));
+    let driver = workers[0].driver(0, &meshes);
     let mut sequences = driver.submit(requests(2, 40), Span::none()).await.unwrap();
     let mut first = Vec::new();
     for _ in 0..5 {
@@ -183,7 +186,7 @@ async fn a_holder_that_is_killed_and_comes_back_elsewhere_changes_no_token() {
     assert!(sequences[0].len() < 35, "the killing bit");
 
     let (_server, address) = serve(&workers[1].experts, HASH, "127.0.0.1:0").await;
-    meshes.send_replace(mesh(&placement, &[addresses[0].clone(), address], 2));
+    meshes.take(mesh(&placement, &[addresses[0].clone(), address], 2)).unwrap();
     let mut answers = all(sequences).await;
     first.append(&mut answers[0]);
     answers[0] = first;
@@ -194,9 +197,9 @@ async fn a_holder_that_is_killed_and_comes_back_elsewhere_changes_no_token() {
 async fn rows_for_a_holder_of_other_files_stay_missing() {
     let placement = placement(2);
     let worker = Worker::start(&placement, 1, "other content").await;
-    let (_keep, receiver) = watch::channel(mesh(&placement, &[String::from("127.0.0.1:1"), worker.address], 1));
+    let meshes = following(mesh(&placement, &[String::from("127.0.0.1:1"), worker.address], 1));
     let own = Own { replica: 0, ordinal: 0, content_hash: HASH.into(), hidden: 256, dtype: engine::WireDtype::Bf16 };
-    let mut exchange = MeshExchange::new(own, receiver, metrics());
+    let mut exchange = MeshExchange::new(own, meshes, metrics());
     exchange.begin_step(Span::none());
     let rows = [0; 512];
     let batch = ExpertBatch { layer: 1, rows: &rows, pair_rows: &[0, 0], pair_experts: &[1, 3] };

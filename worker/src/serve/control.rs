@@ -9,9 +9,10 @@ use futures::{Stream, StreamExt as _};
 use sha2::{Digest as _, Sha256};
 use tokio::sync::mpsc;
 use tracing::info;
-use wire::proto::{Acknowledgement, Hello, Instruction, Report, hello::Role, instruction, report};
+use wire::proto::{Acknowledgement, Hello, Instruction, Report, Version, hello::Role, instruction, report};
 
 use super::{Options, state::State};
+use crate::mesh::Mesh;
 
 const LOAD_EVERY: Duration = Duration::from_secs(1);
 /// How soon a change of state is told that no snapshot brought.
@@ -46,12 +47,22 @@ pub async fn follow(
     let mut loads = tokio::time::interval(LOAD_EVERY);
     let mut states = tokio::time::interval(STATE_EVERY);
     let mut told = None;
+    // not acknowledged yet: a step may still run on an older one
+    let mut fresh: Option<Arc<Mesh>> = None;
     loop {
         let report = tokio::select! {
             instruction = instructions.next() => match instruction {
-                Some(instruction) => act(instruction, &state),
+                Some(instruction) => {
+                    fresh = act(instruction, &state).or(fresh);
+                    None
+                }
                 None => return,
             },
+            Some(version) = everywhere_in_use(fresh.as_deref(), &state) => {
+                fresh = None;
+                let version = Some(version);
+                Some(report::Report::Acknowledgement(Acknowledgement { model: state.model.clone(), version }))
+            }
             _ = loads.tick() => state.load().map(report::Report::WorkerLoad),
             _ = states.tick() => None,
         };
@@ -68,7 +79,14 @@ pub async fn follow(
     }
 }
 
-fn act(instruction: Instruction, state: &State) -> Option<report::Report> {
+/// Waits until no step runs on an older mesh than this one, if there is one.
+async fn everywhere_in_use(mesh: Option<&Mesh>, state: &State) -> Option<Version> {
+    state.meshes.in_use_everywhere(mesh?).await;
+    Some(mesh?.version)
+}
+
+/// Takes the mesh of an instruction, if it has one that counts.
+fn act(instruction: Instruction, state: &State) -> Option<Arc<Mesh>> {
     // the others are for routers
     let Some(instruction::Instruction::Mesh(snapshot)) = instruction.instruction else {
         return None;
@@ -76,10 +94,9 @@ fn act(instruction: Instruction, state: &State) -> Option<report::Report> {
     if snapshot.model != state.model {
         return None;
     }
-    let model = snapshot.model.clone();
-    let version = state.snapshot(snapshot)?;
-    info!(epoch = version.epoch, sequence = version.sequence, "new mesh");
-    Some(report::Report::Acknowledgement(Acknowledgement { model, version: Some(version) }))
+    let mesh = state.meshes.take(snapshot)?;
+    info!(epoch = mesh.version.epoch, sequence = mesh.version.sequence, "new mesh");
+    Some(mesh)
 }
 
 /// A name for this start of this process, which no other one has.
@@ -91,3 +108,6 @@ pub fn process() -> String {
     hash.update(std::env::var("HOSTNAME").unwrap_or_default());
     hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect()
 }
+
+#[cfg(test)]
+mod tests;

@@ -2,11 +2,15 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
+use engine::Experts;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use wire::proto::{Version, WorkerLoad, WorkerState, worker_state::Phase};
 
 use super::Options;
-use crate::{drive::Driver, mesh::Mesh, metrics::Weights};
+use crate::{
+    drive::Driver,
+    mesh::{Mesh, Meshes},
+};
 
 /// The state of one worker.
 pub struct State {
@@ -16,14 +20,24 @@ pub struct State {
     pub model: String,
     /// Of the model files.
     pub content_hash: String,
-    ordinal: u32,
-    mesh: watch::Sender<Arc<Mesh>>,
-    /// The placement whose experts are loaded, and its version.
-    loaded: Mesh,
+    /// Who holds which experts.
+    pub meshes: Meshes,
+    /// The newest version whose experts are all in memory.
+    pub loaded: watch::Sender<Option<Version>>,
     stage: watch::Sender<Stage>,
-    serving: Mutex<Option<(Driver, Weights)>>,
+    serving: Mutex<Option<Serving>>,
     requests: Arc<Semaphore>,
     most_requests: u32,
+}
+
+/// What there is once the weights are in memory.
+pub struct Serving {
+    /// Runs sequences.
+    pub driver: Driver,
+    /// The routed experts; none if the engine has none.
+    pub experts: Option<Arc<Experts>>,
+    /// Bytes of the other weights.
+    pub dense_bytes: u64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -52,9 +66,8 @@ impl State {
             id: options.id.clone(),
             model: options.model.clone(),
             content_hash: options.content_hash.clone(),
-            ordinal: options.ordinal,
-            loaded: mesh.clone(),
-            mesh: watch::Sender::new(Arc::new(mesh)),
+            meshes: Meshes::new(mesh),
+            loaded: watch::Sender::new(None),
             stage: watch::Sender::new(Stage::Loading),
             serving: Mutex::default(),
             requests: Arc::new(Semaphore::new(most)),
@@ -62,27 +75,9 @@ impl State {
         })
     }
 
-    /// The newest mesh, and every newer one.
-    pub fn mesh(&self) -> watch::Receiver<Arc<Mesh>> {
-        self.mesh.subscribe()
-    }
-
-    /// Takes a snapshot, unless a newer one is known. Returns its version if it counts.
-    pub fn snapshot(&self, snapshot: wire::proto::MeshSnapshot) -> Option<Version> {
-        let known = self.mesh.borrow().clone();
-        let mesh = Mesh::from_snapshot(snapshot, &known);
-        let first = known.peers.is_empty();
-        if !first && !mesh.is_newer_than(&known) {
-            return None;
-        }
-        let version = mesh.version;
-        self.mesh.send_replace(Arc::new(mesh));
-        Some(version)
-    }
-
     /// The experts are in memory: requests are taken from here on.
-    pub fn serving(&self, driver: Driver, weights: Weights) {
-        *self.serving.lock().unwrap_or_else(PoisonError::into_inner) = Some((driver, weights));
+    pub fn serving(&self, serving: Serving) {
+        *self.serving.lock().unwrap_or_else(PoisonError::into_inner) = Some(serving);
         self.stage.send_if_modified(|stage| {
             let loading = *stage == Stage::Loading;
             if loading {
@@ -113,7 +108,7 @@ impl State {
     /// # Errors
     /// If the worker drains, its replica goes away, or too many requests are here.
     pub fn admit(&self) -> Result<OwnedSemaphorePermit, Refused> {
-        if *self.stage.borrow() != Stage::Serving || self.mesh.borrow().drain {
+        if *self.stage.borrow() != Stage::Serving || self.meshes.newest().drain {
             return Err(Refused::Draining);
         }
         self.requests.clone().try_acquire_owned().map_err(|_| Refused::Full)
@@ -132,7 +127,7 @@ impl State {
 
     /// Waits until no other worker of the mesh may need experts from here.
     pub async fn alone(&self) {
-        let mut mesh = self.mesh.subscribe();
+        let mut mesh = self.meshes.follow();
         let _ = mesh.wait_for(|mesh| !mesh.others_run(&self.id)).await; // the sender lives as long as we do
     }
 
@@ -150,7 +145,7 @@ impl State {
 
     /// What the operator is told about this worker.
     pub fn report(&self) -> WorkerState {
-        let mesh = self.mesh.borrow().clone();
+        let mesh = self.meshes.newest();
         let idle = self.running() == 0 && !mesh.others_run(&self.id);
         let phase = match *self.stage.borrow() {
             Stage::Loading => Phase::Loading,
@@ -158,23 +153,27 @@ impl State {
             _ if idle => Phase::Drained,
             _ => Phase::Draining,
         };
-        let same = mesh.placement.same_for(&self.loaded.placement, self.ordinal);
-        let placement = if same { mesh.version } else { self.loaded.version };
-        WorkerState { phase: phase.into(), placement: Some(placement) }
+        let nothing_to_load = self.with_serving(|serving| serving.experts.is_none()).unwrap_or(false);
+        let placement = if nothing_to_load { Some(mesh.version) } else { *self.loaded.borrow() };
+        WorkerState { phase: phase.into(), placement }
     }
 
     /// What the operator is told every second, once the experts are in memory.
     pub fn load(&self) -> Option<WorkerLoad> {
-        let serving = self.serving.lock().unwrap_or_else(PoisonError::into_inner);
-        let (driver, weights) = serving.as_ref()?;
-        let load = driver.load();
-        Some(WorkerLoad {
-            waiting: load.waiting as u64,
-            running: load.running as u64,
-            kv_tokens_used: load.kv_tokens_used as u64,
-            kv_tokens_total: load.kv_tokens_total as u64,
-            dense_bytes: weights.dense_bytes,
-            expert_bytes: weights.expert_bytes,
+        self.with_serving(|serving| {
+            let load = serving.driver.load();
+            WorkerLoad {
+                waiting: load.waiting as u64,
+                running: load.running as u64,
+                kv_tokens_used: load.kv_tokens_used as u64,
+                kv_tokens_total: load.kv_tokens_total as u64,
+                dense_bytes: serving.dense_bytes,
+                expert_bytes: serving.experts.as_ref().map_or(0, |experts| experts.weight().1),
+            }
         })
+    }
+
+    fn with_serving<T>(&self, read: impl FnOnce(&Serving) -> T) -> Option<T> {
+        self.serving.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(read)
     }
 }

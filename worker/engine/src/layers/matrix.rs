@@ -20,6 +20,11 @@ impl Matrix {
         (known && values.device().is_cpu()).then_some(Matrix { values, outputs, inputs })
     }
 
+    /// Bytes of its values.
+    pub(crate) fn bytes(&self) -> u64 {
+        (self.values.elem_count() * self.values.dtype().size_in_bytes()) as u64
+    }
+
     /// `x`: `[rows, inputs]`. Returns `[rows, outputs]`.
     pub(crate) fn apply(&self, x: &[f32]) -> Vec<f32> {
         let mut y = vec![0.0; x.len() / self.inputs * self.outputs];

@@ -25,6 +25,11 @@ impl Mlp {
         })
     }
 
+    /// Bytes of the weights.
+    pub(crate) fn bytes(&self) -> u64 {
+        [&self.gate, &self.up, &self.down].map(Matrix::bytes).iter().sum()
+    }
+
     /// `x`: `[rows, hidden]`. Returns the same shape.
     pub(crate) fn forward(&self, x: &[f32]) -> Vec<f32> {
         let (mut inner, up) = (self.gate.apply(x), self.up.apply(x));

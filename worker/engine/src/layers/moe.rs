@@ -233,13 +233,15 @@ impl Moe {
     ) -> Result<Mixed, Error> {
         let dispatch = dispatch(&self.gate.route(x));
         let (rows, row_bytes) = (experts.dtype().encode(x), self.hidden * experts.dtype().size());
-        let held = |expert| experts.holds(self.layer, expert);
+        // taken once: an expert that comes or goes meanwhile is asked for neither twice nor never
+        let table = experts.table(self.layer);
+        let held = |expert: usize| table.get(expert).is_some_and(Option::is_some);
         let away = dispatch.part(&rows, row_bytes, |expert| !held(expert));
         let ticket = (!away.places.is_empty()).then(|| exchange.send(&away.batch(self.layer)));
         let shared = self.shared.forward(x);
         let here = dispatch.part(&rows, row_bytes, held);
         let mut outputs = Outputs::new(dispatch.experts.len(), self.hidden, experts.dtype());
-        let own = experts.run(&here.batch(self.layer)).map_err(Error::Experts)?;
+        let own = experts.run_on(&table, &here.batch(self.layer)).map_err(Error::Experts)?;
         outputs.fill(&here, &own);
         let mut lost = Vec::new();
         if let Some(ticket) = ticket {
@@ -251,6 +253,7 @@ impl Moe {
             lost.sort_unstable();
             lost.dedup();
         }
+        experts.count(self.layer, dispatch.experts.iter().copied());
         let mut rows = combine(&dispatch, &outputs.values, x.len() / self.hidden, self.hidden);
         kernels::add(&mut rows, &shared);
         Ok(Mixed { rows, lost })

@@ -30,8 +30,8 @@ impl Entry {
 }
 
 /// All tensors of a model, by name.
-pub(crate) struct Shelf<'a> {
-    files: &'a dyn ModelFiles,
+#[derive(Debug)]
+pub(crate) struct Shelf {
     names: Vec<String>,
     tensors: HashMap<String, (usize, Stored)>,
 }
@@ -41,18 +41,18 @@ struct Index {
     weight_map: BTreeMap<String, String>,
 }
 
-impl<'a> Shelf<'a> {
+impl Shelf {
     /// Reads the headers of the weight files.
     ///
     /// # Errors
     /// [`Error`] if there are none, one is damaged, or they and the index disagree.
-    pub(crate) fn open(files: &'a dyn ModelFiles) -> Result<Self, Error> {
+    pub(crate) fn open(files: &dyn ModelFiles) -> Result<Self, Error> {
         let list: BTreeMap<String, u64> = files.list().into_iter().collect();
         let index = list.get(INDEX).map(|&size| index(files, size)).transpose()?;
         let names = weight_files(&list, index.as_ref())?;
-        let mut shelf = Shelf { files, names, tensors: HashMap::new() };
+        let mut shelf = Shelf { names, tensors: HashMap::new() };
         for at in 0..shelf.names.len() {
-            shelf.add(at, list[&shelf.names[at]])?;
+            shelf.add(files, at, list[&shelf.names[at]])?;
         }
         for (tensor, file) in index.iter().flat_map(|index| &index.weight_map) {
             shelf.listed(tensor, file)?;
@@ -60,8 +60,8 @@ impl<'a> Shelf<'a> {
         Ok(shelf)
     }
 
-    fn add(&mut self, file: usize, size: u64) -> Result<(), Error> {
-        for stored in header::read(self.files, &self.names[file], size)? {
+    fn add(&mut self, files: &dyn ModelFiles, file: usize, size: u64) -> Result<(), Error> {
+        for stored in header::read(files, &self.names[file], size)? {
             let tensor = stored.name.clone();
             if let Some((other, _)) = self.tensors.insert(tensor.clone(), (file, stored)) {
                 let reason = format!("also in {}", self.names[other]);
@@ -102,14 +102,13 @@ impl<'a> Shelf<'a> {
         Ok(Entry { file: *file, dtype, span: stored.span })
     }
 
-    /// Reads a tensor's bytes.
+    /// Reads a tensor's bytes from the files that the shelf was opened on.
     ///
     /// # Errors
     /// [`Error`] if they cannot be read, or the file became shorter.
-    pub(crate) fn read(&self, tensor: &str, entry: Entry) -> Result<Vec<u8>, Error> {
+    pub(crate) fn read(&self, files: &dyn ModelFiles, tensor: &str, entry: Entry) -> Result<Vec<u8>, Error> {
         let file = &self.names[entry.file];
-        let bytes = self
-            .files
+        let bytes = files
             .read(file, entry.span.0..entry.span.1)
             .map_err(|source| Error::Read { file: file.clone(), source })?;
         if bytes.len() as u64 != entry.bytes() {

@@ -61,7 +61,7 @@ impl DeepseekV3 {
         for index in 0..config.shape.layers {
             let weights = model.at("layers").at(index);
             layers.push(Layer::load(config, &weights, index)?);
-            experts.push(routed(config, &weights, index, held)?);
+            experts.push(routed(config, &weights.at("mlp.experts"), index, held)?);
         }
         let rope = Rope::new(config.attention.rope, config.theta, config.yarn.as_ref(), config.interleave);
         Ok((DeepseekV3 { hidden, embed, rope, layers, norm, head }, experts))
@@ -135,23 +135,23 @@ impl Layer {
     }
 }
 
-/// The routed experts of a layer that are held; none for a dense layer.
+/// One routed expert. `weights`: at the top.
+pub(crate) fn expert(config: &Config, weights: &Weights<'_, '_>, layer: usize, expert: usize) -> Result<Mlp, Error> {
+    let weights = weights.at("model").at("layers").at(layer).at("mlp.experts");
+    routed_one(config, &weights, layer, expert)
+}
+
+fn routed_one(config: &Config, weights: &Weights<'_, '_>, layer: usize, expert: usize) -> Result<Mlp, Error> {
+    Mlp::load(&weights.expert(layer, expert), config.shape.hidden, config.expert_inner)
+}
+
+/// The routed experts of a layer that are held; none for a dense layer. `weights`: at the experts.
 fn routed(config: &Config, weights: &Weights<'_, '_>, layer: usize, held: &Held) -> Result<Vec<Option<Mlp>>, Error> {
     if !config.shape.moe_layers.contains(&layer) {
         return Ok(Vec::new());
     }
-    let weights = weights.at("mlp.experts");
-    let mut experts = Vec::new();
-    for expert in 0..config.gate.experts {
-        experts.push(match held.holds(layer, expert) {
-            true => {
-                let weights = weights.expert(layer, expert);
-                Some(Mlp::load(&weights, config.shape.hidden, config.expert_inner)?)
-            }
-            false => None,
-        });
-    }
-    Ok(experts)
+    let one = |expert| held.holds(layer, expert).then(|| routed_one(config, weights, layer, expert)).transpose();
+    (0..config.gate.experts).map(one).collect()
 }
 
 fn positions(slices: &[Slice<'_>]) -> impl Iterator<Item = usize> {

@@ -124,6 +124,13 @@ impl Exchange for Mesh {
     }
 }
 
+impl Mesh {
+    /// One more that may be asked.
+    pub(crate) fn hold_too(&mut self, experts: Arc<Experts>) {
+        self.holders.push(experts);
+    }
+}
+
 /// The experts of `shard` of `shards`: every `shards`-th one.
 pub(crate) fn share(dir: &Path, shard: usize, shards: usize) -> Held {
     let description = engine::describe(&engine::LocalFiles(dir.into())).unwrap();

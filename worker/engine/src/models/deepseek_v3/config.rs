@@ -83,7 +83,7 @@ impl Config {
     }
 
     /// Refuses a file with more layers than the configuration tells of.
-    pub(crate) fn check(&self, shelf: &Shelf<'_>) -> Result<(), Error> {
+    pub(crate) fn check(&self, shelf: &Shelf) -> Result<(), Error> {
         let layer =
             |name: &str| -> Option<usize> { name.strip_prefix("model.layers.")?.split('.').next()?.parse().ok() };
         let (layers, predicting) = (self.shape.layers, self.predicting);
