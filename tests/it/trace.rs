@@ -20,8 +20,8 @@ const CLIENT: &str = "00f067aa0ba902b7";
 const CANARY: &str = "xylophone-marmalade";
 const CANARY_WORD: &str = "marmalade";
 
-/// A fleet of four shards that tells a collector everything at once.
-async fn traced() -> (tempfile::TempDir, Fleet, Collector) {
+/// A fleet of four shards that tells a collector everything at once, with these variables besides.
+async fn traced(besides: &[(&str, &str)]) -> (tempfile::TempDir, Fleet, Collector) {
     let collector = Collector::default();
     let otlp = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let endpoint = format!("http://{}", otlp.local_addr().unwrap());
@@ -35,6 +35,7 @@ async fn traced() -> (tempfile::TempDir, Fleet, Collector) {
         ("OTEL_BLRP_SCHEDULE_DELAY", "100"),
         ("RUST_LOG", "debug"),
     ];
+    let environment: Vec<_> = environment.iter().chain(besides).copied().collect();
     let mut fleet = Fleet::start(&file, &environment).unwrap();
     tokio::task::block_in_place(|| fleet.ready()).unwrap();
     (folder, fleet, collector)
@@ -86,9 +87,8 @@ fn is_whole(spans: &[Value]) -> anyhow::Result<()> {
     Ok(())
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn one_trace_holds_router_worker_and_experts() {
-    let (_folder, fleet, collector) = traced().await;
+/// Asks for a sum under the client's trace; its spans and the metrics of the conventions must arrive.
+async fn is_told(fleet: Fleet, collector: &Collector) {
     let url = fleet.url().unwrap();
     let body = json!({
         "model": "tiny", "temperature": 0, "messages": [{"role": "user", "content": "What is 47 + 85?"}],
@@ -110,8 +110,47 @@ async fn one_trace_holds_router_worker_and_experts() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn one_trace_holds_router_worker_and_experts() {
+    let (_folder, fleet, collector) = traced(&[]).await;
+    is_told(fleet, &collector).await;
+    assert_eq!(collector.ways(), ["application/grpc - -"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_standard_variables_say_how_a_collector_is_told() {
+    let variables = [
+        ("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf"),
+        ("OTEL_EXPORTER_OTLP_METRICS_PROTOCOL", "grpc"),
+        ("OTEL_EXPORTER_OTLP_COMPRESSION", "gzip"),
+        ("OTEL_EXPORTER_OTLP_HEADERS", "x-tenant=seven"),
+    ];
+    let (_folder, fleet, collector) = traced(&variables).await;
+    is_told(fleet, &collector).await;
+    assert_eq!(collector.ways(), ["application/grpc gzip seven", "application/x-protobuf gzip seven"]);
+}
+
+#[test]
+fn a_setting_that_cannot_be_honoured_is_told_and_ends_nothing() {
+    let (_folder, file) = deployment(1);
+    let environment = [
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "not a URL"),
+        ("OTEL_EXPORTER_OTLP_PROTOCOL", "http/json"),
+        ("OTEL_EXPORTER_OTLP_COMPRESSION", "squeeze"),
+        ("OTEL_EXPORTER_OTLP_LOGS_CERTIFICATE", "/nowhere.pem"),
+        ("OTEL_TRACES_SAMPLER", "sometimes"),
+    ];
+    let mut fleet = Fleet::start(&file, &environment).unwrap();
+    fleet.ready().unwrap();
+    let printed = fleet.printed().join("\n");
+    for told in ["not a URL", "http/json", "squeeze", "/nowhere.pem"] {
+        assert!(printed.contains(told), "{told}: {printed}");
+    }
+    fleet.stop().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn no_word_of_prompt_or_answer_is_told_to_anybody_else() {
-    let (_folder, fleet, collector) = traced().await;
+    let (_folder, fleet, collector) = traced(&[]).await;
     let url = fleet.url().unwrap();
     let thought = chat(&url, "tiny", "What is 318 + 475?").await.unwrap().reasoning;
     assert!(thought.len() > 8, "{thought:?}");

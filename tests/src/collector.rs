@@ -1,16 +1,21 @@
-//! A collector: takes traces, metrics and logs over OTLP/gRPC, keeps what the tests ask for, and answers over HTTP.
+//! A collector: takes traces, metrics and logs over OTLP by gRPC or HTTP, keeps what the tests ask for, and answers.
 
 use std::{
     collections::BTreeSet,
     fmt::Debug,
+    io::{self, Read as _},
+    net::SocketAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use axum::{
-    Json, Router,
+    Extension, Json, Router,
+    body::Bytes,
     extract::{Path, State},
-    routing::get,
+    http::{HeaderMap, StatusCode},
+    routing::{MethodRouter, get, post},
 };
+use flate2::read::GzDecoder;
 use opentelemetry_proto::tonic::{
     collector::{
         logs::v1::{
@@ -29,10 +34,13 @@ use opentelemetry_proto::tonic::{
     common::v1::{KeyValue, any_value},
     resource::v1::Resource,
 };
+use prost::Message;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio_stream::wrappers::TcpListenerStream;
-use tonic::{Request, Response, Status};
+use tonic::{
+    Request, Response, Status, codec::CompressionEncoding, service::Routes, transport::server::TcpConnectInfo,
+};
 
 /// Spans and bytes of text beyond this are dropped.
 const MAX_SPANS: usize = 100_000;
@@ -47,6 +55,8 @@ struct Received {
     spans: Vec<Value>,
     metrics: BTreeSet<String>,
     log_records: usize,
+    /// What the headers of requests said of how they came.
+    ways: BTreeSet<String>,
     /// All that came, as text, to look for what should not be there.
     text: String,
 }
@@ -72,15 +82,23 @@ pub async fn serve(http: TcpListener, otlp: TcpListener) -> anyhow::Result<()> {
 }
 
 impl Collector {
-    /// Takes OTLP on `otlp`, for ever.
+    /// Takes OTLP on `otlp`, for ever: gRPC and HTTP with protobuf, plain or by gzip.
     ///
     /// # Errors
     /// If the listener fails.
     pub async fn take(&self, otlp: TcpListener) -> anyhow::Result<()> {
+        let (me, gzip) = (|| self.clone(), CompressionEncoding::Gzip);
+        let http = Router::new()
+            .route("/v1/traces", posted(Self::take_spans))
+            .route("/v1/metrics", posted(Self::take_metrics))
+            .route("/v1/logs", posted(Self::take_logs))
+            .with_state(me());
         tonic::transport::Server::builder()
-            .add_service(TraceServiceServer::new(self.clone()))
-            .add_service(MetricsServiceServer::new(self.clone()))
-            .add_service(LogsServiceServer::new(self.clone()))
+            .accept_http1(true)
+            .add_routes(Routes::from(http))
+            .add_service(TraceServiceServer::new(me()).accept_compressed(gzip))
+            .add_service(MetricsServiceServer::new(me()).accept_compressed(gzip))
+            .add_service(LogsServiceServer::new(me()).accept_compressed(gzip))
             .serve_with_incoming(TcpListenerStream::new(otlp))
             .await?;
         Ok(())
@@ -101,6 +119,11 @@ impl Collector {
         self.received().log_records
     }
 
+    /// How requests came: `CONTENT-TYPE ENCODING TENANT`, the last from the header `x-tenant`.
+    pub fn ways(&self) -> Vec<String> {
+        self.received().ways.iter().cloned().collect()
+    }
+
     /// Whether `text` is anywhere in what came.
     pub fn contains(&self, text: &str) -> bool {
         self.received().text.contains(text)
@@ -110,12 +133,78 @@ impl Collector {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn note(&self, message: &impl Debug) {
+    fn note(&self, message: &impl Debug, headers: &HeaderMap) {
+        let header = |name| headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or("-");
+        let encoding = [header("content-encoding"), header("grpc-encoding")].into_iter().find(|value| *value != "-");
+        let way = [header("content-type"), encoding.unwrap_or("-"), header("x-tenant")].join(" ");
         let mut received = self.received();
+        received.ways.insert(way);
         if received.text.len() < MAX_TEXT {
             received.text += &format!("{message:?}\n");
         }
     }
+
+    fn take_spans(&self, request: ExportTraceServiceRequest, headers: &HeaderMap, from: Option<SocketAddr>) {
+        self.note(&request, headers);
+        let sender = from.map(|address| address.ip().to_string());
+        let connection = from.map(|address| address.to_string());
+        let mut received = self.received();
+        for group in request.resource_spans {
+            let service = attribute(&group.resource, "service.name");
+            let spans = group.scope_spans.into_iter().flat_map(|scope| scope.spans);
+            let room = MAX_SPANS.saturating_sub(received.spans.len());
+            received.spans.extend(spans.take(room).map(|span| {
+                json!({
+                    "trace": hex(&span.trace_id), "span": hex(&span.span_id), "parent": hex(&span.parent_span_id),
+                    "name": span.name, "kind": span.kind, "service": service, "sender": sender,
+                    "connection": connection,
+                })
+            }));
+        }
+    }
+
+    fn take_metrics(&self, request: ExportMetricsServiceRequest, headers: &HeaderMap, _: Option<SocketAddr>) {
+        self.note(&request, headers);
+        let scopes = request.resource_metrics.into_iter().flat_map(|group| group.scope_metrics);
+        self.received().metrics.extend(scopes.flat_map(|scope| scope.metrics).map(|metric| metric.name));
+    }
+
+    fn take_logs(&self, request: ExportLogsServiceRequest, headers: &HeaderMap, _: Option<SocketAddr>) {
+        self.note(&request, headers);
+        let scopes = request.resource_logs.iter().flat_map(|group| &group.scope_logs);
+        self.received().log_records += scopes.map(|scope| scope.log_records.len()).sum::<usize>();
+    }
+}
+
+/// What takes a message of one signal.
+type Take<M> = fn(&Collector, M, &HeaderMap, Option<SocketAddr>);
+
+/// OTLP over HTTP.
+fn posted<M: Message + Default + 'static>(take: Take<M>) -> MethodRouter<Collector> {
+    let handler = async move |State(collector): State<Collector>,
+                              Extension(connection): Extension<TcpConnectInfo>,
+                              headers: HeaderMap,
+                              body: Bytes| {
+        let message = plain(&headers, &body).ok().and_then(|plain| M::decode(plain.as_slice()).ok());
+        let Some(message) = message else {
+            return StatusCode::BAD_REQUEST;
+        };
+        take(&collector, message, &headers, connection.remote_addr());
+        StatusCode::OK
+    };
+    post(handler)
+}
+
+/// A body without its encoding.
+fn plain(headers: &HeaderMap, body: &[u8]) -> io::Result<Vec<u8>> {
+    let mut plain = Vec::new();
+    match headers.get("content-encoding") {
+        None => plain.extend_from_slice(body),
+        Some(_) => {
+            GzDecoder::new(body).read_to_end(&mut plain)?;
+        }
+    }
+    Ok(plain)
 }
 
 async fn trace(State(collector): State<Collector>, Path(id): Path<String>) -> Json<Vec<Value>> {
@@ -140,24 +229,9 @@ impl TraceService for Collector {
         &self,
         request: Request<ExportTraceServiceRequest>,
     ) -> Result<Response<ExportTraceServiceResponse>, Status> {
-        let address = request.remote_addr();
-        let sender = address.map(|address| address.ip().to_string());
-        let connection = address.map(|address| address.to_string());
-        let request = request.into_inner();
-        self.note(&request);
-        let mut received = self.received();
-        for group in request.resource_spans {
-            let service = attribute(&group.resource, "service.name");
-            let spans = group.scope_spans.into_iter().flat_map(|scope| scope.spans);
-            let room = MAX_SPANS.saturating_sub(received.spans.len());
-            received.spans.extend(spans.take(room).map(|span| {
-                json!({
-                    "trace": hex(&span.trace_id), "span": hex(&span.span_id), "parent": hex(&span.parent_span_id),
-                    "name": span.name, "kind": span.kind, "service": service, "sender": sender,
-                    "connection": connection,
-                })
-            }));
-        }
+        let from = request.remote_addr();
+        let (metadata, _, message) = request.into_parts();
+        self.take_spans(message, metadata.as_ref(), from);
         Ok(Response::new(Default::default()))
     }
 }
@@ -168,10 +242,9 @@ impl MetricsService for Collector {
         &self,
         request: Request<ExportMetricsServiceRequest>,
     ) -> Result<Response<ExportMetricsServiceResponse>, Status> {
-        let request = request.into_inner();
-        self.note(&request);
-        let scopes = request.resource_metrics.into_iter().flat_map(|group| group.scope_metrics);
-        self.received().metrics.extend(scopes.flat_map(|scope| scope.metrics).map(|metric| metric.name));
+        let from = request.remote_addr();
+        let (metadata, _, message) = request.into_parts();
+        self.take_metrics(message, metadata.as_ref(), from);
         Ok(Response::new(Default::default()))
     }
 }
@@ -182,10 +255,9 @@ impl LogsService for Collector {
         &self,
         request: Request<ExportLogsServiceRequest>,
     ) -> Result<Response<ExportLogsServiceResponse>, Status> {
-        let request = request.into_inner();
-        self.note(&request);
-        let scopes = request.resource_logs.iter().flat_map(|group| &group.scope_logs);
-        self.received().log_records += scopes.map(|scope| scope.log_records.len()).sum::<usize>();
+        let from = request.remote_addr();
+        let (metadata, _, message) = request.into_parts();
+        self.take_logs(message, metadata.as_ref(), from);
         Ok(Response::new(Default::default()))
     }
 }

@@ -23,6 +23,8 @@ use opentelemetry_sdk::{
     trace::{Span, SpanData, SpanExporter, SpanProcessor},
 };
 
+use super::settings::Signal;
+
 /// What the processors' queues hold unless their variable says otherwise.
 const DEFAULT_CAPACITY: usize = 2048;
 
@@ -37,12 +39,12 @@ impl Drops {
     }
 
     /// The queue of one signal, as large as the variable says.
-    pub(super) fn queue(&self, signal: &'static str, capacity: &str) -> Queue {
+    pub(super) fn queue(&self, signal: Signal, capacity: &str) -> Queue {
         let capacity = env::var(capacity).ok().and_then(|value| value.parse().ok());
         self.queue_of(signal, capacity.unwrap_or(DEFAULT_CAPACITY))
     }
 
-    fn queue_of(&self, signal: &'static str, capacity: usize) -> Queue {
+    fn queue_of(&self, signal: Signal, capacity: usize) -> Queue {
         Queue { pending: Arc::default(), capacity, drops: self.0.clone(), signal }
     }
 }
@@ -53,13 +55,13 @@ pub(super) struct Queue {
     pending: Arc<AtomicUsize>,
     capacity: usize,
     drops: Counter<u64>,
-    signal: &'static str,
+    signal: Signal,
 }
 
 impl Queue {
-    /// Wraps the exporter, so that what leaves the queue is known.
-    pub(super) fn exporter<E>(&self, inner: E) -> Counted<E> {
-        Counted { inner, queue: self.clone() }
+    /// Stands before a processor, which then gets what finds room, or before its exporter, which tells what left.
+    pub(super) fn before<T>(&self, inner: T) -> Queued<T> {
+        Queued { inner, queue: self.clone() }
     }
 
     fn admits(&self) -> bool {
@@ -78,65 +80,31 @@ impl Queue {
     }
 
     fn dropped(&self, items: usize) {
-        self.drops.add(items as u64, &[KeyValue::new("signal", self.signal)]);
+        self.drops.add(items as u64, &[KeyValue::new("signal", self.signal.to_string())]);
     }
 }
 
-/// An exporter that tells its queue what it took.
+/// A processor or an exporter with a queue before it.
 #[derive(Debug)]
-pub(super) struct Counted<E> {
-    inner: E,
+pub(super) struct Queued<T> {
+    inner: T,
     queue: Queue,
 }
 
-impl<E: SpanExporter> SpanExporter for Counted<E> {
-    async fn export(&self, batch: Vec<SpanData>) -> OTelSdkResult {
-        let items = batch.len();
-        let result = self.inner.export(batch).await;
-        self.queue.left(items, result.is_ok());
-        result
-    }
+/// What both do beside taking items is theirs.
+macro_rules! the_rest {
+    () => {
+        fn shutdown_with_timeout(&self, timeout: Duration) -> OTelSdkResult {
+            self.inner.shutdown_with_timeout(timeout)
+        }
 
-    fn shutdown_with_timeout(&self, timeout: Duration) -> OTelSdkResult {
-        self.inner.shutdown_with_timeout(timeout)
-    }
-
-    fn set_resource(&mut self, resource: &Resource) {
-        self.inner.set_resource(resource);
-    }
+        fn set_resource(&mut self, resource: &Resource) {
+            self.inner.set_resource(resource);
+        }
+    };
 }
 
-impl<E: LogExporter> LogExporter for Counted<E> {
-    async fn export(&self, batch: LogBatch<'_>) -> OTelSdkResult {
-        let items = batch.iter().count();
-        let result = self.inner.export(batch).await;
-        self.queue.left(items, result.is_ok());
-        result
-    }
-
-    fn shutdown_with_timeout(&self, timeout: Duration) -> OTelSdkResult {
-        self.inner.shutdown_with_timeout(timeout)
-    }
-
-    fn set_resource(&mut self, resource: &Resource) {
-        self.inner.set_resource(resource);
-    }
-}
-
-/// Lets ended spans into a batch processor while there is room.
-#[derive(Debug)]
-pub(super) struct SpanQueue<P> {
-    inner: P,
-    queue: Queue,
-}
-
-impl<P> SpanQueue<P> {
-    pub(super) fn new(inner: P, queue: Queue) -> Self {
-        Self { inner, queue }
-    }
-}
-
-impl<P: SpanProcessor> SpanProcessor for SpanQueue<P> {
+impl<P: SpanProcessor> SpanProcessor for Queued<P> {
     fn on_start(&self, span: &mut Span, context: &Context) {
         self.inner.on_start(span, context);
     }
@@ -152,29 +120,10 @@ impl<P: SpanProcessor> SpanProcessor for SpanQueue<P> {
         self.inner.force_flush()
     }
 
-    fn shutdown_with_timeout(&self, timeout: Duration) -> OTelSdkResult {
-        self.inner.shutdown_with_timeout(timeout)
-    }
-
-    fn set_resource(&mut self, resource: &Resource) {
-        self.inner.set_resource(resource);
-    }
+    the_rest!();
 }
 
-/// Lets log records into a batch processor while there is room.
-#[derive(Debug)]
-pub(super) struct LogQueue<P> {
-    inner: P,
-    queue: Queue,
-}
-
-impl<P> LogQueue<P> {
-    pub(super) fn new(inner: P, queue: Queue) -> Self {
-        Self { inner, queue }
-    }
-}
-
-impl<P: LogProcessor> LogProcessor for LogQueue<P> {
+impl<P: LogProcessor> LogProcessor for Queued<P> {
     fn emit(&self, record: &mut SdkLogRecord, scope: &InstrumentationScope) {
         if self.queue.admits() {
             self.inner.emit(record, scope);
@@ -185,13 +134,29 @@ impl<P: LogProcessor> LogProcessor for LogQueue<P> {
         self.inner.force_flush()
     }
 
-    fn shutdown_with_timeout(&self, timeout: Duration) -> OTelSdkResult {
-        self.inner.shutdown_with_timeout(timeout)
+    the_rest!();
+}
+
+impl<E: SpanExporter> SpanExporter for Queued<E> {
+    async fn export(&self, batch: Vec<SpanData>) -> OTelSdkResult {
+        let items = batch.len();
+        let result = self.inner.export(batch).await;
+        self.queue.left(items, result.is_ok());
+        result
     }
 
-    fn set_resource(&mut self, resource: &Resource) {
-        self.inner.set_resource(resource);
+    the_rest!();
+}
+
+impl<E: LogExporter> LogExporter for Queued<E> {
+    async fn export(&self, batch: LogBatch<'_>) -> OTelSdkResult {
+        let items = batch.iter().count();
+        let result = self.inner.export(batch).await;
+        self.queue.left(items, result.is_ok());
+        result
     }
+
+    the_rest!();
 }
 
 #[cfg(test)]
@@ -207,7 +172,7 @@ mod tests {
         let registry = Registry::new();
         let reader = opentelemetry_prometheus::exporter().with_registry(registry.clone()).build().unwrap();
         let provider = SdkMeterProvider::builder().with_reader(reader).build();
-        let queue = Drops::new(&provider.meter("test")).queue_of("traces", 2);
+        let queue = Drops::new(&provider.meter("test")).queue_of(Signal::Traces, 2);
 
         let admitted = (0..5).filter(|_| queue.admits()).count();
         assert_eq!(admitted, 2);
