@@ -59,17 +59,20 @@ impl Fields {
 
     /// A whole number in a range, if given.
     pub(crate) fn optional_size(&self, name: &str, range: RangeInclusive<usize>) -> Result<Option<usize>, Error> {
-        let Some(value) = self.get(name) else {
-            return Ok(None);
-        };
-        let number = value.as_u64().and_then(|number| usize::try_from(number).ok());
-        match number.filter(|number| range.contains(number)) {
-            Some(number) => Ok(Some(number)),
-            None => {
-                let (least, most) = range.into_inner();
-                Err(self.wrong(name, &format!("a whole number from {least} to {most}")))
-            }
-        }
+        self.get(name).map(|_| self.present_size(name, range)).transpose()
+    }
+
+    fn present_size(&self, name: &str, range: RangeInclusive<usize>) -> Result<usize, Error> {
+        let number = self.get(name).and_then(Value::as_u64).and_then(|number| usize::try_from(number).ok());
+        number.filter(|number| range.contains(number)).ok_or_else(|| {
+            let (least, most) = range.into_inner();
+            self.wrong(name, &format!("a whole number from {least} to {most}"))
+        })
+    }
+
+    /// A whole number in a range, `default` if the field is absent. `null` is no number.
+    pub(crate) fn size_or(&self, name: &str, range: RangeInclusive<usize>, default: usize) -> Result<usize, Error> {
+        if self.map.contains_key(name) { self.present_size(name, range) } else { Ok(default) }
     }
 
     /// A number above 0, if given.
@@ -88,10 +91,11 @@ impl Fields {
         self.optional_positive(name)?.ok_or_else(|| self.absent(name))
     }
 
-    /// A yes or no.
+    /// A yes or no, `default` if the field is absent. `null` is no, as in the reference.
     pub(crate) fn flag(&self, name: &str, default: bool) -> Result<bool, Error> {
-        match self.get(name) {
+        match self.map.get(name) {
             None => Ok(default),
+            Some(Value::Null) => Ok(false),
             Some(Value::Bool(flag)) => Ok(*flag),
             Some(_) => Err(self.wrong(name, "true or false")),
         }

@@ -1,6 +1,7 @@
 //! Where each tensor of a model lies: one safetensors file, several, or those that an index lists.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::ops::Range;
 
 use candle_core::DType;
 use serde::Deserialize;
@@ -80,11 +81,31 @@ impl Shelf {
         Err(Error::Tensor { file: INDEX.into(), tensor: tensor.into(), reason })
     }
 
-    /// Finds a tensor of this shape.
+    /// Finds a tensor of this shape: as it is named, or as one expert's part of a layer's stack.
     ///
     /// # Errors
     /// [`Error::Tensor`] if there is none, or its shape or type is another.
     pub(crate) fn find(&self, tensor: &str, shape: &[usize]) -> Result<Entry, Error> {
+        match Part::of(tensor, shape).filter(|part| self.tensors.contains_key(&part.stack)) {
+            Some(part) if !self.tensors.contains_key(tensor) => self.find_part(&part),
+            _ => self.find_whole(tensor, shape),
+        }
+    }
+
+    fn find_part(&self, part: &Part) -> Result<Entry, Error> {
+        let experts = self.tensors[&part.stack].1.shape.first().copied().unwrap_or(0);
+        let whole = self.find_whole(&part.stack, &[experts, part.expert_shape[0], part.expert_shape[1]])?;
+        if part.expert >= experts {
+            let reason = format!("has {experts} experts, so there is no expert {}", part.expert);
+            let file = self.names[whole.file].clone();
+            return Err(Error::Tensor { file, tensor: part.stack.clone(), reason });
+        }
+        let row = (part.expert_shape[1] * whole.dtype.size_in_bytes()) as u64;
+        let first = whole.span.0 + row * (part.expert * part.expert_shape[0] + part.rows.start) as u64;
+        Ok(Entry { span: (first, first + row * part.rows.len() as u64), ..whole })
+    }
+
+    fn find_whole(&self, tensor: &str, shape: &[usize]) -> Result<Entry, Error> {
         let refuse = |file: &str, reason| Err(Error::Tensor { file: file.into(), tensor: tensor.into(), reason });
         let Some((file, stored)) = self.tensors.get(tensor) else {
             let searched = if self.names.len() == 1 { &self.names[0] } else { "*.safetensors" };
@@ -121,6 +142,42 @@ impl Shelf {
     /// The names of all tensors.
     pub(crate) fn tensors(&self) -> impl Iterator<Item = &str> {
         self.tensors.keys().map(String::as_str)
+    }
+}
+
+/// One expert's matrix as rows of the tensor that transformers 5 keeps a layer's experts in.
+///
+/// # Source
+/// transformers `DeepseekV3Experts`: `gate_up_proj` `[experts, 2 * inner, hidden]`, gate before up, and
+/// `down_proj` `[experts, hidden, inner]`.
+struct Part {
+    stack: String,
+    expert: usize,
+    /// Rows and columns of each expert in the stack.
+    expert_shape: [usize; 2],
+    rows: Range<usize>,
+}
+
+impl Part {
+    /// Reads `LAYER.experts.NUMBER.MATRIX.weight`; `shape`: the matrix's.
+    fn of(tensor: &str, shape: &[usize]) -> Option<Self> {
+        let (experts, name) = tensor.split_once(".experts.")?;
+        let (number, matrix) = name.strip_suffix(".weight")?.split_once('.')?;
+        let &[rows, columns] = shape else {
+            return None;
+        };
+        let (stacked, count, start) = match matrix {
+            "gate_proj" => ("gate_up_proj", 2 * rows, 0),
+            "up_proj" => ("gate_up_proj", 2 * rows, rows),
+            "down_proj" => ("down_proj", rows, 0),
+            _ => return None,
+        };
+        Some(Part {
+            stack: format!("{experts}.experts.{stacked}"),
+            expert: number.parse().ok()?,
+            expert_shape: [count, columns],
+            rows: start..start + rows,
+        })
     }
 }
 

@@ -1,9 +1,11 @@
 //! Model files that are damaged, hostile or of another kind are refused by name and reason.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
 use engine::{Engine, Error, Event, Held, LocalFiles, NoPeers, Options, describe, load};
+use safetensors::tensor::{Dtype, SafeTensors, TensorView, serialize_to_file};
 use serde_json::{Map, Value, json};
 use tempfile::TempDir;
 
@@ -29,7 +31,7 @@ fn refusal(dir: &Path) -> String {
     chain(&loaded)
 }
 
-/// Changes fields of the configuration; `null` removes one.
+/// Changes fields of the configuration.
 fn configured(fields: Value) -> TempDir {
     let dir = copy();
     let path = dir.path().join("config.json");
@@ -72,6 +74,9 @@ fn configurations_are_refused_with_field_value_and_what_is_accepted() {
         (json!({"n_group": 3}), "n_group is 3; it must be a divisor of n_routed_experts, which is 8"),
         (json!({"topk_group": 3}), "topk_group is 3; it must be a whole number from 1 to 2"),
         (json!({"num_experts_per_tok": 5}), "num_experts_per_tok is 5; it must be a whole number from 1 to 4"),
+        (json!({"n_group": null}), "n_group is null; it must be a whole number from 1 to 4"),
+        (json!({"topk_group": null}), "topk_group is null; it must be a whole number from 1 to 2"),
+        (json!({"first_k_dense_replace": null}), "first_k_dense_replace is null; it must be a whole number"),
         (json!({"num_attention_heads": 0}), "num_attention_heads is 0"),
         (json!({"num_key_value_heads": 1}), "num_key_value_heads is 1; it must be 3"),
         (json!({"qk_rope_head_dim": 9}), "qk_rope_head_dim is 9; it must be even"),
@@ -124,6 +129,63 @@ fn both_spellings_give_the_same_model() {
     assert!(old == new);
     let unstretched = configured(json!({"rope_scaling": null}));
     assert!(old != ask_alone(&mut whole(unstretched.path(), &options()), &request));
+}
+
+#[test]
+fn a_flag_that_is_null_is_false_as_in_the_reference() {
+    let request = telling(&(0..20).collect::<Vec<u32>>(), 1);
+    let answer = |fields| ask_alone(&mut whole(configured(fields).path(), &options()), &request);
+    for name in ["norm_topk_prob", "rope_interleave"] {
+        assert!(answer(json!({name: null})) == answer(json!({name: false})), "{name}");
+        assert!(answer(json!({name: null})) != answer(json!({})), "{name}");
+    }
+}
+
+/// The first experts of each layer in one tensor a matrix, as transformers 5 keeps them.
+fn stacked(experts: usize) -> TempDir {
+    let bytes = fs::read(model("yarn").join("model.safetensors")).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    let mut stacks: BTreeMap<String, (Vec<usize>, Vec<u8>)> = BTreeMap::new();
+    for (name, view) in tensors.iter().filter(|(name, _)| !name.contains(".experts.")) {
+        stacks.insert(name.into(), (view.shape().to_vec(), view.data().to_vec()));
+    }
+    for layer in 1..3 {
+        let prefix = format!("model.layers.{layer}.mlp.experts");
+        for (stack, matrices) in [("gate_up_proj", &["gate_proj", "up_proj"][..]), ("down_proj", &["down_proj"])] {
+            let mut data = Vec::new();
+            let mut shape = Vec::new();
+            for expert in 0..experts {
+                for matrix in matrices {
+                    let view = tensors.tensor(&format!("{prefix}.{expert}.{matrix}.weight")).unwrap();
+                    data.extend_from_slice(view.data());
+                    shape = vec![experts, matrices.len() * view.shape()[0], view.shape()[1]];
+                }
+            }
+            stacks.insert(format!("{prefix}.{stack}"), (shape, data));
+        }
+    }
+    let dir = copy();
+    let view = |(shape, data)| TensorView::new(Dtype::F32, Vec::clone(shape), data).unwrap();
+    let views = stacks.iter().map(|(name, (shape, data))| (name, view((shape, data))));
+    serialize_to_file(views, None, &dir.path().join("model.safetensors")).unwrap();
+    dir
+}
+
+#[test]
+fn stacked_experts_are_the_same_model() {
+    let dir = stacked(8);
+    let request = telling(&(0..60).collect::<Vec<u32>>(), 3);
+    let expected = ask_alone(&mut whole(&model("yarn"), &options()), &request);
+    assert!(ask_alone(&mut whole(dir.path(), &options()), &request) == expected);
+    let described = |dir: &Path| describe(&LocalFiles(dir.into())).unwrap();
+    assert_eq!(described(dir.path()), described(&model("yarn")));
+}
+
+#[test]
+fn a_stack_that_lacks_an_expert_is_refused() {
+    let words =
+        "model.safetensors: tensor model.layers.1.mlp.experts.gate_up_proj: has 7 experts, so there is no expert 7";
+    assert_eq!(refusal(stacked(7).path()), words);
 }
 
 #[test]

@@ -43,12 +43,12 @@ impl Config {
     pub(crate) fn read(fields: &Fields) -> Result<Self, Error> {
         only_what_is_known(fields)?;
         let layers = fields.size("num_hidden_layers", 1..=4096)?;
-        let dense = fields.optional_size("first_k_dense_replace", 0..=4096)?.unwrap_or(3);
+        let dense = fields.size_or("first_k_dense_replace", 0..=4096, 3)?;
         let moe_layers: Vec<usize> = (dense.min(layers)..layers).collect();
         let attention = attention(fields)?;
         let gate = gate(fields)?;
         let expert_inner = fields.size("moe_intermediate_size", 1..=WIDE)?;
-        let shared = fields.optional_size("n_shared_experts", 1..=256)?.unwrap_or(1);
+        let shared = fields.size_or("n_shared_experts", 1..=256, 1)?;
         let max_context = fields.size("max_position_embeddings", 1..=LONG)?;
         let (theta, yarn) = rope(fields, max_context)?;
         Ok(Config {
@@ -133,12 +133,12 @@ fn attention(fields: &Fields) -> Result<MlaShape, Error> {
 
 fn gate(fields: &Fields) -> Result<GateShape, Error> {
     let experts = fields.size("n_routed_experts", 2..=1 << 16)?;
-    let groups = fields.optional_size("n_group", 1..=experts / 2)?.unwrap_or(8);
+    let groups = fields.size_or("n_group", 1..=experts / 2, 8)?;
     if !experts.is_multiple_of(groups) {
         let accepted = format!("a divisor of n_routed_experts, which is {experts}");
         return Err(fields.wrong("n_group", &accepted));
     }
-    let groups_kept = fields.optional_size("topk_group", 1..=groups)?.unwrap_or(4.min(groups));
+    let groups_kept = fields.size_or("topk_group", 1..=groups, 4.min(groups))?;
     let choosable = experts / groups * groups_kept;
     Ok(GateShape {
         experts,
