@@ -16,6 +16,7 @@ use tokio::{
     task::JoinSet,
 };
 use tonic::{
+    Status,
     service::Routes,
     transport::{Channel, Endpoint, server::Connected},
 };
@@ -36,7 +37,10 @@ const PREFACE_TIMEOUT: Duration = Duration::from_secs(5);
 const STREAM_WINDOW: u32 = 8 << 20;
 const CONNECTION_WINDOW: u32 = 32 << 20;
 const FRAME_BYTES: u32 = 1 << 20;
+/// The largest head of a call.
 const HEADER_BYTES: u32 = 16 << 10;
+/// What is read of a head that is too large, so that the answer can be gRPC's own instead of HTTP's 431.
+const HEADER_BYTES_READ: u32 = 4 * HEADER_BYTES;
 const STREAMS_PER_CONNECTION: u32 = 16_384;
 const RESETS_PENDING: usize = 64;
 const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -154,7 +158,7 @@ fn server() -> http2::Builder<TokioExecutor> {
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_frame_size(FRAME_BYTES)
-        .max_header_list_size(HEADER_BYTES)
+        .max_header_list_size(HEADER_BYTES_READ)
         .max_concurrent_streams(STREAMS_PER_CONNECTION)
         .max_pending_accept_reset_streams(RESETS_PENDING);
     server
@@ -170,15 +174,28 @@ async fn serve_connection(
         return;
     }
     let peer = stream.connect_info();
-    let service = routes.map_request(move |mut request: http::Request<hyper::body::Incoming>| {
+    let service = tower::service_fn(move |mut request: http::Request<hyper::body::Incoming>| {
+        let routes = routes.clone();
         request.extensions_mut().insert(peer.clone());
-        request.map(tonic::body::Body::new)
+        async move {
+            if head_bytes(&request) > HEADER_BYTES as usize {
+                let message = format!("the metadata is larger than {HEADER_BYTES} bytes");
+                return Ok::<_, Infallible>(Status::resource_exhausted(message).into_http());
+            }
+            routes.oneshot(request.map(tonic::body::Body::new)).await
+        }
     });
-    let service = service.map_err(|never: Infallible| match never {});
     let connection = server.serve_connection(TokioIo::new(stream), TowerToHyperService::new(service));
     if let Err(error) = watcher.watch(connection).await {
         debug!(%error, "connection ended");
     }
+}
+
+/// The size of a head as HTTP/2 counts it: 32 bytes a field beside its name and value.
+fn head_bytes<T>(request: &http::Request<T>) -> usize {
+    let fields = request.headers().iter().map(|(name, value)| 32 + name.as_str().len() + value.len());
+    let path = request.uri().path_and_query().map_or(0, |path| path.as_str().len());
+    path + fields.sum::<usize>()
 }
 
 /// Whether the peer's first bytes are HTTP/2's, and came in time: HTTP/2's own pings begin only after them.

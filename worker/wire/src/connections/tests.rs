@@ -57,6 +57,17 @@ async fn a_call_arrives_with_its_peers_address_and_ends_before_the_server_does()
 }
 
 #[tokio::test]
+async fn metadata_that_is_too_large_is_refused_in_grpcs_words() {
+    let (address, _end, _server) = served().await;
+    for length in [HEADER_BYTES, 2 * HEADER_BYTES, HEADER_BYTES_READ - 1024] {
+        let mut request = Request::new(tokio_stream::once(Report::default()));
+        request.metadata_mut().insert("x-long", "y".repeat(length as usize).parse().unwrap());
+        let status = FleetClient::new(connect(&address)).watch(request).await.unwrap_err();
+        assert_eq!(status.code(), Code::ResourceExhausted, "{status}");
+    }
+}
+
+#[tokio::test]
 async fn nobody_there_and_no_address_are_both_unavailable() {
     for address in ["127.0.0.1:1", "no address", ""] {
         let answer = FleetClient::new(connect(address)).watch(tokio_stream::empty()).await;
