@@ -35,6 +35,7 @@ fn run(engine: &mut impl Engine, requests: usize) -> Result<(f64, f64), engine::
     for index in 0..requests {
         let request = Request {
             prompt: (0..PROMPT).map(|at| ((at * 37 + index * 11) % 500) as u32).collect(),
+            generated: Vec::new(),
             max_tokens: ANSWER,
             stop_tokens: Vec::new(),
             sampling: Sampling::default(),

@@ -50,7 +50,8 @@ impl Engine for Echo {
         request.check(&self.limits)?;
         let id = SequenceId(self.next);
         self.next += 1;
-        self.sequences.push_back(Repeated { id, request, drawn: 0 });
+        let drawn = request.generated.len();
+        self.sequences.push_back(Repeated { id, request, drawn });
         Ok(id)
     }
 
@@ -97,7 +98,7 @@ impl Repeated {
     fn advance(&mut self, events: &mut Vec<Event>) {
         let (sequence, request) = (self.id, &self.request);
         let certain = |token| TokenLogprob { logprob: 0.0, top: vec![(token, 0.0)] };
-        if self.drawn == 0 && request.prompt_logprobs {
+        if self.drawn == request.generated.len() && request.prompt_logprobs {
             let seen = request.prompt.iter().skip(1).map(|&token| Some(certain(token)));
             let logprobs = std::iter::once(None).chain(seen).collect();
             events.push(Event::Prompt { sequence, logprobs });
@@ -139,6 +140,7 @@ mod tests {
     fn request(prompt: &[u32], max_tokens: usize) -> Request {
         Request {
             prompt: prompt.to_vec(),
+            generated: Vec::new(),
             max_tokens,
             stop_tokens: vec![9],
             sampling: Sampling::default(),
@@ -169,6 +171,8 @@ mod tests {
         assert_eq!(drain(&mut echo), (vec![3, 4, 3, 4, 3], Some(Finish::Length)));
         echo.submit(request(&[3, 9], 5)).unwrap();
         assert_eq!(drain(&mut echo), (vec![3, 9], Some(Finish::Stop)));
+        echo.submit(Request { generated: vec![3, 4, 3], ..request(&[3, 4], 5) }).unwrap();
+        assert_eq!(drain(&mut echo), (vec![4, 3], Some(Finish::Length)));
     }
 
     #[test]

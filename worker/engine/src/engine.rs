@@ -14,7 +14,10 @@ pub struct SequenceId(pub u64);
 pub struct Request {
     /// Token ids, at least one.
     pub prompt: Vec<u32>,
-    /// Most tokens to generate. With 0 the prompt is only read (for [`Request::prompt_logprobs`]).
+    /// Tokens that another engine has generated already, in order. They count as generated in all respects, and are no
+    /// events.
+    pub generated: Vec<u32>,
+    /// Most tokens to generate, [`Request::generated`] included. With 0 the prompt is only read (for [`Request::prompt_logprobs`]).
     pub max_tokens: usize,
     /// Tokens that end the sequence, the model's end of text included. The token itself is still
     /// an event.
@@ -180,14 +183,15 @@ impl Request {
     /// Refuses what no engine with these limits could serve.
     ///
     /// # Errors
-    /// The first rule broken, in the order: prompt, context, sampling.
+    /// The first rule broken, in the order: prompt, context, what is left to generate, sampling.
     pub fn check(&self, limits: &Limits) -> Result<(), Refusal> {
         if self.prompt.is_empty() {
             return Err(Refusal::EmptyPrompt);
         }
         let known = |token: u32| (token as usize) < limits.vocab_size;
         let bias = self.sampling.logit_bias.iter().map(|&(token, _)| token);
-        if let Some(token) = self.prompt.iter().copied().chain(bias).find(|&token| !known(token)) {
+        let read = self.prompt.iter().chain(&self.generated).copied();
+        if let Some(token) = read.chain(bias).find(|&token| !known(token)) {
             return Err(Refusal::UnknownToken { token, vocab_size: limits.vocab_size });
         }
         if self.tokens().is_none_or(|tokens| tokens > limits.max_context_tokens) {
@@ -196,6 +200,10 @@ impl Request {
                 max_tokens: self.max_tokens,
                 max_context: limits.max_context_tokens,
             });
+        }
+        let (generated, max_tokens) = (self.generated.len(), self.max_tokens);
+        if generated > 0 && generated >= max_tokens {
+            return Err(Refusal::NothingLeft { generated, max_tokens });
         }
         self.sampling.check()
     }

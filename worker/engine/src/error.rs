@@ -110,6 +110,14 @@ pub enum Refusal {
         /// The model's context in tokens.
         max_context: usize,
     },
+    /// As many tokens are generated already as may be.
+    #[error("{generated} tokens are generated already and up to {max_tokens} may be; there must be one left")]
+    NothingLeft {
+        /// Tokens generated already.
+        generated: usize,
+        /// Tokens asked for.
+        max_tokens: usize,
+    },
     /// The sequence would not fit the whole cache, even alone.
     #[error("the request needs {need} tokens of cache; this worker has {total}")]
     Cache {

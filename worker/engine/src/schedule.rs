@@ -45,19 +45,26 @@ pub(crate) struct Wanted {
 
 impl Sequence {
     fn new(id: SequenceId, request: Request) -> Self {
+        let mut history = History::new(&request.prompt, &request.sampling);
+        request.generated.iter().for_each(|&token| history.push(token));
         Sequence {
             id,
-            tokens: request.prompt.clone(),
+            tokens: [&request.prompt[..], &request.generated].concat(),
             cached: 0,
             pages: Vec::new(),
-            history: History::new(&request.prompt, &request.sampling),
+            history,
             prompt_logprobs: vec![None],
             request,
         }
     }
 
+    /// Tokens that were there from the beginning.
+    fn given(&self) -> usize {
+        self.request.prompt.len() + self.request.generated.len()
+    }
+
     /// Takes the logits that follow the token at `position`: for a token of the prompt as its log
-    /// probability, else to draw the next.
+    /// probability, for the last of all to draw the next.
     fn take(&mut self, position: usize, logits: Vec<f32>, events: &mut Vec<Event>) {
         let sequence = self.id;
         let count = logits.iter().filter(|logit| !logit.is_finite()).count();
@@ -72,6 +79,9 @@ impl Sequence {
         if self.request.prompt_logprobs && position + 1 == self.request.prompt.len() {
             let logprobs = std::mem::take(&mut self.prompt_logprobs);
             events.push(Event::Prompt { sequence, logprobs });
+        }
+        if position + 1 < self.tokens.len() {
+            return; // it was wanted for the prompt only
         }
         if self.request.max_tokens > 0 {
             self.draw(position + 1, logits, events);
@@ -147,7 +157,7 @@ impl Schedule {
         let mut slices = Vec::with_capacity(self.running.len());
         for (index, sequence) in self.running.iter().enumerate() {
             let unread = &sequence.tokens[sequence.cached..];
-            let generates = sequence.cached >= sequence.request.prompt.len();
+            let generates = sequence.cached >= sequence.given();
             let tokens = if generates { unread } else { &unread[..unread.len().min(budget)] };
             if !generates {
                 budget -= tokens.len();
@@ -167,7 +177,7 @@ impl Schedule {
         for (row, (slice, position)) in rows.enumerate() {
             let sequence = &self.running[slice.sequence];
             let last = position + 1 == sequence.tokens.len();
-            let told = sequence.request.prompt_logprobs && position + 1 < sequence.tokens.len();
+            let told = sequence.request.prompt_logprobs && position < sequence.request.prompt.len();
             if last || told {
                 wanted.push(Wanted { row, sequence: slice.sequence, position });
             }
@@ -207,6 +217,7 @@ mod tests {
     fn request(prompt: usize, max_tokens: usize) -> Request {
         Request {
             prompt: vec![1; prompt],
+            generated: Vec::new(),
             max_tokens,
             stop_tokens: Vec::new(),
             sampling: Sampling::default(),

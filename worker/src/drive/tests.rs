@@ -12,6 +12,7 @@ fn metrics() -> Arc<Metrics> {
 fn request(prompt: &[u32], max_tokens: usize) -> Request {
     Request {
         prompt: prompt.to_vec(),
+        generated: Vec::new(),
         max_tokens,
         stop_tokens: Vec::new(),
         sampling: Sampling::default(),

@@ -115,6 +115,7 @@ fn request(prompt: &str, seed: u64, tokens: usize) -> Request {
     let text = crate::text::Text::load(&folder(), 512).unwrap();
     Request {
         prompt: text.encode(prompt, false).unwrap(),
+        generated: Vec::new(),
         max_tokens: tokens,
         stop_tokens: Vec::new(),
         sampling: Sampling { temperature: 0.8, seed, ..Sampling::default() },

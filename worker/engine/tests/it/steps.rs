@@ -33,15 +33,27 @@ fn chunks_and_scarce_slots_change_no_bit() {
 }
 
 #[test]
-fn tokens_replayed_as_prompt_go_on_as_if_nothing_happened() {
-    let mut engine = tiny(&options());
-    let sampling = Sampling { temperature: 0.8, seed: 5, stream: 2, ..Sampling::default() };
-    let request = Request { sampling, stop_tokens: Vec::new(), ..greedy(&[0, 3, 314, 309], 24) };
-    let whole = ask_alone(&mut engine, &request).tokens;
-    for cut in [1, 9, 23] {
-        let prompt = [&request.prompt[..], &whole[..cut]].concat();
-        let rest = Request { prompt, max_tokens: 24 - cut, ..request.clone() };
-        assert_eq!(ask_alone(&mut engine, &rest).tokens, whole[cut..]);
+fn a_sequence_taken_over_goes_on_as_if_nothing_happened() {
+    let sampling = Sampling {
+        temperature: 0.8,
+        repetition_penalty: 1.2,
+        presence_penalty: 0.3,
+        frequency_penalty: 0.4,
+        seed: 5,
+        stream: 2,
+        ..Sampling::default()
+    };
+    let request = Request { sampling, stop_tokens: Vec::new(), ..telling(&[0, 3, 314, 309], 24) };
+    let whole = ask_alone(&mut tiny(&options()), &request);
+    for prefill_chunk in [1024, 5] {
+        let mut engine = tiny(&Options { prefill_chunk, ..options() });
+        for cut in 0..24 {
+            let rest = Request { generated: whole.tokens[..cut].to_vec(), ..request.clone() };
+            let found = ask_alone(&mut engine, &rest);
+            assert_eq!(found.tokens, whole.tokens[cut..], "after {cut}");
+            assert!(found.logprobs == whole.logprobs[cut..], "after {cut}");
+            assert!(found.prompt == whole.prompt && found.finish == whole.finish, "after {cut}");
+        }
     }
 }
 
@@ -162,6 +174,11 @@ fn what_never_fits_is_refused_with_the_numbers() {
             greedy(&[3; 10], 1015),
             "the prompt has 10 tokens and up to 1015 are to be generated; the context is 1024 tokens",
         ),
+        (
+            Request { generated: vec![3; 5], ..good.clone() },
+            "5 tokens are generated already and up to 5 may be; there must be one left",
+        ),
+        (Request { generated: vec![512], ..good.clone() }, "token 512 is not in the vocabulary of 512"),
         (greedy(&[3; 90], 8), "the request needs 112 tokens of cache; this worker has 96"),
         (
             Request { sampling: Sampling { top_p: 0.0, ..Sampling::default() }, ..good.clone() },

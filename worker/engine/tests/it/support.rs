@@ -64,6 +64,7 @@ pub(crate) fn options() -> Options {
 pub(crate) fn greedy(prompt: &[u32], max_tokens: usize) -> Request {
     Request {
         prompt: prompt.to_vec(),
+        generated: Vec::new(),
         max_tokens,
         stop_tokens: vec![1],
         sampling: Sampling::default(),
