@@ -79,6 +79,22 @@ impl Choice {
         (!parted.is_empty()).then(|| self.delta(text, parted, None))
     }
 
+    /// Takes tokens that the client has, and shows nothing of them. Returns the last piece if they end the choice, and
+    /// only that is missing.
+    ///
+    /// `max_tokens`: of the whole choice.
+    pub fn replay(&mut self, text: &Text, ids: &[u32], max_tokens: usize) -> Option<Delta> {
+        let met = ids.iter().find_map(|&id| self.token(text, id, None).filter(|delta| delta.finish.is_some()));
+        self.delta(text, Parted::default(), None); // what is held back is counted as shown
+        let end = match ids.last() {
+            _ if met.is_some() => met,
+            Some(last) if self.stop_tokens.contains(last) => Some(self.finish(text, Finish::Stop)),
+            Some(_) if ids.len() >= max_tokens => Some(self.finish(text, Finish::Length)),
+            _ => None,
+        };
+        end.map(|end| Delta { tokens: Vec::new(), scored: Vec::new(), ..end })
+    }
+
     /// Ends the choice: its last piece, with what was held back.
     pub fn finish(&mut self, text: &Text, reason: Finish) -> Delta {
         let rest = self.detokeniser.finish(text);
@@ -165,6 +181,42 @@ mod tests {
         assert_eq!(joined(&deltas).1, "1 2 ");
         assert!(deltas.iter().flat_map(|d| &d.tokens).count() < ids.len());
         assert_eq!(deltas.last().unwrap().finish, Some("stop"));
+    }
+
+    #[test]
+    fn a_choice_taken_over_after_any_token_shows_the_rest() {
+        let text = tiny();
+        let crab = text.encode("🦀", false).unwrap();
+        assert!(crab.len() > 1, "a character of several tokens");
+        let ids =
+            [text.encode("7+", false).unwrap(), crab, vec![6], text.encode("\n\n1 2 3 4 5", false).unwrap()].concat();
+        let whole = run(&mut choice(&text, Some("<think>\n"), &["3 4"]), &text, &ids);
+        assert_eq!(joined(&whole), ("7+🦀".into(), "1 2 ".into()));
+        let end = whole.iter().map(|delta| delta.tokens.len()).sum();
+        for cut in 0..=end {
+            let mut first = choice(&text, Some("<think>\n"), &["3 4"]);
+            let mut shown: Vec<Delta> = ids[..cut].iter().filter_map(|&id| first.token(&text, id, None)).collect();
+            if shown.last().is_some_and(|delta| delta.finish.is_some()) {
+                shown.pop(); // lost on the way
+            }
+            let mut second = choice(&text, Some("<think>\n"), &["3 4"]);
+            let rest = match second.replay(&text, &ids[..cut], 100) {
+                Some(end) => vec![end],
+                None => run(&mut second, &text, &ids[cut..]),
+            };
+            let (all, whole) = (joined(&[shown, rest].concat()), joined(&whole));
+            assert_eq!(all, whole, "after {cut} tokens");
+        }
+    }
+
+    #[test]
+    fn a_choice_of_which_only_the_end_is_missing_ends_at_once() {
+        let text = tiny();
+        let ids = text.encode("1 2 3", false).unwrap();
+        let end = |ids: &[u32], max_tokens| choice(&text, None, &[]).replay(&text, ids, max_tokens);
+        assert_eq!(end(&ids, ids.len()).unwrap().finish, Some("length"));
+        assert_eq!(end(&[&ids[..], &[1]].concat(), 100).unwrap().finish, Some("stop"));
+        assert!(end(&ids, 100).is_none() && end(&[], 0).is_none());
     }
 
     #[test]

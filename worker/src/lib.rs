@@ -14,5 +14,6 @@ pub mod mesh;
 pub mod metrics;
 pub mod openai;
 pub mod prepare;
+pub mod resume;
 pub mod serve;
 pub mod text;

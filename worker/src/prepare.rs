@@ -10,7 +10,9 @@ use wire::proto::{Endpoint, GenerateCall};
 
 use crate::{
     chat::{self, ChatTemplate},
-    openai::{self, Call, Defaults, Input, Prompt, Refusal},
+    choice::{Beginning, Choice},
+    openai::{self, Call, Defaults, Input, Prompt, Refusal, chunk::Delta},
+    resume::{Had, had},
     text::{self, Text},
 };
 
@@ -50,6 +52,25 @@ pub struct Prepared {
     pub prompts: Vec<PromptTokens>,
     /// One a choice.
     pub requests: Vec<Request>,
+    /// The choices, as far as the client has them.
+    pub choices: Vec<Begun>,
+}
+
+/// A choice, behind what the client has of it.
+pub struct Begun {
+    /// Its state.
+    pub choice: Choice,
+    /// What the client has.
+    pub had: Had,
+    /// Its last piece, if only that is missing.
+    pub end: Option<Delta>,
+}
+
+impl Begun {
+    /// Whether there are tokens to generate.
+    pub fn runs(&self) -> bool {
+        !self.had.finished && self.end.is_none()
+    }
 }
 
 impl Model {
@@ -73,7 +94,7 @@ impl Model {
     /// # Errors
     /// The first thing in it that cannot be honoured.
     pub fn prepare(&self, call: &GenerateCall) -> Result<Prepared, Refusal> {
-        let (endpoint, request_id) = (call.endpoint(), &call.request_id);
+        let (endpoint, request_id, resume) = (call.endpoint(), &call.request_id, call.resume.clone());
         let call = match endpoint {
             Endpoint::ChatCompletions => openai::chat(&call.body, &self.defaults)?,
             Endpoint::Completions => openai::completion(&call.body, &self.defaults)?,
@@ -89,10 +110,38 @@ impl Model {
                 requests.push(self.request(&call, request_id, &prompt.ids, max_tokens, choice as u64));
             }
         }
-        for request in &requests {
-            request.check(&self.limits).map_err(|refusal| refused(&refusal))?;
+        let had = had(resume, requests.len())?;
+        let is_chat = endpoint == Endpoint::ChatCompletions;
+        let mut choices = Vec::with_capacity(requests.len());
+        for (index, (request, had)) in requests.iter_mut().zip(had).enumerate() {
+            let begun = self.begin(&call, &prompts[index / call.n], is_chat, request, had);
+            if begun.runs() {
+                request.check(&self.limits).map_err(|refusal| refused(&refusal))?;
+            }
+            choices.push(begun);
         }
-        Ok(Prepared { call, prompts, requests })
+        Ok(Prepared { call, prompts, requests, choices })
+    }
+
+    /// Brings a choice, and the request for its tokens, to where the client has it.
+    fn begin(&self, call: &Call, prompt: &PromptTokens, is_chat: bool, request: &mut Request, had: Had) -> Begun {
+        let beginning = Beginning {
+            index: u32::try_from(request.sampling.stream).unwrap_or(u32::MAX),
+            prompt: &prompt.ids,
+            conversation: is_chat.then_some(prompt.text.as_str()),
+            stop: call.stop.clone(),
+            stop_tokens: request.stop_tokens.clone(),
+            score: call.logprobs.is_some(),
+            offset: if call.echo { prompt.text.chars().count() } else { 0 },
+        };
+        let mut choice = Choice::begin(&self.text, beginning);
+        let end = match had.finished {
+            true => None,
+            false => choice.replay(&self.text, &had.tokens, request.max_tokens),
+        };
+        request.prompt_logprobs &= !had.begun; // they were in its first piece
+        request.generated.clone_from(&had.tokens);
+        Begun { choice, had, end }
     }
 
     fn prompts(&self, input: &Input) -> Result<Vec<PromptTokens>, Refusal> {
@@ -173,6 +222,7 @@ impl Model {
         let seed = call.seed.unwrap_or_else(|| seed_of(request_id));
         Request {
             prompt: prompt.to_vec(),
+            generated: Vec::new(),
             max_tokens,
             stop_tokens,
             sampling: Sampling { seed, stream: choice, ..call.sampling.clone() },
@@ -192,6 +242,7 @@ pub fn refused(refusal: &engine::Refusal) -> Refusal {
     let (param, code) = match refusal {
         Engine::EmptyPrompt => ("prompt", "invalid_value"),
         Engine::UnknownToken { .. } => ("logit_bias", "invalid_value"),
+        Engine::NothingLeft { .. } => ("resume", "invalid_value"),
         Engine::Context { .. } | Engine::Cache { .. } => ("max_tokens", "context_length_exceeded"),
         Engine::Sampling { name, .. } => (*name, "invalid_value"),
     };

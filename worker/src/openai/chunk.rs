@@ -16,7 +16,7 @@ pub struct Scored {
 }
 
 /// New text of a choice, and the tokens that it came from.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct Delta {
     /// Index of the choice.
     pub choice: u32,
@@ -61,7 +61,9 @@ impl Writer {
             Endpoint::ChatCompletions => self.chat(text, &delta),
             Endpoint::Completions | Endpoint::Unspecified => self.completion(text, &delta),
         };
-        self.chunk(Kind::Delta, delta.choice, delta.tokens, json!([choices]), None)
+        let ends_choice = delta.finish.is_some();
+        let chunk = self.chunk(Kind::Delta, delta.choice, delta.tokens, json!([choices]), None);
+        Chunk { ends_choice, ..chunk }
     }
 
     /// The last piece of a good answer.
@@ -82,7 +84,7 @@ impl Writer {
         if let Some(usage) = usage {
             json["usage"] = usage;
         }
-        Chunk { kind: kind.into(), json: json.to_string().into(), choice, token_ids }
+        Chunk { kind: kind.into(), json: json.to_string().into(), choice, token_ids, ends_choice: false }
     }
 
     fn chat(&self, text: &Text, delta: &Delta) -> Value {

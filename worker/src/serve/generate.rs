@@ -20,7 +20,7 @@ use wire::{
 
 use super::state::{Refused, State};
 use crate::{
-    choice::{Beginning, Choice},
+    choice::Choice,
     drive::{Driver, Progress, Sequence, SubmitError},
     metrics::Metrics,
     openai::{
@@ -89,6 +89,8 @@ impl worker_server::Worker for GenerateService {
 enum Broken {
     /// Nobody reads any more, or not fast enough.
     Gone,
+    /// It cannot go on here, but may elsewhere. The words are for the router.
+    Lost(&'static str),
     /// The words and the code are for the client.
     Failed(String, &'static str),
 }
@@ -113,11 +115,15 @@ impl Inner {
             ended = self.answer(call, &replies, started, &mut count) => ended,
             () = replies.closed() => Err(Broken::Gone),
             () = after(deadline) => Err(Broken::Failed("the request took longer than its deadline".into(), "deadline_exceeded")),
-            () = self.state.is_cut() => Err(Broken::Failed("the worker goes away; try again".into(), "unavailable")),
+            () = self.state.is_cut() => Err(Broken::Lost("this worker goes away")),
         };
         let error = match ended {
             Ok(error) => error,
             Err(Broken::Gone) => Some("cancelled"),
+            Err(Broken::Lost(message)) => {
+                let _ = replies.try_send(Err(Status::unavailable(message))); // without room the stream just ends
+                Some("unavailable")
+            }
             Err(Broken::Failed(message, code)) => {
                 let body = ErrorObject::server(message).code(code).to_json();
                 let _ = send(&replies, broken(body, code, count.head)).await; // nobody reads any more
@@ -155,17 +161,20 @@ impl Inner {
             Err(refusal) => return self.refuse(replies, &refusal).await,
         };
         writer.logprobs = prepared.call.logprobs.is_some();
-        let sequences = match self.driver.submit(prepared.requests.clone(), traced()).await {
+        let requests = prepared.requests.iter().zip(&prepared.choices).filter(|(_, begun)| begun.runs());
+        let requests = requests.map(|(request, _)| request.clone()).collect();
+        let sequences = match self.driver.submit(requests, traced()).await {
             Ok(sequences) => sequences,
             Err(SubmitError::Refused(refusal)) => {
                 return self.refuse(replies, &refused(&refusal)).await;
             }
-            Err(SubmitError::Ended) => return Err(failed()),
+            Err(SubmitError::Ended) => return Err(Broken::Lost("the engine has ended")),
         };
         let head = Head { status: 200, content_type: "application/json".into(), ..Head::default() };
         send(replies, Reply::Head(head)).await?;
         count.head = true;
         count.prompt = prepared.prompts.iter().map(|prompt| prompt.ids.len()).sum();
+        count.completion = prepared.choices.iter().map(|begun| begun.had.tokens.len()).sum();
         let mut answer = Answer::begin(self, writer, prepared, sequences, replies);
         answer.run(started, count).await?;
         Ok(None)
@@ -193,7 +202,6 @@ struct Answer<'a> {
     inner: &'a Inner,
     writer: Writer,
     prepared: Prepared,
-    choices: Vec<Choice>,
     /// A sequence that ends sends `None` last, so that one that was lost is told from one that ended.
     sequences: StreamMap<usize, futures::stream::BoxStream<'static, Option<Progress>>>,
     replies: &'a Replies,
@@ -207,32 +215,24 @@ impl<'a> Answer<'a> {
         sequences: Vec<Sequence>,
         replies: &'a Replies,
     ) -> Self {
-        let chat = writer.endpoint == Endpoint::ChatCompletions;
-        let choice = |(index, request): (usize, &engine::Request)| {
-            let prompt = &prepared.prompts[index / prepared.call.n];
-            let beginning = Beginning {
-                index: u32::try_from(index).unwrap_or(u32::MAX),
-                prompt: &prompt.ids,
-                conversation: chat.then_some(prompt.text.as_str()),
-                stop: prepared.call.stop.clone(),
-                stop_tokens: request.stop_tokens.clone(),
-                score: writer.logprobs,
-                offset: if prepared.call.echo { prompt.text.chars().count() } else { 0 },
-            };
-            Choice::begin(&inner.model.text, beginning)
-        };
-        let choices = prepared.requests.iter().enumerate().map(choice).collect();
         let mut map = StreamMap::new();
-        for (index, sequence) in sequences.into_iter().enumerate() {
+        let running = prepared.choices.iter().enumerate().filter(|(_, begun)| begun.runs());
+        for ((index, _), sequence) in running.zip(sequences) {
             let end = futures::stream::iter([None]);
             map.insert(index, ReceiverStream::new(sequence).map(Some).chain(end).boxed());
         }
-        Self { inner, writer, prepared, choices, sequences: map, replies }
+        Self { inner, writer, prepared, sequences: map, replies }
     }
 
     async fn run(&mut self, started: Instant, count: &mut Count) -> Result<(), Broken> {
-        for index in 0..self.choices.len() {
-            self.open(index).await?;
+        let text = &self.inner.model.text;
+        for index in 0..self.prepared.choices.len() {
+            if !self.prepared.choices[index].had.begun {
+                self.open(index).await?;
+            }
+            if let Some(end) = self.prepared.choices[index].end.take() {
+                self.piece(index, end).await?;
+            }
         }
         while let Some((index, progress)) = self.sequences.next().await {
             match progress {
@@ -240,22 +240,26 @@ impl<'a> Answer<'a> {
                 Some(Progress::Token(id, logprob)) => {
                     count.completion += 1;
                     count.first_token.get_or_insert_with(|| started.elapsed().as_secs_f64());
-                    if let Some(delta) = self.choices[index].token(&self.inner.model.text, id, logprob) {
+                    if let Some(delta) = self.choice(index).token(text, id, logprob) {
                         self.piece(index, delta).await?;
                     }
                 }
                 Some(Progress::Finished(reason)) => {
-                    let delta = self.choices[index].finish(&self.inner.model.text, reason);
+                    let delta = self.choice(index).finish(text, reason);
                     self.piece(index, delta).await?;
                 }
                 Some(Progress::Failed(message)) => {
                     return Err(Broken::Failed(message, "model_failed"));
                 }
-                None => return Err(failed()),
+                None => return Err(Broken::Lost("the engine lost a sequence")),
             }
         }
         let usage = self.writer.usage(count.prompt, count.completion);
         send(self.replies, Reply::Chunk(usage)).await
+    }
+
+    fn choice(&mut self, index: usize) -> &mut Choice {
+        &mut self.prepared.choices[index].choice
     }
 
     /// What comes before the first token: who speaks, or the prompt if it is to be part of the answer.
@@ -306,7 +310,6 @@ fn broken(body: Vec<u8>, code: &str, head_sent: bool) -> Reply {
     }
     let status = match code {
         "deadline_exceeded" => 504,
-        "unavailable" => 503,
         _ => 500,
     };
     Reply::Head(Head { status, content_type: "application/json".into(), body: body.into() })

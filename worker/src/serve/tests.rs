@@ -12,6 +12,8 @@ use wire::proto::{
 
 use super::*;
 
+mod resume;
+
 struct Running {
     client: WorkerClient<Channel>,
     end: Option<oneshot::Sender<Shutdown>>,

@@ -11,7 +11,7 @@ pub const OPEN: &str = "<think>";
 pub const CLOSE: &str = "</think>";
 
 /// New text of a choice.
-#[derive(Debug, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Parted {
     /// Of the thought.
     pub reasoning: String,
