@@ -22,7 +22,7 @@ const BORDERS: [(&str, &[&str], &[&str]); 8] = [
 ];
 
 /// Modules that decide. They see values only, so that a simulator, a test and a program get the same answer.
-const PURE: [&str; 10] = [
+const PURE: [&str; 13] = [
     "operator/planner/src",
     "operator/src/launch.rs",
     "operator/src/render.rs",
@@ -31,8 +31,11 @@ const PURE: [&str; 10] = [
     "operator/src/validate.rs",
     "operator/src/validate",
     "worker/router/src/admit.rs",
+    "worker/router/src/budget.rs",
+    "worker/router/src/patience.rs",
     "worker/router/src/pick.rs",
     "worker/router/src/queue.rs",
+    "worker/router/src/resume.rs",
 ];
 
 fn output(program: &str, arguments: &[&str]) -> String {

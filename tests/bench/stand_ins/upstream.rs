@@ -145,5 +145,11 @@ impl Worker for Answering {
 }
 
 fn chunk(kind: Kind, json: &'static str) -> Chunk {
-    Chunk { kind: kind.into(), json: Bytes::from_static(json.as_bytes()), choice: 0, token_ids: vec![7] }
+    Chunk {
+        kind: kind.into(),
+        json: Bytes::from_static(json.as_bytes()),
+        choice: 0,
+        token_ids: vec![7],
+        ends_choice: false,
+    }
 }

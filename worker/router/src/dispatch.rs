@@ -1,41 +1,42 @@
 //! From a request to the worker that answers it: waiting, picking, calling, trying another.
 //!
-//! This module answers for the time until the first piece of an answer; from then on the stream belongs to whoever
-//! sends it to the client, and the [`Grant`] in it gives the place back.
+//! This module answers for the time until the first piece that a worker sends; from then on the stream belongs to
+//! whoever sends it to the client, and the [`Grant`] in it gives the place back.
 
 use std::{
-    collections::HashMap,
     future::Future,
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use bytes::Bytes;
 use http::StatusCode;
 use tokio::sync::oneshot;
-use tonic::{Code, Request, Status, Streaming, transport::Channel};
-use tracing::{Instrument as _, Span, debug, field::Empty, info_span};
+use tonic::{Code, Request, Status, Streaming};
+use tracing::{Instrument as _, debug, field::Empty, info_span};
 use wire::{
     MAX_MESSAGE_BYTES,
     openai::ErrorObject,
     proto::{
-        Chunk, Endpoint, GenerateCall, GenerateReply, chunk::Kind, generate_reply::Reply, worker_client::WorkerClient,
+        Endpoint, GenerateCall, GenerateReply, Resume, chunk::Kind, generate_reply::Reply, worker_client::WorkerClient,
     },
 };
 
 use crate::{
-    line::{Entered, Entry, Line, Waiter},
-    load::Grant,
+    line::{Entered, Entry, Line, Turn, Waiter},
+    load::{Grant, WorkerLoad},
     pick::Why,
     queue::Ticket,
     refusal::Refusal,
+    resume::{Journey, Reason},
     router::Router,
+    running::{Broken, Running},
 };
 
-/// How often a request may be lost by a worker that had taken it: one that kills its worker must not kill all.
-const LOSSES: u32 = 3;
-/// How often a request may be brought to a worker at all.
+/// How often a request may be brought to a worker until one begins to answer.
 const ATTEMPTS: u32 = 32;
+/// How often those in line are looked at though nothing was freed: suspicions end by time.
+pub const LOOK_EVERY: Duration = Duration::from_millis(100);
 
 /// A request that is let in: what the worker gets, and what the router decided.
 #[derive(Clone, Debug)]
@@ -58,85 +59,6 @@ pub struct Call {
     pub deadline: Option<Instant>,
 }
 
-/// How often a request was lost so far. One for the whole life of a request.
-#[derive(Debug)]
-pub struct Trip {
-    losses: u32,
-    attempts: u32,
-    waiting_since: Instant,
-}
-
-impl Trip {
-    /// A request that comes now.
-    pub fn new(arrived: Instant) -> Self {
-        Self { losses: 0, attempts: 0, waiting_since: arrived }
-    }
-
-    /// A worker that had taken it was lost.
-    ///
-    /// # Errors
-    /// It was too often.
-    pub fn lost(&mut self) -> Result<(), Refusal> {
-        self.losses += 1;
-        self.waiting_since = Instant::now();
-        if self.losses >= LOSSES { Err(Refusal::workers_failed()) } else { Ok(()) }
-    }
-}
-
-/// An answer that has begun. Dropping it cancels at the worker.
-#[derive(Debug)]
-pub struct Running {
-    first: Option<Chunk>,
-    replies: Streaming<GenerateReply>,
-    deadline: Option<Instant>,
-    grant: Grant,
-    span: Span,
-}
-
-/// A stream that ended before its end.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Broken {
-    /// The worker was lost.
-    Lost,
-    /// The client's deadline passed.
-    Deadline,
-}
-
-impl Broken {
-    /// What a client is told.
-    pub fn refusal(self) -> Refusal {
-        match self {
-            Self::Lost => Refusal::workers_failed(),
-            Self::Deadline => Refusal::deadline(),
-        }
-    }
-}
-
-impl Running {
-    /// The next piece. After one that is not a delta there is none.
-    ///
-    /// # Errors
-    /// The stream broke, or ended without a last piece.
-    pub async fn next(&mut self) -> Result<Chunk, Broken> {
-        if let Some(first) = self.first.take() {
-            return Ok(first);
-        }
-        match until(self.deadline, self.replies.message()).await {
-            None => Err(Broken::Deadline),
-            Some(Ok(Some(GenerateReply { reply: Some(Reply::Chunk(chunk)) }))) => Ok(chunk),
-            Some(other) => {
-                self.span.in_scope(|| debug!(status = ?other.err().map(|status| status.code()), "lost a worker"));
-                Err(Broken::Lost)
-            }
-        }
-    }
-
-    /// The worker was lost in the middle: it gets nothing for a while.
-    pub fn blame(&self, router: &Router) {
-        self.grant.worker().load.failed(router.now(), false);
-    }
-}
-
 /// Why an attempt came to nothing.
 enum Failed {
     /// Nobody answered at the worker's address.
@@ -149,20 +71,18 @@ enum Failed {
     Final(Refusal),
 }
 
-/// Brings `call` to a worker, and returns with the first piece of the answer.
+/// Brings `call` to a worker, and returns when the answer, or the rest of it, has begun to come.
 ///
 /// 1. Get a grant: at once if a worker is free, else in the queue, for at most the model's `maxWait`.
-/// 2. Call the worker. If it refuses the request itself, so do we.
-/// 3. If it cannot be reached, drains or is lost, go back to 1, before all others; it is suspect for a while.
-///
-/// Assumes that nothing of the model was sent to the client yet.
+/// 2. Call the worker, with what the client has already. If it refuses the request itself, so do we.
+/// 3. If it cannot be reached, drains, hangs or is lost, go back to 1, before all others; it is suspect for a while.
 ///
 /// # Errors
 /// What the client is to be told.
-pub async fn begin(router: &Router, call: &Call, trip: &mut Trip) -> Result<Running, Refusal> {
-    loop {
-        let grant = admit(router, call, trip).await?;
-        trip.attempts += 1;
+pub async fn begin(router: &Router, call: &Call, journey: &mut Journey) -> Result<Running, Refusal> {
+    let mut waits_since = if journey.content().is_some() { Instant::now() } else { call.arrived };
+    for attempt in 1..=ATTEMPTS {
+        let grant = admit(router, call, turn(journey, attempt), waits_since).await?;
         let span = info_span!(
             "call worker",
             otel.name = "modelfleet.v1.Worker/Generate",
@@ -170,51 +90,79 @@ pub async fn begin(router: &Router, call: &Call, trip: &mut Trip) -> Result<Runn
             otel.status_code = Empty,
             server.address = grant.worker().target(),
             modelfleet.worker.id = grant.worker().id,
-            modelfleet.attempt = trip.attempts,
+            modelfleet.attempt = attempt,
         );
-        let attempt = attempt(router, call, &grant).instrument(span.clone());
-        let failed = match until(call.deadline, attempt).await {
-            None => return Err(Refusal::deadline()),
-            Some(Ok((first, replies))) => {
-                grant.worker().load.answered();
-                return Ok(Running { first: Some(first), replies, deadline: call.deadline, grant, span });
-            }
-            Some(Err(failed)) => failed,
+        let resume = journey.resume();
+        let tried = async {
+            let replies = ask(router, call, resume, &grant).await;
+            let replies = replies.inspect_err(|failed| failed.mark(router, &grant.worker().load))?;
+            let mut running = Running::new(router, replies, grant, call.deadline, span.clone());
+            let begun = first_piece(router, &mut running).await;
+            begun.inspect_err(|failed| failed.mark(router, &running.grant().worker().load))?;
+            Ok(running)
+        };
+        let failed = match tried.instrument(span.clone()).await {
+            Ok(running) => return Ok(running),
+            Err(failed) => failed,
         };
         span.record("otel.status_code", "ERROR");
-        let load = &grant.worker().load;
         match failed {
-            Failed::Final(refusal) => {
-                load.answered();
-                return Err(refusal);
-            }
-            Failed::NobodyThere => load.failed(router.now(), true),
-            Failed::NotTaken => load.failed(router.now(), false),
-            Failed::Lost => {
-                load.failed(router.now(), false);
-                trip.lost()?;
-            }
-        }
-        if trip.attempts >= ATTEMPTS {
-            return Err(Refusal::workers_failed());
+            Failed::Final(refusal) => return Err(refusal),
+            Failed::NobodyThere | Failed::NotTaken => {}
+            Failed::Lost if journey.moves_on() => waits_since = Instant::now(),
+            Failed::Lost => return Err(Refusal::workers_failed()),
         }
         router.metrics().retried(&call.model_label(router));
     }
+    Err(Refusal::workers_failed())
+}
+
+fn turn(journey: &Journey, attempt: u32) -> Turn {
+    match journey.content() {
+        Some(content) => Turn::Resume(content.clone()),
+        None if attempt > 1 || journey.was_lost() => Turn::Retry,
+        None => Turn::First,
+    }
+}
+
+impl Failed {
+    /// Tells the worker's load, before its place is given to another request.
+    fn mark(&self, router: &Router, load: &WorkerLoad) {
+        match self {
+            Self::Final(_) => load.answered(),
+            Self::NobodyThere => load.failed(router.now(), true),
+            Self::NotTaken | Self::Lost => load.failed(router.now(), false),
+        }
+    }
+}
+
+async fn first_piece(router: &Router, running: &mut Running) -> Result<(), Failed> {
+    let refusal = match running.begin(router).await {
+        Ok(first) if first.kind() == Kind::Error => Refusal::of_stream(ErrorObject::from_json(&first.json)),
+        Ok(_) => {
+            running.grant().worker().load.answered();
+            return Ok(());
+        }
+        Err(Broken::Deadline) => Refusal::deadline(),
+        Err(Broken::Leaves(Reason::Draining)) => return Err(Failed::NotTaken),
+        Err(Broken::Leaves(_)) => return Err(Failed::Lost),
+    };
+    Err(Failed::Final(refusal))
 }
 
 impl Call {
     /// The model's own name for metrics, which have no room for what clients may write.
-    fn model_label(&self, router: &Router) -> String {
+    pub(crate) fn model_label(&self, router: &Router) -> String {
         router.find(&self.model).map_or_else(String::new, |line| line.model().name.clone())
     }
 }
 
 /// A worker for `call`, after a wait if need be.
-async fn admit(router: &Router, call: &Call, trip: &Trip) -> Result<Grant, Refusal> {
+async fn admit(router: &Router, call: &Call, turn: Turn, waits_since: Instant) -> Result<Grant, Refusal> {
     let line = router.find(&call.model).ok_or_else(|| Refusal::no_model(&call.model))?;
     let (sender, granted) = oneshot::channel();
     let waiter = || -> Waiter { Box::new(move |grant| sender.send(grant)) };
-    let entry = Entry { weight: call.choices, arrived: router.since_start(call.arrived), is_retry: trip.attempts > 0 };
+    let entry = Entry { weight: call.choices, arrived: router.since_start(call.arrived), turn };
     let (ticket, why) = match line.enter(entry, router.now(), fastrand::u64(..), waiter) {
         Entered::Granted(grant) => return Ok(grant),
         Entered::Full => return Err(Refusal::queue_full()),
@@ -225,7 +173,7 @@ async fn admit(router: &Router, call: &Call, trip: &Trip) -> Result<Grant, Refus
     if why == Why::NoWorker {
         router.wake_operator();
     }
-    let patience = trip.waiting_since + line.model().max_wait;
+    let patience = waits_since + line.model().max_wait;
     let ends = call.deadline.map_or(patience, |deadline| deadline.min(patience));
     match until(Some(ends), granted).await {
         Some(Ok(grant)) => Ok(grant),
@@ -247,7 +195,36 @@ impl Drop for Place<'_> {
     }
 }
 
-async fn attempt(router: &Router, call: &Call, grant: &Grant) -> Result<(Chunk, Streaming<GenerateReply>), Failed> {
+/// Calls a worker, which says in time whether it takes the request.
+async fn ask(
+    router: &Router,
+    call: &Call,
+    resume: Option<Resume>,
+    grant: &Grant,
+) -> Result<Streaming<GenerateReply>, Failed> {
+    let began = Instant::now();
+    let limit = began + grant.line().pace.limit(call.body.len(), router.patience());
+    let ends = call.deadline.map_or(limit, |deadline| deadline.min(limit));
+    match until(Some(ends), head(router, call, resume, grant)).await {
+        Some(Ok(replies)) => {
+            grant.line().pace.took(began.elapsed());
+            Ok(replies)
+        }
+        Some(Err(failed)) => Err(failed),
+        None if ends < limit => Err(Failed::Final(Refusal::deadline())),
+        None => {
+            debug!("a worker did not take the request in time");
+            Err(Failed::Lost)
+        }
+    }
+}
+
+async fn head(
+    router: &Router,
+    call: &Call,
+    resume: Option<Resume>,
+    grant: &Grant,
+) -> Result<Streaming<GenerateReply>, Failed> {
     let worker = grant.worker();
     let remaining = call.deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
     let mut request = Request::new(GenerateCall {
@@ -257,8 +234,8 @@ async fn attempt(router: &Router, call: &Call, grant: &Grant) -> Result<(Chunk, 
         created: call.created,
         remaining_ms: remaining.map_or(0, |remaining| remaining.as_millis().max(1) as u64),
         model: call.model.clone(),
-        content_hash: worker.content_hash.clone(),
-        resume: None,
+        content_hash: worker.content.hash.clone(),
+        resume,
     });
     wire::telemetry::inject(request.metadata_mut());
     let mut client = WorkerClient::new(router.channels().get(worker.target()))
@@ -271,21 +248,13 @@ async fn attempt(router: &Router, call: &Call, grant: &Grant) -> Result<(Chunk, 
         Err(status) => return Err(lost(&status)),
     };
     match StatusCode::from_u16(head.status as u16) {
-        Ok(StatusCode::OK) => {}
-        Ok(StatusCode::SERVICE_UNAVAILABLE) => return Err(Failed::NotTaken),
+        Ok(StatusCode::OK) => Ok(replies),
+        Ok(StatusCode::SERVICE_UNAVAILABLE) => Err(Failed::NotTaken),
         Ok(status) if status.is_client_error() || status.is_server_error() => {
             let error = ErrorObject::from_json(&head.body);
-            return Err(Failed::Final(Refusal::of_worker(status, error)));
+            Err(Failed::Final(Refusal::of_worker(status, error)))
         }
-        _ => return Err(Failed::Final(Refusal::broken())),
-    }
-    match replies.message().await {
-        Ok(Some(GenerateReply { reply: Some(Reply::Chunk(first)) })) => match first.kind() {
-            Kind::Error => Err(Failed::Final(Refusal::of_stream(ErrorObject::from_json(&first.json)))),
-            _ => Ok((first, replies)),
-        },
-        Ok(_) => Err(Failed::Lost),
-        Err(status) => Err(lost(&status)),
+        _ => Err(Failed::Final(Refusal::broken())),
     }
 }
 
@@ -316,29 +285,3 @@ async fn until<T>(deadline: Option<Instant>, future: impl Future<Output = T>) ->
         Some(deadline) => tokio::time::timeout_at(deadline.into(), future).await.ok(),
     }
 }
-
-/// One connection a worker, made at the first call.
-#[derive(Debug, Default)]
-pub struct Channels(Mutex<HashMap<String, Channel>>);
-
-impl Channels {
-    /// The channel to `address`.
-    pub fn get(&self, address: &str) -> Channel {
-        let mut channels = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(channel) = channels.get(address) {
-            return channel.clone();
-        }
-        let channel = wire::connect(address);
-        channels.insert(address.to_owned(), channel.clone());
-        channel
-    }
-
-    /// Forgets those that are not `wanted`; calls that run keep theirs.
-    pub fn retain(&self, wanted: impl Fn(&str) -> bool) {
-        let mut channels = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        channels.retain(|address, _| wanted(address));
-    }
-}
-
-/// How often those in line are looked at though nothing was freed: suspicions end by time.
-pub const LOOK_EVERY: Duration = Duration::from_millis(100);

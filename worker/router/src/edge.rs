@@ -38,8 +38,6 @@ const HEADER_BYTES: usize = 16 << 10;
 const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a connection may idle between requests.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(75);
-/// How long a client may read nothing while there is something to read.
-const STALL_TIMEOUT: Duration = Duration::from_secs(60);
 const PING_EVERY: Duration = Duration::from_secs(5);
 const PING_TIMEOUT: Duration = Duration::from_secs(5);
 const STREAMS_PER_CONNECTION: u32 = 1024;
@@ -83,13 +81,14 @@ async fn connection(stream: TcpStream, watcher: Watcher, protocols: Arc<Protocol
     if stream.set_nodelay(true).is_err() {
         return;
     }
+    let reader = router.patience().reader;
     let ended = match tokio::time::timeout(HEADER_TIMEOUT, speaks_http2(&stream)).await {
         Ok(Ok(true)) => {
             let answer = move |request: Request<Incoming>| {
                 let router = router.clone();
                 async { Ok::<_, Infallible>(respond(router, request).await) }
             };
-            let activity = Activity::of_http2(STALL_TIMEOUT);
+            let activity = Activity::of_http2(reader);
             let io = TokioIo::new(Watched::new(stream, activity.clone()));
             let connection = watcher.watch(protocols.http2.serve_connection(io, service_fn(answer)));
             tokio::select! {
@@ -98,7 +97,7 @@ async fn connection(stream: TcpStream, watcher: Watcher, protocols: Arc<Protocol
             }
         }
         Ok(Ok(false)) => {
-            let activity = Activity::of_http1(HEADER_TIMEOUT, STALL_TIMEOUT);
+            let activity = Activity::of_http1(HEADER_TIMEOUT, reader);
             let io = TokioIo::new(Watched::new(stream, activity.clone()));
             let service = {
                 let activity = activity.clone();

@@ -15,10 +15,12 @@ use arc_swap::ArcSwap;
 use wire::proto::{ModelLoad, model_snapshot::Availability};
 
 use crate::{
+    budget::Budget,
     load::Grant,
+    patience::Pace,
     pick::{Pick, View, Why, pick},
     queue::{Queue, Ticket},
-    snapshot::Model,
+    snapshot::{Content, Model, Worker},
 };
 
 /// Takes a grant to whoever waits for it, or back if they have gone.
@@ -29,11 +31,19 @@ pub type Freed = Arc<dyn Fn(&Arc<Line>) + Send + Sync>;
 /// A model's queue and counters.
 pub struct Line {
     model: ArcSwap<Model>,
-    queue: Mutex<Queue<Waiter>>,
+    waiting: Mutex<Waiting>,
     queued: AtomicUsize,
     pub(crate) running: AtomicU64,
     accepted: AtomicU64,
+    /// How long workers take to take a call.
+    pub(crate) pace: Pace,
     freed: Freed,
+}
+
+#[derive(Default)]
+struct Waiting {
+    queue: Queue<(Entry, Waiter)>,
+    budget: Budget,
 }
 
 impl fmt::Debug for Line {
@@ -43,14 +53,34 @@ impl fmt::Debug for Line {
 }
 
 /// Who comes to the line.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Entry {
     /// Sequences to run.
     pub weight: u32,
     /// When the request came.
     pub arrived: Duration,
-    /// It was let in before, and lost its worker: it goes first.
-    pub is_retry: bool,
+    /// Whether it was here before.
+    pub turn: Turn,
+}
+
+/// How a request stands in the line.
+#[derive(Clone, Debug)]
+pub enum Turn {
+    /// It comes for the first time.
+    First,
+    /// It was let in before, and lost its worker: it goes first, as far as there are retries.
+    Retry,
+    /// A part of its answer is at the client: it goes first, to a worker of the same content.
+    Resume(Arc<Content>),
+}
+
+impl Turn {
+    fn fits(&self, worker: &Worker) -> bool {
+        match self {
+            Self::First | Self::Retry => true,
+            Self::Resume(content) => *content == worker.content,
+        }
+    }
 }
 
 /// What came of it.
@@ -71,10 +101,11 @@ impl Line {
     pub fn new(model: Model, freed: Freed) -> Arc<Self> {
         Arc::new(Self {
             model: ArcSwap::from_pointee(model),
-            queue: Mutex::default(),
+            waiting: Mutex::default(),
             queued: AtomicUsize::new(0),
             running: AtomicU64::new(0),
             accepted: AtomicU64::new(0),
+            pace: Pace::default(),
             freed,
         })
     }
@@ -92,37 +123,38 @@ impl Line {
     /// Gives a worker, or a place in the queue that `waiter` belongs to.
     pub fn enter(self: &Arc<Self>, entry: Entry, now: Duration, draw: u64, waiter: impl FnOnce() -> Waiter) -> Entered {
         let model = self.model.load();
-        let mut queue = self.lock();
+        let mut waiting = self.lock();
         if model.availability == Availability::Off {
             return Entered::Off;
         }
-        if !entry.is_retry {
+        let is_new = matches!(entry.turn, Turn::First);
+        if is_new {
             self.accepted.fetch_add(1, Relaxed);
+            waiting.budget.earn();
         }
         let mut why = Why::AllBusy; // those before it in the queue come first
-        if entry.is_retry || queue.is_empty() {
-            match pick(&views(&model, now), entry.weight, draw) {
-                Pick::Worker(index) => {
-                    return Entered::Granted(Grant::new(self, &model.workers[index], entry.weight));
-                }
+        if !is_new || !waiting.queue.has_new() {
+            match choose(&model, &entry, &mut waiting.budget, now, draw) {
+                Pick::Worker(index) => return Entered::Granted(Grant::new(self, &model.workers[index], entry.weight)),
                 Pick::Wait(because) => why = because,
             }
         }
-        let place = if entry.is_retry {
-            Ok(queue.put_back(waiter(), entry.weight, entry.arrived))
+        let arrived = entry.arrived;
+        let place = if is_new {
+            waiting.queue.push((entry, waiter()), arrived, model.max_pending)
         } else {
-            queue.push(waiter(), entry.weight, entry.arrived, model.max_pending)
+            Ok(waiting.queue.put_back((entry, waiter()), arrived))
         };
-        self.queued.store(queue.len(), Relaxed);
+        self.queued.store(waiting.queue.len(), Relaxed);
         place.map_or(Entered::Full, |ticket| Entered::Waiting(ticket, why))
     }
 
     /// Leaves the queue, if still in it.
     pub fn leave(&self, ticket: Ticket) {
-        let mut queue = self.lock();
-        let left = queue.remove(ticket);
-        self.queued.store(queue.len(), Relaxed);
-        drop(queue);
+        let mut waiting = self.lock();
+        let left = waiting.queue.remove(ticket);
+        self.queued.store(waiting.queue.len(), Relaxed);
+        drop(waiting);
         drop(left);
     }
 
@@ -130,24 +162,33 @@ impl Line {
     pub fn serve(self: &Arc<Self>, now: Duration, mut draw: impl FnMut() -> u64) {
         while self.queued.load(Relaxed) > 0 {
             let model = self.model.load();
-            let mut queue = self.lock();
-            let Some(weight) = queue.first() else { return };
-            let Pick::Worker(index) = pick(&views(&model, now), weight, draw()) else {
-                return;
+            let mut guard = self.lock();
+            let Waiting { queue, budget } = &mut *guard;
+            let chosen = |(entry, _): &(Entry, Waiter)| match choose(&model, entry, budget, now, draw()) {
+                Pick::Worker(index) => Some(index),
+                Pick::Wait(_) => None,
             };
-            let waiter = queue.pop();
+            let Some(((entry, waiter), index)) = queue.take(chosen) else { return };
             self.queued.store(queue.len(), Relaxed);
-            let grant = Grant::new(self, &model.workers[index], weight);
-            drop(queue);
-            if let Some(Err(grant)) = waiter.map(|waiter| waiter(grant)) {
+            let grant = Grant::new(self, &model.workers[index], entry.weight);
+            drop(guard);
+            if let Err(grant) = waiter(grant) {
                 grant.refuse(); // they have gone; the next one
             }
         }
     }
 
+    /// Whether a worker other than `worker` could take over a request of this weight that runs there.
+    pub(crate) fn has_other(&self, worker: &Worker, weight: u32, now: Duration) -> bool {
+        let model = self.model.load();
+        let turn = Turn::Resume(worker.content.clone());
+        let mut views = views(&model, &turn, now).into_iter().zip(&model.workers);
+        views.any(|(view, other)| other.id != worker.id && view.can_take(weight))
+    }
+
     /// The model is gone: nobody waits any longer.
     pub(crate) fn close(&self) {
-        let left = std::mem::take(&mut *self.lock());
+        let left = std::mem::take(&mut self.lock().queue);
         self.queued.store(0, Relaxed);
         drop(left); // with the lock released
     }
@@ -170,21 +211,30 @@ impl Line {
             model: self.model.load().name.clone(),
             queued,
             running,
-            oldest_wait_ms: self.lock().oldest_wait(now).as_millis() as u64,
+            oldest_wait_ms: self.lock().queue.oldest_wait(now).as_millis() as u64,
             accepted: self.accepted.load(Relaxed),
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Queue<Waiter>> {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Waiting> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-fn views(model: &Model, now: Duration) -> Vec<View> {
-    let view = |worker: &Arc<crate::snapshot::Worker>| View {
+/// A worker for `entry`; a retry takes one of those that are left.
+fn choose(model: &Model, entry: &Entry, budget: &mut Budget, now: Duration, draw: u64) -> Pick {
+    match pick(&views(model, &entry.turn, now), entry.weight, draw) {
+        Pick::Worker(_) if matches!(entry.turn, Turn::Retry) && !budget.take(now) => Pick::Wait(Why::AllBusy),
+        pick => pick,
+    }
+}
+
+fn views(model: &Model, turn: &Turn, now: Duration) -> Vec<View> {
+    let view = |worker: &Arc<Worker>| View {
         outstanding: worker.load.outstanding(),
         is_draining: worker.is_draining,
         is_suspect: worker.load.is_suspect(now),
+        is_other: !turn.fits(worker),
     };
     model.workers.iter().map(view).collect()
 }

@@ -22,7 +22,10 @@ pub struct WorkerLoad {
     failures: AtomicU32,
     /// Milliseconds on the router's clock.
     suspect_until: AtomicU64,
+    /// One request runs there although it has not answered since it failed.
+    is_tried: AtomicBool,
     by_name: AtomicBool,
+    leaving: AtomicBool,
 }
 
 impl WorkerLoad {
@@ -31,9 +34,9 @@ impl WorkerLoad {
         self.outstanding.load(Relaxed)
     }
 
-    /// Whether it failed a moment ago.
+    /// Whether it failed a moment ago, or is being tried again with one request.
     pub fn is_suspect(&self, now: Duration) -> bool {
-        self.suspect_until.load(Relaxed) > now.as_millis() as u64
+        self.suspect_until.load(Relaxed) > now.as_millis() as u64 || self.is_tried.load(Relaxed)
     }
 
     /// It did not answer: it gets nothing for a while, longer with each failure in a row. Where nobody answered at its
@@ -42,6 +45,7 @@ impl WorkerLoad {
         let failures = self.failures.fetch_add(1, Relaxed).min(8);
         let suspicion = (FIRST_SUSPICION * 2_u32.pow(failures)).min(LONGEST_SUSPICION);
         self.suspect_until.store((now + suspicion).as_millis() as u64, Relaxed);
+        self.is_tried.store(false, Relaxed);
         if nobody_there {
             self.by_name.fetch_xor(true, Relaxed);
         }
@@ -51,6 +55,16 @@ impl WorkerLoad {
     pub fn answered(&self) {
         self.failures.store(0, Relaxed);
         self.suspect_until.store(0, Relaxed);
+        self.is_tried.store(false, Relaxed);
+    }
+
+    /// Whether it goes away: what runs there goes elsewhere, if it can.
+    pub fn is_leaving(&self) -> bool {
+        self.leaving.load(Relaxed)
+    }
+
+    pub(crate) fn leaves(&self, leaving: bool) {
+        self.leaving.store(leaving, Relaxed);
     }
 
     /// Whether its name is to be used instead of its address.
@@ -66,6 +80,7 @@ pub struct Grant {
     line: Arc<Line>,
     worker: Arc<Worker>,
     weight: u32,
+    is_trial: bool,
     is_refused: bool,
 }
 
@@ -74,12 +89,26 @@ impl Grant {
     pub(crate) fn new(line: &Arc<Line>, worker: &Arc<Worker>, weight: u32) -> Self {
         worker.load.outstanding.fetch_add(weight, Relaxed);
         line.running.fetch_add(1, Relaxed);
-        Self { line: line.clone(), worker: worker.clone(), weight, is_refused: false }
+        let is_trial = worker.load.failures.load(Relaxed) > 0;
+        if is_trial {
+            worker.load.is_tried.store(true, Relaxed);
+        }
+        Self { line: line.clone(), worker: worker.clone(), weight, is_trial, is_refused: false }
     }
 
     /// The worker.
     pub fn worker(&self) -> &Worker {
         &self.worker
+    }
+
+    /// The model.
+    pub fn line(&self) -> &Line {
+        &self.line
+    }
+
+    /// Whether another worker could take over what runs here.
+    pub fn has_other(&self, now: Duration) -> bool {
+        self.line.has_other(&self.worker, self.weight, now)
     }
 
     /// Gives it back without telling the line, whose lock the caller may hold.
@@ -92,6 +121,9 @@ impl Drop for Grant {
     fn drop(&mut self) {
         self.worker.load.outstanding.fetch_sub(self.weight, Relaxed);
         self.line.running.fetch_sub(1, Relaxed);
+        if self.is_trial {
+            self.worker.load.is_tried.store(false, Relaxed);
+        }
         if !self.is_refused {
             self.line.freed();
         }

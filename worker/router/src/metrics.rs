@@ -12,13 +12,15 @@ use opentelemetry::{
 };
 use wire::genai::{Instruments, Outcome};
 
-use crate::snapshot::Table;
+use crate::{resume::Reason, snapshot::Table};
 
 /// The router's instruments.
 #[derive(Clone, Debug)]
 pub struct Metrics {
     requests: Instruments,
     retries: Counter<u64>,
+    resumed: Counter<u64>,
+    not_resumed: Counter<u64>,
     rejected: Counter<u64>,
 }
 
@@ -41,6 +43,11 @@ impl Metrics {
         Self {
             requests: Instruments::new(meter),
             retries: counter("modelfleet_router_retries", "Attempts that went to another worker"),
+            resumed: counter("modelfleet_router_resumed_streams", "Answers that went on at another worker, by reason"),
+            not_resumed: counter(
+                "modelfleet_router_unresumed_streams",
+                "Answers that lost their worker and did not go on, by reason",
+            ),
             rejected: counter("modelfleet_router_rejected_requests", "Requests that got an error, by reason"),
         }
     }
@@ -48,6 +55,12 @@ impl Metrics {
     /// A request goes to another worker.
     pub fn retried(&self, model: &str) {
         self.retries.add(1, &[KeyValue::new("model", model.to_owned())]);
+    }
+
+    /// An answer that left its worker goes on at another one, or does not.
+    pub fn resumed(&self, model: &str, reason: Reason, goes_on: bool) {
+        let labels = [KeyValue::new("model", model.to_owned()), KeyValue::new("reason", reason.label())];
+        if goes_on { self.resumed.add(1, &labels) } else { self.not_resumed.add(1, &labels) }
     }
 
     /// A request gets an error.

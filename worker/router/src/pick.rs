@@ -13,14 +13,16 @@ pub struct View {
     pub is_draining: bool,
     /// Failed a moment ago.
     pub is_suspect: bool,
+    /// Runs something else than what this request began with.
+    pub is_other: bool,
 }
 
 impl View {
     /// Whether `weight` more sequences may go there. One request may be more than all that a worker takes at once:
     /// it goes to one that has nothing else.
-    fn can_take(&self, weight: u32) -> bool {
+    pub(crate) fn can_take(&self, weight: u32) -> bool {
         let fits = self.outstanding.saturating_add(weight) <= SEQUENCES_PER_WORKER;
-        !self.is_draining && !self.is_suspect && (fits || self.outstanding == 0)
+        !self.is_other && !self.is_draining && !self.is_suspect && (fits || self.outstanding == 0)
     }
 }
 
@@ -36,7 +38,7 @@ pub enum Pick {
 /// Why nobody can take a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Why {
-    /// There is no worker, or all are draining.
+    /// There is no worker that would do, or all are draining.
     NoWorker,
     /// Those there are failed a moment ago.
     AllSuspect,
@@ -64,7 +66,7 @@ pub fn pick(workers: &[View], weight: u32, draw: u64) -> Pick {
 }
 
 fn why(workers: &[View]) -> Why {
-    let mut here = workers.iter().filter(|worker| !worker.is_draining).peekable();
+    let mut here = workers.iter().filter(|worker| !worker.is_draining && !worker.is_other).peekable();
     if here.peek().is_none() {
         Why::NoWorker
     } else if here.all(|worker| worker.is_suspect) {
@@ -81,17 +83,19 @@ mod tests {
     use super::*;
 
     fn with(outstanding: u32) -> View {
-        View { outstanding, is_draining: false, is_suspect: false }
+        View { outstanding, is_draining: false, is_suspect: false, is_other: false }
     }
 
     #[test]
     fn why_nobody_takes_it() {
         let draining = View { is_draining: true, ..with(0) };
         let suspect = View { is_suspect: true, ..with(0) };
+        let other = View { is_other: true, ..with(0) };
         let busy = with(SEQUENCES_PER_WORKER);
-        let table: [(&[View], Why); 5] = [
+        let table: [(&[View], Why); 6] = [
             (&[], Why::NoWorker),
             (&[draining], Why::NoWorker),
+            (&[other, draining], Why::NoWorker),
             (&[draining, suspect], Why::AllSuspect),
             (&[suspect, busy], Why::AllBusy),
             (&[busy], Why::AllBusy),
@@ -108,10 +112,12 @@ mod tests {
     }
 
     fn views() -> impl Strategy<Value = Vec<View>> {
-        let view = (0..80_u32, any::<bool>(), any::<bool>()).prop_map(|(outstanding, is_draining, is_suspect)| View {
+        let view = (0..80_u32, any::<[bool; 3]>());
+        let view = view.prop_map(|(outstanding, [is_draining, is_suspect, is_other])| View {
             outstanding,
             is_draining,
             is_suspect,
+            is_other,
         });
         proptest::collection::vec(view, 0..20)
     }

@@ -1,9 +1,9 @@
 //! An answer as it comes: the wait for it, its pieces, its end. HTTP and gRPC put it into their own frames.
 
-use std::{fmt, future::Future, pin::Pin, time::Duration};
+use std::{fmt, future::Future, pin::Pin, sync::Arc, time::Duration};
 
 use serde::Deserialize;
-use tracing::{Instrument as _, Span, warn};
+use tracing::{Instrument as _, Span, info, warn};
 use wire::{
     openai::ErrorObject,
     proto::{Chunk, chunk::Kind},
@@ -12,10 +12,12 @@ use wire::{
 use crate::{
     aggregate::Whole,
     ask::Asked,
-    dispatch::{Broken, Call, Running, Trip, begin},
+    dispatch::{Call, begin},
     metrics::Measured,
     refusal::Refusal,
+    resume::{Journey, Reason},
     router::Router,
+    running::{Broken, Running},
 };
 
 /// How long a client hears nothing at first: until then a refusal still has its own status.
@@ -36,11 +38,12 @@ pub enum Piece {
     Failed(Refusal),
 }
 
-type Beginning = Pin<Box<dyn Future<Output = Result<Running, Refusal>> + Send>>;
+type Beginning = Pin<Box<dyn Future<Output = Result<(Running, Journey), Refusal>> + Send>>;
 
-/// An answer under way. Dropping it cancels the request, wherever it is.
+/// An answer under way, at one worker after the other if need be. Dropping it cancels the request, wherever it is.
 pub struct Pieces {
     router: Router,
+    call: Arc<Call>,
     phase: Phase,
     patience: Duration,
     measured: Measured,
@@ -48,8 +51,9 @@ pub struct Pieces {
 }
 
 enum Phase {
-    Beginning(Beginning),
-    Running(Box<Running>),
+    /// With the reason for which it left a worker.
+    Beginning(Beginning, Option<Reason>),
+    Running(Box<Running>, Journey),
     Ended,
 }
 
@@ -62,16 +66,20 @@ impl fmt::Debug for Pieces {
 impl Pieces {
     /// Nothing happens before the first [`Pieces::next`].
     pub fn new(router: &Router, asked: Asked) -> Self {
-        let span = Span::current();
-        let (state, call) = (router.clone(), asked.call);
-        let beginning = async move { begin(&state, &call, &mut Trip::new(call.arrived)).await };
-        Self {
+        let call = Arc::new(asked.call);
+        let line = router.find(&call.model);
+        let migrations = line.map_or(0, |line| line.model().migration_attempts);
+        let journey = if asked.stream { Journey::of_stream(migrations) } else { Journey::of_whole(migrations) };
+        let mut pieces = Self {
             router: router.clone(),
-            phase: Phase::Beginning(Box::pin(beginning.instrument(span.clone()))),
+            call,
+            phase: Phase::Ended,
             patience: PATIENCE,
             measured: asked.measured,
-            span,
-        }
+            span: Span::current(),
+        };
+        pieces.begin(journey, None);
+        pieces
     }
 
     /// The next piece; `None` after the last.
@@ -79,40 +87,81 @@ impl Pieces {
         loop {
             match &mut self.phase {
                 Phase::Ended => return None,
-                Phase::Beginning(beginning) => match tokio::time::timeout(self.patience, beginning).await {
+                Phase::Beginning(beginning, why) => match tokio::time::timeout(self.patience, beginning).await {
                     Err(_) => {
                         self.patience = REMIND_EVERY;
                         return Some(Piece::Waiting);
                     }
-                    Ok(Ok(running)) => self.phase = Phase::Running(Box::new(running)),
-                    Ok(Err(refusal)) => return Some(self.fail(refusal)),
-                },
-                Phase::Running(running) => {
-                    let next = running.next().await;
-                    if next == Err(Broken::Lost) {
-                        running.blame(&self.router);
+                    Ok(begun) => {
+                        if let Some(reason) = *why {
+                            self.tell(reason, begun.is_ok());
+                        }
+                        match begun {
+                            Ok((running, journey)) => self.phase = Phase::Running(Box::new(running), journey),
+                            Err(refusal) => return Some(self.fail(refusal)),
+                        }
                     }
-                    return Some(self.took(next));
-                }
+                },
+                Phase::Running(running, journey) => match running.next(&self.router, journey.may_move()).await {
+                    Ok(chunk) => {
+                        journey.took(&chunk, &running.grant().worker().content);
+                        return Some(self.took(chunk));
+                    }
+                    Err(Broken::Deadline) => return Some(self.fail(Refusal::deadline())),
+                    Err(Broken::Leaves(reason)) => {
+                        if reason != Reason::Draining {
+                            running.blame(&self.router);
+                        }
+                        if let Some(refusal) = self.leave(reason) {
+                            return Some(self.fail(refusal));
+                        }
+                    }
+                },
             }
         }
     }
 
-    fn took(&mut self, next: Result<Chunk, Broken>) -> Piece {
-        match next {
-            Err(broken) => self.fail(broken.refusal()),
-            Ok(chunk) => match chunk.kind() {
-                Kind::Delta | Kind::Unspecified => {
-                    self.measured.piece();
-                    Piece::Delta(chunk)
-                }
-                Kind::Usage => {
-                    self.measured.done(usage(&chunk.json));
-                    self.phase = Phase::Ended;
-                    Piece::Usage(chunk)
-                }
-                Kind::Error => self.fail(Refusal::of_stream(ErrorObject::from_json(&chunk.json))),
-            },
+    /// The worker is left, and the answer goes on at another one, or not.
+    fn leave(&mut self, reason: Reason) -> Option<Refusal> {
+        // what still comes from there is not heard any more, whatever happens here
+        let Phase::Running(_, mut journey) = std::mem::replace(&mut self.phase, Phase::Ended) else {
+            return None;
+        };
+        if journey.moves_on() {
+            self.patience = PATIENCE;
+            self.begin(journey, Some(reason));
+            return None;
+        }
+        self.tell(reason, false);
+        Some(Refusal::workers_failed())
+    }
+
+    fn begin(&mut self, mut journey: Journey, why: Option<Reason>) {
+        let (router, call) = (self.router.clone(), self.call.clone());
+        let beginning = async move {
+            let running = begin(&router, &call, &mut journey).await?;
+            Ok((running, journey))
+        };
+        self.phase = Phase::Beginning(Box::pin(beginning.instrument(self.span.clone())), why);
+    }
+
+    fn tell(&self, reason: Reason, goes_on: bool) {
+        self.router.metrics().resumed(&self.call.model_label(&self.router), reason, goes_on);
+        self.span.in_scope(|| info!(reason = reason.label(), goes_on, "an answer left its worker"));
+    }
+
+    fn took(&mut self, chunk: Chunk) -> Piece {
+        match chunk.kind() {
+            Kind::Delta | Kind::Unspecified => {
+                self.measured.piece();
+                Piece::Delta(chunk)
+            }
+            Kind::Usage => {
+                self.measured.done(usage(&chunk.json));
+                self.phase = Phase::Ended;
+                Piece::Usage(chunk)
+            }
+            Kind::Error => self.fail(Refusal::of_stream(ErrorObject::from_json(&chunk.json))),
         }
     }
 
@@ -124,55 +173,33 @@ impl Pieces {
     }
 }
 
-/// The answer in one body. Nothing is sent before it is whole, so a worker lost on the way is no loss to the client.
+/// The answer in one body.
 ///
 /// # Errors
 /// What the client is to be told.
 pub async fn whole(router: &Router, asked: Asked) -> Result<Vec<u8>, Refusal> {
-    let mut measured = asked.measured;
-    let answer = collect(router, &asked.call, &mut measured).await;
-    if let Err(refusal) = &answer {
-        measured.failed(refusal.reason);
-        Span::current().record("otel.status_code", "ERROR");
-    }
-    answer
-}
-
-async fn collect(router: &Router, call: &Call, measured: &mut Measured) -> Result<Vec<u8>, Refusal> {
-    let mut trip = Trip::new(call.arrived);
-    loop {
-        let mut running = begin(router, call, &mut trip).await?;
-        let mut whole = Whole::new(call.endpoint);
-        let broken = loop {
-            let chunk = match running.next().await {
-                Ok(chunk) => chunk,
-                Err(broken) => break broken,
-            };
-            let added = match chunk.kind() {
-                Kind::Error => return Err(Refusal::of_stream(ErrorObject::from_json(&chunk.json))),
-                Kind::Usage => {
-                    measured.done(usage(&chunk.json));
-                    return whole.finish(&chunk.json).map_err(|error| unreadable(&error));
+    let mut whole = Whole::new(asked.call.endpoint);
+    let mut pieces = Pieces::new(router, asked);
+    let unread = loop {
+        match pieces.next().await {
+            Some(Piece::Waiting) => {}
+            Some(Piece::Delta(chunk)) => {
+                if let Err(error) = whole.add(&chunk.json) {
+                    break error;
                 }
-                Kind::Delta | Kind::Unspecified => {
-                    measured.piece();
-                    whole.add(&chunk.json)
-                }
-            };
-            added.map_err(|error| unreadable(&error))?;
-        };
-        if broken == Broken::Deadline {
-            return Err(broken.refusal());
+            }
+            Some(Piece::Usage(chunk)) => match whole.finish(&chunk.json) {
+                Ok(body) => return Ok(body),
+                Err(error) => break error,
+            },
+            Some(Piece::Failed(refusal)) => return Err(refusal),
+            None => return Err(Refusal::broken()),
         }
-        running.blame(router);
-        drop(running);
-        trip.lost()?;
-    }
-}
-
-fn unreadable(error: &crate::aggregate::Error) -> Refusal {
-    warn!(%error, "a worker answered what cannot be read"); // the error's source would quote the answer
-    Refusal::broken()
+    };
+    warn!(error = %unread, "a worker answered what cannot be read"); // the error's source would quote the answer
+    let refusal = Refusal::broken();
+    pieces.fail(refusal.clone());
+    Err(refusal)
 }
 
 /// Tokens taken and given, for metrics.

@@ -16,20 +16,22 @@ pub struct Full;
 #[derive(Debug)]
 pub struct Queue<T> {
     places: VecDeque<Place<T>>,
+    /// Places of those who came anew.
+    new: usize,
     next: u64,
 }
 
 #[derive(Debug)]
 struct Place<T> {
     ticket: Ticket,
-    weight: u32,
+    is_new: bool,
     arrived: Duration,
     item: T,
 }
 
 impl<T> Default for Queue<T> {
     fn default() -> Self {
-        Self { places: VecDeque::new(), next: 0 }
+        Self { places: VecDeque::new(), new: 0, next: 0 }
     }
 }
 
@@ -38,19 +40,20 @@ impl<T> Queue<T> {
     ///
     /// # Errors
     /// [`Full`].
-    pub fn push(&mut self, item: T, weight: u32, arrived: Duration, most: usize) -> Result<Ticket, Full> {
+    pub fn push(&mut self, item: T, arrived: Duration, most: usize) -> Result<Ticket, Full> {
         if self.places.len() >= most {
             return Err(Full);
         }
         let ticket = self.ticket();
-        self.places.push_back(Place { ticket, weight, arrived, item });
+        self.new += 1;
+        self.places.push_back(Place { ticket, is_new: true, arrived, item });
         Ok(ticket)
     }
 
     /// Puts back at the front what had left the queue and lost its worker. It was let in before, so there is room.
-    pub fn put_back(&mut self, item: T, weight: u32, arrived: Duration) -> Ticket {
+    pub fn put_back(&mut self, item: T, arrived: Duration) -> Ticket {
         let ticket = self.ticket();
-        self.places.push_front(Place { ticket, weight, arrived, item });
+        self.places.push_front(Place { ticket, is_new: false, arrived, item });
         ticket
     }
 
@@ -59,25 +62,30 @@ impl<T> Queue<T> {
         Ticket(self.next)
     }
 
-    /// How many sequences the first in line wants to run.
-    pub fn first(&self) -> Option<u32> {
-        self.places.front().map(|place| place.weight)
-    }
-
-    /// Takes the first in line.
-    pub fn pop(&mut self) -> Option<T> {
-        self.places.pop_front().map(|place| place.item)
+    /// Takes the first for whom `give` has something, with it. Nobody overtakes one who came anew; those who were put
+    /// back may need what is not there, so they hold up nobody.
+    pub fn take<G>(&mut self, mut give: impl FnMut(&T) -> Option<G>) -> Option<(T, G)> {
+        for index in 0..self.places.len() {
+            let place = &self.places[index];
+            match give(&place.item) {
+                Some(given) => return self.remove_at(index).map(|item| (item, given)),
+                None if place.is_new => return None,
+                None => {}
+            }
+        }
+        None
     }
 
     /// Takes out who leaves; nothing if they have been served.
     pub fn remove(&mut self, ticket: Ticket) -> Option<T> {
         let index = self.places.iter().position(|place| place.ticket == ticket)?;
-        self.places.remove(index).map(|place| place.item)
+        self.remove_at(index)
     }
 
-    /// Takes out all.
-    pub fn clear(&mut self) {
-        self.places.clear();
+    fn remove_at(&mut self, index: usize) -> Option<T> {
+        let place = self.places.remove(index)?;
+        self.new -= usize::from(place.is_new);
+        Some(place.item)
     }
 
     /// How many wait.
@@ -88,6 +96,11 @@ impl<T> Queue<T> {
     /// Whether nobody waits.
     pub fn is_empty(&self) -> bool {
         self.places.is_empty()
+    }
+
+    /// Whether one who comes anew must wait behind another.
+    pub fn has_new(&self) -> bool {
+        self.new > 0
     }
 
     /// How long the one that came first has waited.
@@ -105,44 +118,65 @@ mod tests {
 
     const NOW: Duration = Duration::from_secs(9);
 
+    fn any<T>(queue: &mut Queue<T>) -> Option<T> {
+        queue.take(|_| Some(())).map(|(item, ())| item)
+    }
+
     #[test]
     fn no_more_wait_than_may() {
         let mut queue = Queue::default();
-        assert_eq!(queue.push('a', 1, NOW, 0), Err(Full));
-        queue.push('a', 1, NOW, 2).unwrap();
-        queue.push('b', 1, NOW, 2).unwrap();
-        assert_eq!(queue.push('c', 1, NOW, 2), Err(Full));
+        assert_eq!(queue.push('a', NOW, 0), Err(Full));
+        queue.push('a', NOW, 2).unwrap();
+        queue.push('b', NOW, 2).unwrap();
+        assert_eq!(queue.push('c', NOW, 2), Err(Full));
     }
 
     #[test]
     fn who_lost_a_worker_is_first_again_even_if_the_queue_is_full() {
         let mut queue = Queue::default();
-        queue.push('a', 1, NOW, 1).unwrap();
-        queue.put_back('z', 3, Duration::from_secs(2));
-        assert_eq!((queue.first(), queue.len()), (Some(3), 2));
+        queue.push('a', NOW, 1).unwrap();
+        queue.put_back('z', Duration::from_secs(2));
+        assert_eq!(queue.len(), 2);
         assert_eq!(queue.oldest_wait(NOW), Duration::from_secs(7));
-        assert_eq!((queue.pop(), queue.pop(), queue.pop()), (Some('z'), Some('a'), None));
+        assert_eq!((any(&mut queue), any(&mut queue), any(&mut queue)), (Some('z'), Some('a'), None));
+    }
+
+    #[test]
+    fn who_needs_what_is_not_there_holds_up_nobody_but_who_came_anew_does() {
+        let mut queue = Queue::default();
+        queue.push('a', NOW, 9).unwrap();
+        queue.push('b', NOW, 9).unwrap();
+        queue.put_back('z', NOW);
+        assert_eq!(queue.take(|&item| (item != 'z').then_some(1)), Some(('a', 1)));
+        assert_eq!(queue.take(|&item| (item == 'c').then_some(1)), None);
+        queue.push('c', NOW, 9).unwrap();
+        assert_eq!(queue.take(|&item| (item == 'c').then_some(1)), None, "b is before it");
+        assert!(queue.has_new());
+        while any(&mut queue).is_some() {}
+        queue.put_back('z', NOW);
+        assert!(!queue.has_new());
     }
 
     #[test]
     fn who_leaves_lets_the_others_up() {
         let mut queue = Queue::default();
-        let a = queue.push('a', 1, NOW, 9).unwrap();
-        queue.push('b', 1, NOW, 9).unwrap();
+        let a = queue.push('a', NOW, 9).unwrap();
+        queue.push('b', NOW, 9).unwrap();
         assert_eq!(queue.remove(a), Some('a'));
         assert_eq!(queue.remove(a), None);
-        assert_eq!(queue.pop(), Some('b'));
+        assert_eq!(any(&mut queue), Some('b'));
+        assert!(!queue.has_new());
     }
 
     proptest! {
         #[test]
-        fn those_who_stay_are_served_in_order_of_arrival(leave in proptest::collection::vec(any::<bool>(), 0..40)) {
+        fn those_who_stay_are_served_in_order_of_arrival(leave in proptest::collection::vec(proptest::bool::ANY, 0..40)) {
             let mut queue = Queue::default();
-            let tickets: Vec<_> = (0..leave.len()).map(|i| queue.push(i, 1, NOW, 40).unwrap()).collect();
+            let tickets: Vec<_> = (0..leave.len()).map(|i| queue.push(i, NOW, 40).unwrap()).collect();
             for (ticket, _) in tickets.iter().zip(&leave).filter(|(_, leaves)| **leaves) {
                 queue.remove(*ticket);
             }
-            let served: Vec<_> = std::iter::from_fn(|| queue.pop()).collect();
+            let served: Vec<_> = std::iter::from_fn(|| any(&mut queue)).collect();
             let stayed: Vec<_> = (0..leave.len()).filter(|&i| !leave[i]).collect();
             prop_assert_eq!(served, stayed);
         }

@@ -17,9 +17,10 @@ use tracing::info;
 use wire::proto::{Acknowledgement, Instruction, RouterLoad, instruction};
 
 use crate::{
-    dispatch::Channels,
+    channels::Channels,
     line::{Freed, Line},
     metrics::Metrics,
+    patience::Patience,
     snapshot::Table,
 };
 
@@ -36,6 +37,7 @@ struct State {
     waiting: Notify,
     synced: AtomicBool,
     ready: watch::Sender<bool>,
+    patience: Patience,
 }
 
 impl fmt::Debug for Router {
@@ -47,6 +49,11 @@ impl fmt::Debug for Router {
 impl Router {
     /// A router that knows no model yet, with its instruments in `meter`.
     pub fn new(meter: &Meter) -> Self {
+        Self::with_patience(meter, Patience::default())
+    }
+
+    /// As [`Router::new`], with other bounds of what is waited for.
+    pub fn with_patience(meter: &Meter, patience: Patience) -> Self {
         let started = Instant::now();
         let freed: Freed = Arc::new(move |line| line.serve(started.elapsed(), || fastrand::u64(..)));
         let table = Arc::new(ArcSwap::<Table>::default());
@@ -59,6 +66,7 @@ impl Router {
             waiting: Notify::new(),
             synced: AtomicBool::new(false),
             ready: watch::Sender::new(false),
+            patience,
         }))
     }
 
@@ -155,6 +163,10 @@ impl Router {
 
     pub(crate) fn metrics(&self) -> &Metrics {
         &self.0.metrics
+    }
+
+    pub(crate) fn patience(&self) -> &Patience {
+        &self.0.patience
     }
 
     /// The router's clock.

@@ -30,8 +30,19 @@ pub struct Model {
     pub max_pending: usize,
     /// How long one may wait.
     pub max_wait: Duration,
+    /// How often a stream may go on at another worker.
+    pub migration_attempts: u32,
     /// Of all replicas.
     pub workers: Vec<Arc<Worker>>,
+}
+
+/// What a worker runs. An answer that one began another can take over if this is the same.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Content {
+    /// Of the model files.
+    pub hash: String,
+    /// Of what the files are run with.
+    pub revision: String,
 }
 
 /// A worker.
@@ -45,8 +56,8 @@ pub struct Worker {
     pub named_address: String,
     /// Takes no new requests.
     pub is_draining: bool,
-    /// The model files it runs.
-    pub content_hash: String,
+    /// What it runs.
+    pub content: Arc<Content>,
     /// What this router has out there.
     pub load: Arc<WorkerLoad>,
 }
@@ -71,7 +82,7 @@ impl Model {
                 id: entry.id,
                 address: entry.address,
                 is_draining: entry.draining,
-                content_hash: entry.content_hash,
+                content: Arc::new(Content { hash: entry.content_hash, revision: entry.revision }),
                 load,
             })
         };
@@ -83,8 +94,15 @@ impl Model {
             availability,
             max_pending: snapshot.max_pending as usize,
             max_wait: Duration::from_millis(snapshot.max_wait_ms),
+            migration_attempts: snapshot.migration_attempts,
             workers: snapshot.workers.into_iter().map(worker).collect(),
         }
+    }
+
+    /// Tells the answers that run at workers of `self` or of `previous` whether they had better leave.
+    fn tell_leaving(&self, previous: Option<&Model>) {
+        previous.iter().flat_map(|model| &model.workers).for_each(|worker| worker.load.leaves(true));
+        self.workers.iter().for_each(|worker| worker.load.leaves(worker.is_draining));
     }
 }
 
@@ -126,9 +144,13 @@ impl Table {
     pub fn with(&self, snapshot: ModelSnapshot, freed: &Freed) -> Self {
         let mut models = self.models.clone();
         if let Some(line) = models.get(&snapshot.model) {
-            line.update(Model::new(snapshot, Some(&line.model())));
+            let previous = line.model();
+            let model = Model::new(snapshot, Some(&previous));
+            line.update(model);
+            line.model().tell_leaving(Some(&previous)); // once the table has those to whom they can go
         } else {
             let model = Model::new(snapshot, None);
+            model.tell_leaving(None);
             models.insert(model.name.clone(), Line::new(model, freed.clone()));
         }
         Self::of(models)
@@ -204,6 +226,19 @@ mod tests {
         let after = table.find("b/m").unwrap().model();
         assert!(after.workers[0].load.is_suspect(Duration::ZERO));
         assert!(!after.workers[1].load.is_suspect(Duration::ZERO));
+    }
+
+    #[test]
+    fn answers_leave_workers_that_drain_or_are_gone_and_stay_when_a_drain_is_taken_back() {
+        let table = Table::default().with(snapshot("b/m", 1, &[], &["w1", "w2"]), &freed());
+        let before = table.find("b/m").unwrap().model();
+        let leaving = || [0, 1].map(|index| before.workers[index].load.is_leaving());
+        let mut draining = snapshot("b/m", 1, &[], &["w2"]);
+        draining.workers[0].draining = true;
+        let table = table.with(draining, &freed());
+        assert_eq!(leaving(), [true, true]);
+        let _table = table.with(snapshot("b/m", 1, &[], &["w2"]), &freed());
+        assert_eq!(leaving(), [true, false]);
     }
 
     #[test]

@@ -84,7 +84,7 @@ impl Activity {
     /// Resolves once a head or a reader takes too long.
     pub(super) async fn is_overdue(&self) {
         loop {
-            tokio::time::sleep(LOOK_EVERY.min(self.head_timeout.unwrap_or(LOOK_EVERY))).await;
+            tokio::time::sleep(LOOK_EVERY.min(self.stall_timeout)).await;
             let head = self.head_timeout.is_some_and(|timeout| self.is_over(&self.head_since, timeout));
             if head || self.is_over(&self.stalled_since, self.stall_timeout) {
                 return;

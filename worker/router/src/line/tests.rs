@@ -31,9 +31,13 @@ fn line(workers: usize, max_pending: u32) -> Arc<Line> {
 }
 
 fn enter(line: &Arc<Line>, weight: u32, is_retry: bool) -> (Entered, mpsc::Receiver<Grant>) {
+    enter_as(line, weight, if is_retry { Turn::Retry } else { Turn::First })
+}
+
+fn enter_as(line: &Arc<Line>, weight: u32, turn: Turn) -> (Entered, mpsc::Receiver<Grant>) {
     let (sender, receiver) = mpsc::channel();
     let waiter = || -> Waiter { Box::new(move |grant| sender.send(grant).map_err(|back| back.0)) };
-    let entry = Entry { weight, arrived: Duration::ZERO, is_retry };
+    let entry = Entry { weight, arrived: Duration::ZERO, turn };
     (line.enter(entry, NOW, 0, waiter), receiver)
 }
 
@@ -69,6 +73,59 @@ fn nobody_overtakes_the_line_but_who_lost_a_worker() {
     assert!(matches!(enter(&line, 1, true).0, Entered::Granted(_)));
     drop(running);
     assert!(big.try_recv().is_ok());
+}
+
+#[test]
+fn a_stream_waits_for_a_worker_of_its_content_and_holds_up_nobody() {
+    let line = line(1, 9);
+    let content = |revision: &str| Arc::new(Content { hash: String::new(), revision: revision.into() });
+    let (gone, waits) = enter_as(&line, 1, Turn::Resume(content("old")));
+    assert!(matches!(gone, Entered::Waiting(_, Why::NoWorker)));
+    let running = granted(&line, SEQUENCES_PER_WORKER);
+    let (_, new) = enter(&line, 1, false);
+    let (_, resumed) = enter_as(&line, SEQUENCES_PER_WORKER, Turn::Resume(content("")));
+    drop(running);
+    let grant = resumed.try_recv().expect("it goes before those who came anew");
+    assert!(new.try_recv().is_err());
+    drop(grant);
+    assert!(new.try_recv().is_ok() && waits.try_recv().is_err());
+    assert_eq!(line.counts().0, 1);
+}
+
+#[test]
+fn retries_end_with_their_budget_and_the_rest_waits_for_more() {
+    let line = line(1, 9);
+    let mut now = NOW;
+    let mut granted = 0;
+    let waiting = loop {
+        match enter(&line, 1, true) {
+            (Entered::Granted(_), _) => granted += 1,
+            (_, waiting) => break waiting,
+        }
+    };
+    assert!((50..200).contains(&granted), "{granted}");
+    assert!(matches!(enter(&line, 1, false).0, Entered::Granted(_)), "who comes anew needs none");
+    line.serve(now, || 0);
+    assert!(waiting.try_recv().is_err());
+    now += Duration::from_millis(100);
+    line.serve(now, || 0);
+    assert!(waiting.try_recv().is_ok());
+}
+
+#[test]
+fn a_worker_that_failed_is_tried_with_one_request() {
+    let line = line(1, 9);
+    let load = line.model().workers[0].load.clone();
+    load.failed(Duration::ZERO, false);
+    let trial = granted(&line, 1);
+    let (Entered::Waiting(..), second) = enter(&line, 1, false) else { panic!("it has not answered yet") };
+    load.answered();
+    line.serve(NOW, || 0);
+    assert!(second.try_recv().is_ok());
+    load.failed(Duration::ZERO, false);
+    drop(trial);
+    drop(granted(&line, 1)); // given up, so that the next one may try
+    drop(granted(&line, 1));
 }
 
 #[test]

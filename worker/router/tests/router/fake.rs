@@ -10,7 +10,11 @@ use std::{
 
 use futures::{Stream, StreamExt as _, stream};
 use serde_json::{Value, json};
-use tokio::{net::TcpListener, sync::Semaphore, task::JoinHandle};
+use tokio::{
+    net::TcpListener,
+    sync::Semaphore,
+    task::{AbortHandle, JoinHandle},
+};
 use tonic::{Request, Response, Status, metadata::MetadataMap, service::Routes};
 use wire::proto::{
     Chunk, Endpoint, GenerateCall, GenerateReply, Head, WorkerEntry,
@@ -38,10 +42,20 @@ pub(crate) enum Step {
     Await(Arc<Semaphore>),
     /// Ends the stream with this status.
     Fail(tonic::Code),
+    /// Stops the thread until the test lets go of the other end.
+    Freeze(Arc<Mutex<std::sync::mpsc::Receiver<()>>>),
 }
 
 /// What comes first: the stream, or a status at once.
 pub(crate) type Script = Result<Vec<Step>, Status>;
+
+/// `text` as [`words`], from behind what the client of `call` has.
+pub(crate) fn rest(call: &GenerateCall, text: &'static str) -> Vec<Step> {
+    let mut steps = words(text);
+    let had = call.resume.iter().flat_map(|resume| &resume.choices).map(|had| had.token_ids.len()).sum();
+    steps.drain(1..=had);
+    steps
+}
 
 /// `text`, word by word, and its usage.
 pub(crate) fn words(text: &'static str) -> Vec<Step> {
@@ -58,6 +72,7 @@ pub(crate) struct FakeWorker {
     pub(crate) address: String,
     pub(crate) seen: Arc<Seen>,
     server: JoinHandle<std::io::Result<()>>,
+    closes: AbortHandle,
 }
 
 #[derive(Default)]
@@ -77,7 +92,26 @@ impl FakeWorker {
         let scripted = Scripted { script: Box::new(script), seen: seen.clone() };
         let routes = Routes::new(WorkerServer::new(scripted).max_decoding_message_size(wire::MAX_MESSAGE_BYTES));
         let server = tokio::spawn(wire::serve(listener, routes, std::future::pending()));
-        Self { id: id.to_owned(), address, seen, server }
+        let closes = server.abort_handle();
+        Self { id: id.to_owned(), address, seen, server, closes }
+    }
+
+    /// As [`FakeWorker::start`], on a thread of its own, which may freeze.
+    pub(crate) async fn start_apart(
+        id: &'static str,
+        script: impl Fn(&GenerateCall) -> Script + Send + Sync + 'static,
+    ) -> Self {
+        let (sender, started) = tokio::sync::oneshot::channel();
+        std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(async {
+                let mut worker = Self::start(id, script).await;
+                let server = std::mem::replace(&mut worker.server, tokio::spawn(async { Ok(()) }));
+                let _ = sender.send(worker);
+                let _ = server.await;
+            });
+        });
+        started.await.unwrap()
     }
 
     /// As the operator tells of it.
@@ -90,9 +124,14 @@ impl FakeWorker {
         }
     }
 
+    /// Closes all its connections and its socket, soon.
+    pub(crate) fn close(&self) {
+        self.closes.abort();
+    }
+
     /// Closes all its connections and its socket.
     pub(crate) async fn kill(&mut self) {
-        self.server.abort();
+        self.close();
         let _ = (&mut self.server).await;
     }
 
@@ -141,9 +180,14 @@ async fn reply(step: Step, call: &GenerateCall) -> Option<Result<GenerateReply, 
     let choice = |index: u32, key: &str, text: &str| {
         if is_chat { json!({"index": index, "delta": {key: text}}) } else { json!({"index": index, "text": text}) }
     };
+    let ends_choice = matches!(step, Step::Finish(..));
     let (kind, index, mut json) = match step {
         Step::Await(permits) => {
             permits.acquire().await.unwrap().forget();
+            return None;
+        }
+        Step::Freeze(until) => {
+            let _ = until.lock().unwrap().recv();
             return None;
         }
         Step::Fail(code) => return Some(Err(Status::new(code, "10.1.2.3 said no"))),
@@ -175,6 +219,12 @@ async fn reply(step: Step, call: &GenerateCall) -> Option<Result<GenerateReply, 
     json["created"] = call.created.into();
     json["model"] = call.model.clone().into();
     json["object"] = if is_chat { "chat.completion.chunk" } else { "text_completion" }.into();
-    let chunk = Chunk { kind: kind.into(), json: json.to_string().into(), choice: index, token_ids: vec![index + 5] };
+    let chunk = Chunk {
+        kind: kind.into(),
+        json: json.to_string().into(),
+        choice: index,
+        token_ids: vec![index + 5],
+        ends_choice,
+    };
     Some(Ok(GenerateReply { reply: Some(Reply::Chunk(chunk)) }))
 }

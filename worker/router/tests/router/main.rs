@@ -9,5 +9,6 @@ mod generate;
 mod grpc;
 mod http;
 mod queue;
+mod resume;
 mod retry;
 mod rig;

@@ -49,12 +49,14 @@ async fn whatever_fails_before_the_first_piece_goes_to_another_worker() {
 #[tokio::test]
 async fn a_whole_answer_survives_the_loss_of_its_worker_in_the_middle() {
     let (a, b) = failing_at_first(1, || {
-        Ok(vec![Step::Head(200, Value::Null), Step::Text(0, "half"), Step::Fail(Code::Unavailable)])
+        Ok(vec![Step::Head(200, Value::Null), Step::Text(0, "half "), Step::Fail(Code::Unavailable)])
     })
     .await;
     let rig = Rig::start(vec![model(&[&a, &b])]).await;
     let body = json(rig.post(CHAT, WHOLE).await).await;
-    assert_eq!(body["choices"][0]["message"]["content"], "fine", "nothing of the first half");
+    assert_eq!(body["choices"][0]["message"]["content"], "half fine", "though streams of this model do not go on");
+    let calls = [a, b].map(|worker| worker.seen.calls.lock().unwrap().pop().unwrap());
+    assert_eq!(calls.iter().filter(|call| call.resume.is_some()).count(), 1);
     rig.idle().await;
 }
 

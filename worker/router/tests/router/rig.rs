@@ -13,7 +13,7 @@ use hyper_util::rt::TokioIo;
 use opentelemetry::metrics::MeterProvider as _;
 use opentelemetry_sdk::metrics::SdkMeterProvider;
 use prometheus::{Registry, TextEncoder};
-use router::{Ending, Listeners, Router, serve};
+use router::{Ending, Listeners, Patience, Router, serve};
 use serde_json::Value;
 use tokio::{
     net::{TcpListener, TcpStream},
@@ -40,7 +40,12 @@ pub(crate) struct Rig {
 impl Rig {
     /// With all models known: the ones in `snapshots`.
     pub(crate) async fn start(snapshots: Vec<ModelSnapshot>) -> Self {
-        let rig = Self::start_unsynced().await;
+        Self::start_with(snapshots, Patience::default()).await
+    }
+
+    /// As [`Rig::start`], with other bounds.
+    pub(crate) async fn start_with(snapshots: Vec<ModelSnapshot>, patience: Patience) -> Self {
+        let rig = Self::listening(patience).await;
         for snapshot in snapshots {
             rig.tell(instruction::Instruction::Model(snapshot));
         }
@@ -50,10 +55,14 @@ impl Rig {
 
     /// That has heard of no operator.
     pub(crate) async fn start_unsynced() -> Self {
+        Self::listening(Patience::default()).await
+    }
+
+    async fn listening(patience: Patience) -> Self {
         let registry = Registry::new();
         let reader = opentelemetry_prometheus::exporter().with_registry(registry.clone()).build().unwrap();
         let provider = SdkMeterProvider::builder().with_reader(reader).build();
-        let router = Router::new(&provider.meter("test"));
+        let router = Router::with_patience(&provider.meter("test"), patience);
         let http = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let grpc = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let addresses = (http.local_addr().unwrap().to_string(), grpc.local_addr().unwrap().to_string());
@@ -122,6 +131,7 @@ pub(crate) fn model(workers: &[&FakeWorker]) -> ModelSnapshot {
         max_wait_ms: 20_000,
         workers: workers.iter().map(|worker| worker.entry()).collect(),
         max_context_tokens: 0,
+        migration_attempts: 0,
     }
 }
 
