@@ -1,10 +1,14 @@
 //! Each row of bad input that a client can send over HTTP: a clear answer, and the router lives.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::atomic::Ordering::SeqCst,
+    time::{Duration, Instant},
+};
 
 use bytes::Bytes;
 use http::{Method, Request, StatusCode, header};
 use http_body_util::Full;
+use router::Patience;
 use serde_json::Value;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
@@ -12,8 +16,8 @@ use tokio::{
 };
 
 use crate::{
-    fake::{FakeWorker, words},
-    rig::{CHAT, Rig, in_time, json, model, post, send},
+    fake::{FakeWorker, Step, words},
+    rig::{CHAT, Rig, eventually, in_time, json, model, post, send},
 };
 
 const GOOD: &str = r#"{"model":"m","stream":true}"#;
@@ -219,4 +223,32 @@ async fn a_body_that_takes_too_long_is_timed_out() {
     let read = tokio::time::timeout(Duration::from_secs(60), stream.read(&mut said)).await.unwrap().unwrap();
     let said = String::from_utf8_lossy(&said[..read]);
     assert!(said.starts_with("HTTP/1.1 408"), "{said}");
+}
+
+#[tokio::test]
+async fn clients_that_never_read_are_cut_and_hold_no_worker() {
+    let piece: &'static str = Box::leak("y".repeat(64 << 10).into_boxed_str());
+    let worker = FakeWorker::start("w", move |_| {
+        let mut steps = vec![Step::Head(200, Value::Null)];
+        steps.extend(std::iter::repeat_n(Step::Text(0, piece), 1000)); // more than all buffers on the way
+        Ok(steps)
+    })
+    .await;
+    let patience = Patience { reader: Duration::from_millis(300), ..Patience::default() };
+    let rig = Rig::start_with(vec![model(&[&worker])], patience).await;
+    let mut clients = Vec::new();
+    for _ in 0..3 {
+        let mut client = TcpStream::connect(&rig.http).await.unwrap();
+        let head = format!("POST {CHAT} HTTP/1.1\r\nhost: router\r\ncontent-length: {}\r\n\r\n", GOOD.len());
+        client.write_all(head.as_bytes()).await.unwrap();
+        client.write_all(GOOD.as_bytes()).await.unwrap();
+        clients.push(client);
+    }
+    eventually("all were cut", || worker.seen.ended.load(SeqCst) == clients.len()).await;
+    rig.idle().await;
+    for mut client in clients {
+        let mut read = Vec::new();
+        let _ = in_time(client.read_to_end(&mut read)).await; // a reset, or what was on the way
+        assert!(read.starts_with(b"HTTP/1.1 200") && !read.ends_with(b"[DONE]\n\n"), "{}", read.len());
+    }
 }

@@ -1,70 +1,34 @@
 //! The control stream, with an operator that a test scripts.
 
-use std::{pin::Pin, time::Instant};
+use std::time::Instant;
 
-use futures::Stream;
 use opentelemetry::trace::{TraceContextExt as _, TracerProvider as _};
 use opentelemetry_sdk::trace::{InMemorySpanExporter, SdkTracerProvider, SpanData};
 use router::control;
-use tokio::{net::TcpListener, sync::mpsc};
-use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, Response, Status, Streaming, service::Routes};
+use tokio::sync::mpsc;
 use tracing_subscriber::{
     Layer as _,
     filter::{LevelFilter, Targets},
     layer::SubscriberExt as _,
 };
-use wire::proto::{
-    Hello, Instruction, Report, Synced, Version,
-    fleet_server::{Fleet, FleetServer},
-    instruction,
-    model_snapshot::Availability,
-    report,
-};
+use wire::proto::{Hello, Synced, Version, instruction, model_snapshot::Availability, report};
 
 use crate::{
     fake::{FakeWorker, words},
+    operator::{Operator, heard, instruct},
     rig::{CHAT, Rig, eventually, in_time, model, post, send, text},
 };
-
-type Inbound = Streaming<Report>;
-type Outbound = mpsc::Sender<Result<Instruction, Status>>;
-
-struct Operator(mpsc::Sender<(Inbound, Outbound)>);
-
-#[tonic::async_trait]
-impl Fleet for Operator {
-    type WatchStream = Pin<Box<dyn Stream<Item = Result<Instruction, Status>> + Send>>;
-
-    async fn watch(&self, request: Request<Inbound>) -> Result<Response<Self::WatchStream>, Status> {
-        let (sender, receiver) = mpsc::channel(16);
-        let _ = self.0.send((request.into_inner(), sender)).await;
-        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
-    }
-}
-
-fn instruct(instruction: instruction::Instruction) -> Result<Instruction, Status> {
-    Ok(Instruction { instruction: Some(instruction) })
-}
-
-async fn heard(inbound: &mut Inbound) -> report::Report {
-    in_time(inbound.message()).await.unwrap().unwrap().report.unwrap()
-}
 
 #[tokio::test]
 async fn snapshots_are_acknowledged_load_is_pushed_and_serving_outlives_the_operator() {
     let worker = FakeWorker::start("w", |_| Ok(words("fine"))).await;
     let rig = Rig::start_unsynced().await;
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap().to_string();
-    let (sender, mut streams) = mpsc::channel(4);
-    let routes = Routes::new(FleetServer::new(Operator(sender)));
-    let operator = tokio::spawn(wire::serve(listener, routes, std::future::pending()));
+    let mut operator = Operator::start().await;
     let (reports, receiver) = mpsc::channel(64);
-    let instructions = wire::fleet::watch(vec![address], Hello::default, receiver);
+    let instructions = wire::fleet::watch(vec![operator.address.clone()], Hello::default, receiver);
     tokio::spawn(control::follow(rig.router.clone(), instructions, reports));
 
-    let (mut inbound, outbound) = in_time(streams.recv()).await.unwrap();
+    let (mut inbound, outbound) = operator.stream().await;
     assert!(matches!(heard(&mut inbound).await, report::Report::Hello(_)));
     let mut asleep = model(&[]);
     asleep.availability = Availability::Asleep.into();
@@ -93,8 +57,7 @@ async fn snapshots_are_acknowledged_load_is_pushed_and_serving_outlives_the_oper
     outbound.send(instruct(instruction::Instruction::Model(awake))).await.unwrap();
     assert!(in_time(asked).await.unwrap().ends_with("data: [DONE]\n\n"));
 
-    operator.abort();
-    let _ = operator.await;
+    operator.kill().await;
     drop((inbound, outbound));
     for _ in 0..10 {
         assert_eq!(rig.ask(r#"{"model":"m","stream":true}"#).await.0, 200);

@@ -8,6 +8,8 @@ mod fake;
 mod generate;
 mod grpc;
 mod http;
+mod operator;
+mod program;
 mod queue;
 mod resume;
 mod retry;
