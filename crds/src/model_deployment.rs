@@ -66,6 +66,9 @@ pub struct ModelDeploymentSpec {
     /// How requests reach the workers.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub routing: Option<Routing>,
+    /// What happens when workers are lost.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub failure: Option<Failure>,
     /// How a change of the model or of its workers is carried out.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rollout: Option<Rollout>,
@@ -135,6 +138,26 @@ pub struct ExpertParallelism {
     /// memory limit; 1 without a limit.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub shards: Option<i32>,
+    /// Further copies of each expert, each on another node: with 1, any node can be lost and no request fails; 0 if
+    /// unset. A change moves experts while requests run.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub redundancy: Option<i32>,
+    /// Whether experts move when the measured load says that others should have more copies or other workers;
+    /// `Disabled` if unset.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rebalance: Option<Rebalance>,
+}
+
+/// What is done when the measured load of the experts is uneven.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum Rebalance {
+    /// Nothing.
+    #[default]
+    Disabled,
+    /// The status and an Event say what would be gained.
+    Advise,
+    /// Experts move while requests run, if the gain outweighs the move.
+    Apply,
 }
 
 /// What a worker asks of its node.
@@ -176,6 +199,20 @@ pub struct Scheduling {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 253))]
     pub priority_class_name: Option<String>,
+    /// What the workers of a replica are spread over.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub topology: Option<Topology>,
+}
+
+/// What the workers of a replica are spread over.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Topology {
+    /// The node label whose values are the failure domains: no two copies of an expert are in one, and the workers of a
+    /// replica are spread evenly over them. `kubernetes.io/hostname` if unset. Only with `redundancy`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 317))]
+    pub spread_across: Option<String>,
 }
 
 /// A taint of nodes that is tolerated.
@@ -318,6 +355,41 @@ pub struct Routing {
     /// What happens to requests that no worker has room for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub queue: Option<Queue>,
+    /// Whether a stream goes on at another worker when its own is lost or goes away.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub migration: Option<Migration>,
+}
+
+/// Whether a stream goes on at another worker when its own is lost or goes away.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Migration {
+    /// Whether it does.
+    #[serde(default)]
+    pub mode: MigrationMode,
+    /// How often one stream may; 3 if unset.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_attempts: Option<i32>,
+}
+
+/// Whether streams go on at other workers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum MigrationMode {
+    /// They do, with the same tokens.
+    #[default]
+    Enabled,
+    /// They end with an error.
+    Disabled,
+}
+
+/// What happens when workers are lost.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Failure {
+    /// How long a running request waits for an expert that no worker holds; `30s` if unset. Then it ends with an error.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 20))]
+    pub max_wait: Option<String>,
 }
 
 /// What happens to requests that no worker has room for.

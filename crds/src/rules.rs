@@ -49,6 +49,8 @@ pub const REPLICAS: Whole = Whole { path: "spec.replicas", min: 0, max: 1000 };
 pub const MAX_CONTEXT: Whole = Whole { path: "spec.model.maxContextTokens", min: 1, max: 100_000_000 };
 /// Workers of a replica.
 pub const SHARDS: Whole = Whole { path: "spec.parallelism.expert.shards", min: 1, max: 1024 };
+/// Further copies of an expert.
+pub const REDUNDANCY: Whole = Whole { path: "spec.parallelism.expert.redundancy", min: 0, max: 15 };
 /// Tokens in a worker's cache.
 pub const KV_CACHE: Whole = Whole { path: "spec.memory.kvCacheTokens", min: 1, max: 1_000_000_000 };
 /// Fewest replicas.
@@ -59,6 +61,8 @@ pub const MAX_REPLICAS: Whole = Whole { path: "spec.autoscaling.maxReplicas", mi
 pub const QUEUE_TARGET: Whole = Whole { path: "spec.autoscaling.metrics[0].queueDepth.target", min: 1, max: 100_000 };
 /// Requests that wait.
 pub const MAX_PENDING: Whole = Whole { path: "spec.routing.queue.maxPending", min: 1, max: 1_000_000 };
+/// How often a stream goes on elsewhere.
+pub const MAX_ATTEMPTS: Whole = Whole { path: "spec.routing.migration.maxAttempts", min: 1, max: 100 };
 /// Replicas above the wanted number.
 pub const MAX_SURGE: Whole = Whole { path: "spec.rollout.rollingUpdate.maxSurge", min: 0, max: 1000 };
 /// Replicas below the wanted number.
@@ -71,6 +75,8 @@ pub const STABILIZATION: Span =
 pub const IDLE_AFTER: Span = Span { path: "spec.autoscaling.idle.after", min: "5s", max: "168h" };
 /// Time that a request waits.
 pub const MAX_WAIT: Span = Span { path: "spec.routing.queue.maxWait", min: "1s", max: "1h" };
+/// Time that a sequence waits for an expert.
+pub const EXPERT_WAIT: Span = Span { path: "spec.failure.maxWait", min: "1s", max: "1h" };
 /// Time to finish requests.
 pub const DRAIN: Span = Span { path: "spec.rollout.drainTimeout", min: "1s", max: "24h" };
 /// Time without progress.
@@ -236,6 +242,34 @@ pub const PRIORITY_CLASS: Check = Check {
     words: "spec.scheduling.priorityClassName is no name of a PriorityClass; use lower-case letters, digits, '-' and '.'",
     with_values: "",
 };
+/// A node label.
+pub const SPREAD_LABEL: Check = Check {
+    path: "spec.scheduling.topology.spreadAcross",
+    cel: "self.matches('^([a-z0-9]([a-z0-9.-]*[a-z0-9])?/)?[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$')",
+    words: "spec.scheduling.topology.spreadAcross is no label key; use NAME or DOMAIN/NAME, such as topology.kubernetes.io/zone",
+    with_values: "",
+};
+/// Without copies nothing is kept apart.
+pub const SPREAD_COPIES: Check = Check {
+    path: "spec",
+    cel: "!has(self.scheduling) || !has(self.scheduling.topology) || !has(self.scheduling.topology.spreadAcross) || (has(self.parallelism) && has(self.parallelism.expert) && has(self.parallelism.expert.redundancy) && self.parallelism.expert.redundancy > 0)",
+    words: "spec.scheduling.topology.spreadAcross is set, but no expert has copies to spread; set spec.parallelism.expert.redundancy to 1 or more, or remove it",
+    with_values: "",
+};
+/// Each copy is on a worker of its own.
+pub const COPIES_APART: Check = Check {
+    path: "spec.parallelism.expert",
+    cel: "!has(self.shards) || !has(self.redundancy) || self.shards < 1 || self.redundancy < self.shards",
+    words: "spec.parallelism.expert.redundancy is {}; shards is {} and no worker holds two copies, so use at most {}",
+    with_values: "'spec.parallelism.expert.redundancy is %d; shards is %d and no worker holds two copies, so use at most %d'.format([self.redundancy, self.shards, self.shards - 1])",
+};
+/// Nothing is accepted and ignored.
+pub const MIGRATION_OFF: Check = Check {
+    path: "spec.routing.migration",
+    cel: "self.mode != 'Disabled' || !has(self.maxAttempts)",
+    words: "spec.routing.migration.mode is Disabled, so maxAttempts does nothing; remove it or use Enabled",
+    with_values: "",
+};
 /// Nothing is accepted and ignored.
 pub const AUTOSCALING_OFF: Check = Check {
     path: "spec.autoscaling",
@@ -279,22 +313,24 @@ pub const REPLICAS_SCALED: Check = Check {
     with_values: "",
 };
 
-const WHOLES: [Whole; 10] = [
+const WHOLES: [Whole; 12] = [
     REPLICAS,
     MAX_CONTEXT,
     SHARDS,
+    REDUNDANCY,
     KV_CACHE,
     MIN_REPLICAS,
     MAX_REPLICAS,
     QUEUE_TARGET,
     MAX_PENDING,
+    MAX_ATTEMPTS,
     MAX_SURGE,
     MAX_UNAVAILABLE,
 ];
 
-const SPANS: [Span; 5] = [STABILIZATION, IDLE_AFTER, MAX_WAIT, DRAIN, PROGRESS];
+const SPANS: [Span; 6] = [STABILIZATION, IDLE_AFTER, MAX_WAIT, EXPERT_WAIT, DRAIN, PROGRESS];
 
-const CHECKS: [Check; 30] = [
+const CHECKS: [Check; 34] = [
     SOURCE_SCHEME,
     SOURCE_USER,
     SOURCE_DOTS,
@@ -319,6 +355,10 @@ const CHECKS: [Check; 30] = [
     TOLERATION_SHAPE,
     TOLERATION_VALUE,
     PRIORITY_CLASS,
+    SPREAD_LABEL,
+    SPREAD_COPIES,
+    COPIES_APART,
+    MIGRATION_OFF,
     AUTOSCALING_OFF,
     AUTOSCALING_MAX,
     AUTOSCALING_RANGE,

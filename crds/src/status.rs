@@ -92,6 +92,12 @@ pub struct ExpertCounts {
     pub total: i32,
     /// The least, over the layers, of experts with a live holder.
     pub covered: i32,
+    /// The fewest live holders that any expert has in one replica.
+    pub min_copies: i32,
+    /// By how much the measured load of the busiest worker is above the average one, in percent; absent until there is
+    /// a load.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub skew_percent: Option<i32>,
 }
 
 /// What each replica is made of.
@@ -229,6 +235,8 @@ pub enum Reason {
     Describing,
     NoRoom,
     TooManyShards,
+    TooFewDomains,
+    ClaimNotShared,
     ContextTooLong,
     // ModelReady
     Fetched,
@@ -264,6 +272,9 @@ pub enum Reason {
     WorkerCrashing,
     ImagePullFailed,
     QuotaExceeded,
+    PodRefused,
+    Rebalance,
+    Suspected,
     Forbidden,
     ApplyFailed,
     // ScalingActive

@@ -336,6 +336,8 @@ fn nothing(md: &ModelDeployment) -> ModelFacts {
         max_pending: 0,
         max_wait: Duration::ZERO,
         max_context_tokens: 0,
+        migration_attempts: 0,
+        expert_wait: None,
         replicas: Vec::new(),
     }
 }

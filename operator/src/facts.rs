@@ -33,6 +33,8 @@ pub fn facts(
         max_pending: model.max_pending,
         max_wait: model.max_wait,
         max_context_tokens: u32::try_from(context).unwrap_or(u32::MAX),
+        migration_attempts: model.migration_attempts,
+        expert_wait: model.expert_wait,
         replicas: decision.replicas.iter().filter_map(|one| replica(names, one, decision)).collect(),
     }
 }
@@ -56,6 +58,7 @@ fn replica(names: &Names, replica: &Replica, decision: &Decision) -> Option<Repl
         revision: replica.revision.to_string(),
         content_hash: record.description.content_hash.clone(),
         placement: replica.plan.as_ref()?.placement.clone(),
+        also_hold: None,
         draining: target.is_none_or(|target| target.draining_since.is_some()),
         workers: replica.workers.iter().filter_map(|one| worker(names, one)).collect(),
     })

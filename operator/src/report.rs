@@ -170,7 +170,17 @@ fn experts(plan: &Plan, replicas: &[&Replica]) -> Option<ExpertCounts> {
         (0..layer.experts.len()).filter(|expert| held(layer.layer, *expert)).count()
     };
     let covered = plan.placement.layers.iter().map(covered).min().unwrap_or(0);
-    Some(ExpertCounts { total: signed(unsigned(first.experts.len())), covered: signed(unsigned(covered)) })
+    let (total, covered) = (signed(unsigned(first.experts.len())), signed(unsigned(covered)));
+    let min_copies = replicas.iter().filter_map(|replica| min_copies(replica)).max().unwrap_or(0);
+    Some(ExpertCounts { total, covered, min_copies: signed(min_copies), skew_percent: None })
+}
+
+/// The fewest live holders that an expert has in a replica.
+fn min_copies(replica: &Replica) -> Option<u32> {
+    let lives = |ordinal: &&u32| replica.worker(**ordinal).is_some_and(crate::replica::Worker::holds);
+    let layers = &replica.plan.as_ref()?.placement.layers;
+    let copies = layers.iter().flat_map(|layer| &layer.experts).map(|holders| holders.iter().filter(lives).count());
+    copies.min().map(unsigned)
 }
 
 fn printed(case: &Case<'_>, counts: &Counts<'_>) -> Printed {

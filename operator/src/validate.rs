@@ -8,6 +8,7 @@
 
 mod count;
 mod fields;
+mod mesh;
 mod pod;
 mod quantity;
 mod revision;
@@ -17,7 +18,7 @@ mod source;
 
 use std::time::Duration;
 
-use crds::{AutoscalingMode, ModelDeployment, ModelDeploymentSpec, Reason, rules};
+use crds::{AutoscalingMode, Migration, MigrationMode, ModelDeployment, ModelDeploymentSpec, Reason, Rebalance, rules};
 use k8s_openapi::api::core::v1::PodTemplateSpec;
 use planner::{Bytes, Millis, Tokens, autoscale};
 
@@ -54,6 +55,16 @@ pub struct ValidModel {
     pub replicas: u32,
     /// Workers of a replica; `None`: the planner decides.
     pub shards: Option<u32>,
+    /// Further copies of each expert, on other failure domains.
+    pub redundancy: u32,
+    /// What is done when the measured load of the experts is uneven.
+    pub rebalance: Rebalance,
+    /// The node label whose values are failure domains.
+    pub spread_across: String,
+    /// How long a sequence waits for an expert that nobody holds; `None`: the worker's default.
+    pub expert_wait: Option<Duration>,
+    /// How often a stream may go on at another worker.
+    pub migration_attempts: u32,
     /// The memory limit of a worker.
     pub worker_memory: Option<Bytes>,
     /// Tokens in a worker's cache; `None`: the planner decides.
@@ -120,6 +131,9 @@ const RULES: &[Rule] = &[
     schedule::node_selector,
     schedule::tolerations,
     schedule::priority_class,
+    mesh::copies,
+    mesh::spread,
+    mesh::migration,
     scale::mode_off,
     scale::maximum,
     scale::range,
@@ -136,6 +150,8 @@ const RULES: &[Rule] = &[
     pod::security,
 ];
 
+const HOST: &str = "kubernetes.io/hostname";
+const MIGRATION_ATTEMPTS: u32 = 3;
 const MAX_PENDING: u32 = 1024;
 const MAX_WAIT: Duration = Duration::from_secs(120);
 const MAX_SURGE: u32 = 1;
@@ -161,12 +177,19 @@ fn valid(md: &ModelDeployment) -> ValidModel {
     let queue = spec.routing.as_ref().and_then(|routing| routing.queue.as_ref());
     let rollout = spec.rollout.clone().unwrap_or_default();
     let rolling = rollout.rolling_update.unwrap_or_default();
-    let shards = spec.parallelism.as_ref().and_then(|p| p.expert.as_ref()?.shards);
+    let expert = spec.parallelism.as_ref().and_then(|p| p.expert.clone()).unwrap_or_default();
+    let topology = spec.scheduling.as_ref().and_then(|scheduling| scheduling.topology.as_ref());
+    let expert_wait = spec.failure.as_ref().and_then(|failure| failure.max_wait.as_deref());
     let cache = spec.memory.as_ref().and_then(|memory| memory.kv_cache_tokens);
     ValidModel {
         served_names: served_names(md),
         replicas: unsigned(spec.replicas),
-        shards: shards.map(unsigned),
+        shards: expert.shards.map(unsigned),
+        redundancy: expert.redundancy.map_or(0, unsigned),
+        rebalance: expert.rebalance.unwrap_or_default(),
+        spread_across: topology.and_then(|one| one.spread_across.clone()).unwrap_or_else(|| HOST.to_owned()),
+        expert_wait: expert_wait.and_then(|text| rules::EXPERT_WAIT.parse(text).ok()),
+        migration_attempts: attempts(spec.routing.as_ref().and_then(|routing| routing.migration.as_ref())),
         worker_memory: quantity::memory_limit(spec),
         kv_cache_tokens: cache.map(tokens),
         max_context_tokens: spec.model.max_context_tokens.map(tokens),
@@ -186,6 +209,14 @@ fn valid(md: &ModelDeployment) -> ValidModel {
 fn served_names(md: &ModelDeployment) -> Vec<String> {
     let own = || vec![md.metadata.name.clone().unwrap_or_default()];
     md.spec.model.served_names.clone().unwrap_or_else(own)
+}
+
+fn attempts(migration: Option<&Migration>) -> u32 {
+    match migration {
+        Some(migration) if migration.mode == MigrationMode::Disabled => 0,
+        Some(migration) => migration.max_attempts.map_or(MIGRATION_ATTEMPTS, unsigned),
+        None => MIGRATION_ATTEMPTS,
+    }
 }
 
 fn policy(spec: &ModelDeploymentSpec) -> Option<autoscale::Policy> {

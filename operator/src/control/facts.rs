@@ -30,6 +30,10 @@ pub struct ModelFacts {
     pub max_wait: Duration,
     /// Longest context in tokens; 0: not known yet.
     pub max_context_tokens: u32,
+    /// How often a stream may go on at another worker; 0: never.
+    pub migration_attempts: u32,
+    /// How long a sequence waits for an expert that nobody holds; `None`: the worker's default.
+    pub expert_wait: Option<Duration>,
     /// Every replica of every revision that has workers, those on their way out too.
     pub replicas: Vec<ReplicaFacts>,
 }
@@ -43,8 +47,10 @@ pub struct ReplicaFacts {
     pub revision: String,
     /// The model files that its workers must have.
     pub content_hash: String,
-    /// Which ordinals hold which experts.
+    /// Which ordinals are asked for which experts.
     pub placement: planner::Placement,
+    /// Experts that workers hold besides, while the placement changes.
+    pub also_hold: Option<planner::Placement>,
     /// Takes no new requests, because it goes away; may be taken back.
     pub draining: bool,
     /// Its workers, until their pods are gone: a terminating worker still serves its experts.

@@ -12,6 +12,8 @@ use super::{
 
 /// A replica of a revision.
 type ReplicaKey = (String, u32);
+/// Who is asked, and what is held besides.
+type Held = (Placement, Option<Placement>);
 
 pub(super) struct Model {
     pub(super) facts: ModelFacts,
@@ -19,7 +21,8 @@ pub(super) struct Model {
     routers: Option<(Version, ModelSnapshot)>,
     shares: BTreeMap<String, u32>,
     meshes: BTreeMap<String, Mesh>,
-    placements: BTreeMap<ReplicaKey, (Version, Placement)>,
+    /// What the workers of a replica are to hold, and since when.
+    placements: BTreeMap<ReplicaKey, (Version, Held)>,
     /// Since when routers are told that a worker takes requests.
     taking: BTreeMap<String, Version>,
 }
@@ -80,11 +83,12 @@ impl Model {
         let mut changed = false;
         for replica in &self.facts.replicas {
             let key = (replica.revision.clone(), replica.replica);
-            let known = placements.remove(&key).filter(|(_, placement)| *placement == replica.placement);
-            let known = known.unwrap_or_else(|| (next, replica.placement.clone()));
+            let held = (replica.placement.clone(), replica.also_hold.clone());
+            let known = placements.remove(&key).filter(|(_, before)| *before == held);
+            let known = known.unwrap_or((next, held));
             self.placements.insert(key.clone(), known);
             for worker in &replica.workers {
-                let snapshot = snapshot::for_worker(name, replica, worker, words);
+                let snapshot = snapshot::for_worker(name, &self.facts, replica, worker, words);
                 let same = before.remove(&worker.id).filter(|mesh| mesh.snapshot == snapshot);
                 changed |= same.is_none();
                 let mesh = same.unwrap_or_else(|| Mesh { version: next, snapshot, replica: key.clone() });

@@ -50,21 +50,45 @@ pub(super) fn for_routers(model: &str, facts: &ModelFacts, words: &Words) -> Mod
         max_wait_ms: u64::try_from(facts.max_wait.as_millis()).unwrap_or(u64::MAX),
         workers,
         max_context_tokens: facts.max_context_tokens,
-        ..ModelSnapshot::default()
+        migration_attempts: facts.migration_attempts,
     }
 }
 
-/// What a worker is told, without the version: its placement, and the others of its replica.
-pub(super) fn for_worker(model: &str, replica: &ReplicaFacts, worker: &WorkerFacts, words: &Words) -> MeshSnapshot {
-    let peers = replica.workers.iter().filter(|peer| peer.id != worker.id);
+/// What a worker is told, without the version: its placement, the others of its replica, and those of other replicas
+/// that hold the same experts.
+pub(super) fn for_worker(
+    model: &str,
+    facts: &ModelFacts,
+    replica: &ReplicaFacts,
+    worker: &WorkerFacts,
+    words: &Words,
+) -> MeshSnapshot {
+    let of = |one: &ReplicaFacts| {
+        let peers = one.workers.iter().filter(|peer| peer.id != worker.id);
+        peers.map(|peer| self::peer(one, peer, words)).collect::<Vec<_>>()
+    };
+    let others: Vec<&ReplicaFacts> = facts.replicas.iter().filter(|other| stands_in(other, replica)).collect();
+    let other = |other: &&ReplicaFacts| proto::ReplicaPlacement {
+        replica: other.replica,
+        placement: Some(placement(&other.placement)),
+    };
     MeshSnapshot {
         model: model.to_owned(),
         version: None,
         placement: Some(placement(&replica.placement)),
-        peers: peers.map(|peer| self::peer(replica, peer, words)).collect(),
+        peers: of(replica).into_iter().chain(others.iter().flat_map(|other| of(other))).collect(),
         drain: replica.draining,
-        ..MeshSnapshot::default()
+        also_hold: replica.also_hold.as_ref().map(placement),
+        others: others.iter().map(other).collect(),
+        max_wait_ms: facts.expert_wait.map_or(0, |wait| u64::try_from(wait.as_millis()).unwrap_or(u64::MAX)),
     }
+}
+
+/// Tells whether the experts of `other` can be asked for those of `replica`. Replicas are numbered by revision, so those
+/// of another one are not told apart by their number.
+fn stands_in(other: &ReplicaFacts, replica: &ReplicaFacts) -> bool {
+    let same = other.revision == replica.revision && other.content_hash == replica.content_hash;
+    same && other.replica != replica.replica && !other.placement.layers.is_empty()
 }
 
 fn peer(replica: &ReplicaFacts, worker: &WorkerFacts, words: &Words) -> Peer {

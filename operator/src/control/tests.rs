@@ -132,11 +132,14 @@ fn facts() -> ModelFacts {
         max_pending: 101,
         max_wait: Duration::from_secs(1),
         max_context_tokens: 8,
+        migration_attempts: 3,
+        expert_wait: Some(Duration::from_millis(1500)),
         replicas: vec![ReplicaFacts {
             replica: 0,
             revision: "r1".to_owned(),
             content_hash: "hash".to_owned(),
             placement: planner::Placement { shards: 2, layers: vec![layer] },
+            also_hold: None,
             draining: false,
             workers: vec![worker(0), worker(1)],
         }],
@@ -279,7 +282,8 @@ async fn routers_share_the_queue() {
     let fleet = leading();
     let address = serving(&fleet).await;
     let mut first = Peer::router(&address, "r0");
-    assert_eq!(first.model().await.max_pending, 101);
+    let model = first.model().await;
+    assert_eq!((model.max_pending, model.migration_attempts), (101, 3));
     let mut second = Peer::router(&address, "r1");
     assert_eq!(second.model().await.max_pending, 50);
     assert_eq!(first.model().await.max_pending, 51);
@@ -343,6 +347,27 @@ async fn mesh_names_placement_and_the_others() {
     draining.replicas[0].draining = true;
     fleet.publish(MODEL, draining);
     assert!(w0.mesh().await.drain);
+}
+
+#[tokio::test]
+async fn mesh_names_what_to_hold_besides_how_long_to_wait_and_the_replicas_that_hold_the_same() {
+    let fleet = leading();
+    fleet.expect(["w0", "w1", "w2", "w3"].map(identity));
+    let mut wider = facts();
+    let mut twin = wider.replicas[0].clone();
+    (twin.replica, twin.workers[0].id, twin.workers[1].id) = (1, "w2".to_owned(), "w3".to_owned());
+    let other = ReplicaFacts { replica: 2, revision: "r2".to_owned(), workers: Vec::new(), ..twin.clone() };
+    let swapped = planner::placement::LayerPlacement { layer: 1, experts: vec![vec![1], vec![0]] };
+    wider.replicas[0].also_hold = Some(planner::Placement { shards: 2, layers: vec![swapped] });
+    wider.replicas.extend([twin, other]);
+    fleet.publish(MODEL, wider);
+    let mesh = Peer::worker(&serving(&fleet).await, "w0", 0).mesh().await;
+    assert_eq!(mesh.also_hold.unwrap().layers[0].experts[0].ordinals, [1]);
+    assert_eq!(mesh.max_wait_ms, 1500);
+    let others: Vec<u32> = mesh.others.iter().map(|other| other.replica).collect();
+    assert_eq!(others, [1], "another revision numbers its replicas anew");
+    let peers: Vec<(&str, u32)> = mesh.peers.iter().map(|peer| (peer.id.as_str(), peer.replica)).collect();
+    assert_eq!(peers, [("w1", 0), ("w2", 1), ("w3", 1)]);
 }
 
 #[tokio::test]

@@ -56,6 +56,8 @@ pub struct WorkerView {
     pub placement_loaded: bool,
     /// Acts on its newest mesh.
     pub acknowledged: bool,
+    /// Asks by its replica's present placement in every step that runs, and said so under this leader.
+    pub switched: bool,
     /// Every live router, and at least one, acts on a snapshot that lists this worker as one that takes requests.
     pub routed: bool,
     /// Its last load; `None` if older than [`super::LEASE`].
@@ -210,6 +212,7 @@ fn worker_view(worker: &Process, name: &str, model: Option<&Model>, routers: &[&
         acknowledged: model
             .and_then(|model| model.mesh_version(id))
             .is_some_and(|version| acknowledged(worker, version)),
+        switched: placed_since.is_some_and(|since| acknowledged(worker, since)),
         routed: !routers.is_empty()
             && taking_since.is_some_and(|since| routers.iter().all(|router| acknowledged(router, since))),
         load: worker.worker_load.as_ref().filter(|(at, _)| now.duration_since(*at) <= LEASE).map(|(_, load)| {

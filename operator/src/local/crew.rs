@@ -206,6 +206,7 @@ impl<'a> Crew<'a> {
                 revision: REVISION.to_owned(),
                 content_hash: description.content_hash.clone(),
                 placement: plan.placement.clone(),
+                also_hold: None,
                 draining: false,
                 workers,
             });
@@ -403,6 +404,8 @@ fn model_facts(planned: &Planned, replicas: Vec<ReplicaFacts>) -> ModelFacts {
         max_pending: model.max_pending,
         max_wait: model.max_wait,
         max_context_tokens: u32::try_from(planned.plan.max_context_tokens.0).unwrap_or(u32::MAX),
+        migration_attempts: model.migration_attempts,
+        expert_wait: model.expert_wait,
         replicas,
     }
 }

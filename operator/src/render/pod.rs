@@ -1,7 +1,5 @@
 //! The pods of a revision: `fetch` brings the model's files, `worker` serves them.
 
-use std::collections::BTreeMap;
-
 use k8s_openapi::{
     DeepMerge,
     api::core::v1::{
@@ -353,13 +351,13 @@ fn model_dir_bytes(description: &ModelDescription) -> Bytes {
     files.plus(Bytes(files.0 / 20)).plus(Bytes(64 << 20))
 }
 
-/// A reader of files: it needs little, whatever the model weighs.
+/// A reader of files: it needs little, whatever the model weighs. Its limit leaves room for checksums at full speed.
 fn small() -> ResourceRequirements {
-    let list = |cpu: Option<&str>, memory: &str| {
-        let cpu = cpu.map(|cpu| ("cpu".to_owned(), Quantity(cpu.to_owned())));
-        cpu.into_iter().chain([("memory".to_owned(), Quantity(memory.to_owned()))]).collect::<BTreeMap<_, _>>()
+    let list = |cpu: &str, memory: &str| {
+        let both = [("cpu", cpu), ("memory", memory)];
+        Some(both.map(|(name, amount)| (name.to_owned(), Quantity(amount.to_owned()))).into())
     };
-    ResourceRequirements { requests: Some(list(Some("50m"), "64Mi")), limits: Some(list(None, "512Mi")), claims: None }
+    ResourceRequirements { requests: list("50m", "64Mi"), limits: list("2", "512Mi"), claims: None }
 }
 
 /// In whole mebibytes, rounded up, spelt as the API server stores it.

@@ -91,6 +91,7 @@ impl Scene {
             phase: WorkerPhase::Serving,
             placement_loaded: true,
             acknowledged: true,
+            switched: true,
             routed: true,
             load: None,
             progress: None,
