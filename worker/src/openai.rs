@@ -166,6 +166,7 @@ fn stream_options(fields: &Fields<'_>) -> Result<(), Refusal> {
     let Some(options) = value.as_object() else {
         return Err(fields.wrong("stream_options", "an object"));
     };
+    unsupported::check_stream_options(&Fields::of(options))?;
     match options.get("include_usage") {
         None | Some(Value::Bool(_) | Value::Null) => Ok(()),
         Some(value) => Err(field::wrong_value("stream_options.include_usage", value, "true or false")),

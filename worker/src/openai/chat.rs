@@ -81,7 +81,9 @@ fn message(path: &str, value: &Value) -> Result<Message, Refusal> {
         Some(Value::Array(parts)) => content_parts(&at("content"), parts)?,
         _ => return Err(wrong("content", "a string or an array of text parts")),
     };
-    Ok(Message { role: role.to_owned(), content, name: text("name")?, reasoning_content: text("reasoning_content")? })
+    // vLLM's newer name for an earlier thought
+    let reasoning_content = text("reasoning_content")?.or(text("reasoning")?);
+    Ok(Message { role: role.to_owned(), content, name: text("name")?, reasoning_content })
 }
 
 /// Text parts stand on lines of their own, as in vLLM.

@@ -64,6 +64,15 @@ fn table() -> Vec<(Value, &'static str, &'static str)> {
         (json!({"prompt_embeds": "AA=="}), "prompt_embeds", "not supported"),
         (json!({"include_stop_str_in_output": true}), "include_stop_str_in_output", "not supported"),
         (json!({"bad_words": ["x"]}), "bad_words", "not supported"),
+        (json!({"store": true}), "store", "not supported"),
+        (json!({"service_tier": "flex"}), "service_tier", "not supported"),
+        (json!({"request_id": "x"}), "request_id", "not supported"),
+        (json!({"logprob_token_ids": [1]}), "logprob_token_ids", "not supported"),
+        (
+            json!({"stream_options": {"continuous_usage_stats": true}}),
+            "stream_options.continuous_usage_stats",
+            "not supported",
+        ),
     ]
 }
 
@@ -164,8 +173,8 @@ fn default_values_and_unknown_fields_pass() {
     let extra = json!({
         "response_format": {"type": "text"}, "tools": [], "tool_choice": "auto", "parallel_tool_calls": true,
         "use_beam_search": false, "min_tokens": 0, "chat_template_kwargs": {}, "temperature": null, "n": 1,
-        "user": "u", "metadata": {"a": "b"}, "store": true, "service_tier": "auto", "nobody_knows_this": [1, 2],
-        "stream_options": {"include_usage": true}, "best_of": 1, "logprobs": false,
+        "user": "u", "metadata": {"a": "b"}, "store": false, "service_tier": "auto", "nobody_knows_this": [1, 2],
+        "stream_options": {"include_usage": true, "continuous_usage_stats": false}, "best_of": 1, "logprobs": false,
     });
     chat(&chat_body(extra), &Defaults::default()).unwrap();
     let extra = json!({"suffix": "", "best_of": 1, "echo": false, "logprobs": null, "logit_bias": {}});
@@ -178,7 +187,7 @@ fn a_conversation_is_read() {
         "messages": [
             {"role": "developer", "content": "be short"},
             {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
-            {"role": "assistant", "content": null},
+            {"role": "assistant", "content": null, "reasoning": "c"},
         ],
         "max_completion_tokens": 7, "logprobs": true, "top_logprobs": 2, "seed": -1, "stop": "x", "top_k": -1,
         "logit_bias": {"9": 1, "3": -2.5},
@@ -187,6 +196,7 @@ fn a_conversation_is_read() {
     let Input::Chat(messages) = &call.input else { panic!("no conversation") };
     let read: Vec<_> = messages.iter().map(|m| (m.role.as_str(), m.content.as_str())).collect();
     assert_eq!(read, [("system", "be short"), ("user", "a\nb"), ("assistant", "")]);
+    assert_eq!(messages[2].reasoning_content.as_deref(), Some("c"));
     assert_eq!((call.max_tokens, call.logprobs, call.seed), (Some(7), Some(2), Some(u64::MAX)));
     assert_eq!((call.stop, call.sampling.top_k), (vec!["x".to_owned()], 0));
     assert_eq!(call.sampling.logit_bias, [(3, -2.5), (9, 1.0)]);

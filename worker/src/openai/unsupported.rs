@@ -1,4 +1,7 @@
 //! Fields that OpenAI or vLLM document and that are not honoured: only their default values are accepted.
+//!
+//! Not among them are labels that ask nothing of an answer: `user`, `safety_identifier`, `metadata`, `session_id` and
+//! `prompt_cache_key`.
 
 use serde_json::{Value, json};
 
@@ -54,6 +57,20 @@ const COMMON: Table = &[
     ("kv_transfer_params", absent),
     ("vllm_xargs", empty_object),
     ("prompt_embeds", absent),
+    ("store", off),
+    ("service_tier", || vec![json!("auto"), json!("default")]),
+    ("moderation", absent),
+    ("prompt_cache_options", absent),
+    ("prompt_cache_retention", absent),
+    ("request_id", absent),
+    ("truncation_side", absent),
+    ("logprob_token_ids", absent),
+    ("watermarking", off),
+    ("repetition_detection", absent),
+    ("return_prompt_text", off),
+    ("routed_experts_prompt_start", || vec![json!(0)]),
+    ("ec_transfer_params", absent),
+    ("stream_interval", || vec![json!(1)]),
 ];
 
 const CHAT: Table = &[
@@ -71,6 +88,7 @@ const CHAT: Table = &[
     ("chat_template", absent),
     ("chat_template_kwargs", empty_object),
     ("documents", empty_list),
+    ("media_io_kwargs", empty_object),
     ("mm_processor_kwargs", empty_object),
     ("add_generation_prompt", on),
     ("continue_final_message", off),
@@ -82,6 +100,9 @@ const CHAT: Table = &[
 ];
 
 const COMPLETION: Table = &[("suffix", || vec![json!("")]), ("add_special_tokens", on), ("top_logprobs", absent)];
+
+/// Of `stream_options`.
+const STREAM: Table = &[("continuous_usage_stats", off)];
 
 pub(super) fn check_common(fields: &Fields<'_>) -> Result<(), Refusal> {
     check(fields, COMMON)
@@ -95,13 +116,19 @@ pub(super) fn check_completion(fields: &Fields<'_>) -> Result<(), Refusal> {
     check(fields, COMPLETION)
 }
 
+pub(super) fn check_stream_options(options: &Fields<'_>) -> Result<(), Refusal> {
+    find(options, STREAM).map_or(Ok(()), |name| Err(refuse(&format!("stream_options.{name}"))))
+}
+
 fn check(fields: &Fields<'_>, table: Table) -> Result<(), Refusal> {
-    for (name, defaults) in table {
-        if fields.get(name).is_some_and(|value| !defaults().contains(value)) {
-            return Err(refuse(name));
-        }
-    }
-    Ok(())
+    find(fields, table).map_or(Ok(()), |name| Err(refuse(name)))
+}
+
+/// The first field with another value than a default.
+fn find(fields: &Fields<'_>, table: Table) -> Option<&'static str> {
+    let asks =
+        |name: &str, defaults: fn() -> Vec<Value>| fields.get(name).is_some_and(|value| !defaults().contains(value));
+    table.iter().find(|&&(name, defaults)| asks(name, defaults)).map(|&(name, _)| name)
 }
 
 /// The refusal of a documented field or value that is not honoured.
