@@ -5,7 +5,7 @@
 //! nobody documents passes and is never acted on.
 
 use serde_json::{Map, Value};
-use wire::openai::ErrorObject;
+use wire::openai::{ErrorObject, MAX_CHOICES, MAX_STOPS};
 
 use crate::chat::Message;
 
@@ -19,14 +19,8 @@ mod unsupported;
 pub use defaults::Defaults;
 use field::Fields;
 
-/// Most choices of one prompt.
-pub const MAX_N: i64 = 64;
 /// Most sequences of one request: prompts times choices.
 pub const MAX_SEQUENCES: usize = 256;
-/// Most stop strings.
-const MAX_STOP: usize = 16;
-/// Most turns of a conversation.
-const MAX_MESSAGES: usize = 1024;
 /// Most entries of `logit_bias`, as OpenAI has it.
 const MAX_BIAS: usize = 1024;
 /// Most alternatives of a token.
@@ -145,7 +139,7 @@ fn common(fields: &Fields<'_>, defaults: &Defaults, input: Input) -> Result<Call
     let sampling = sampling(fields, defaults)?;
     Ok(Call {
         input,
-        n: fields.integer("n", 1..=MAX_N)?.map_or(1, field::count),
+        n: fields.integer("n", 1..=i64::from(MAX_CHOICES))?.map_or(1, field::count),
         max_tokens: None,
         max_tokens_field: "max_tokens",
         default_max_tokens: None,
@@ -211,18 +205,18 @@ fn logit_bias(fields: &Fields<'_>) -> Result<Vec<(u32, f32)>, Refusal> {
 }
 
 fn stop(fields: &Fields<'_>) -> Result<Vec<String>, Refusal> {
-    let accepted = "a string, or at most 16 strings that are not empty";
-    let wrong = || fields.wrong("stop", accepted);
+    let accepted = format!("a string, or at most {MAX_STOPS} strings that are not empty");
+    let wrong = || fields.wrong("stop", &accepted);
     match fields.get("stop") {
         None => Ok(Vec::new()),
         Some(Value::String(string)) if string.is_empty() => Ok(Vec::new()),
         Some(Value::String(string)) => Ok(vec![string.clone()]),
-        Some(Value::Array(strings)) if strings.len() <= MAX_STOP => strings
+        Some(Value::Array(strings)) if strings.len() <= MAX_STOPS => strings
             .iter()
             .map(|string| string.as_str().filter(|s| !s.is_empty()).map(str::to_owned).ok_or_else(wrong))
             .collect(),
         Some(Value::Array(strings)) => {
-            Err(Refusal::invalid("stop", format!("stop has {} strings; use at most {MAX_STOP}", strings.len())))
+            Err(Refusal::invalid("stop", format!("stop has {} strings; use at most {MAX_STOPS}", strings.len())))
         }
         Some(_) => Err(wrong()),
     }

@@ -9,6 +9,7 @@ use serde::{
     Deserialize, Deserializer,
     de::{Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor},
 };
+use wire::openai::{MAX_CHOICES, MAX_MESSAGES, MAX_STOPS};
 
 use crate::refusal::Refusal;
 
@@ -16,12 +17,6 @@ use crate::refusal::Refusal;
 pub const BODY_BYTES: usize = 4 << 20;
 /// The deepest nesting of arrays and objects.
 pub const DEPTH: usize = 64;
-/// The most choices of a request.
-pub const CHOICES: u64 = 64;
-/// The most stop strings of a request.
-pub const STOPS: usize = 16;
-/// The most messages of a conversation.
-pub const MESSAGES: usize = 1024;
 
 /// What routing needs of a body.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -105,22 +100,22 @@ impl<'a> Keys<'a> {
         };
         let choices = match self.n {
             None => 1,
-            Some(Kind::Whole(n)) if (1..=CHOICES).contains(&n) => n as u32,
+            Some(Kind::Whole(n)) if (1..=u64::from(MAX_CHOICES)).contains(&n) => n as u32,
             Some(other) => {
-                return Err(wrong("n", &other, &format!("a whole number from 1 to {CHOICES}")));
+                return Err(wrong("n", &other, &format!("a whole number from 1 to {MAX_CHOICES}")));
             }
         };
         match self.stop {
-            Some(Kind::List(stops)) if stops > STOPS => {
-                let message = format!("stop has {stops} entries; use at most {STOPS}");
+            Some(Kind::List(stops)) if stops > MAX_STOPS => {
+                let message = format!("stop has {stops} entries; use at most {MAX_STOPS}");
                 return Err(Refusal::invalid(Some("stop"), message));
             }
             None | Some(Kind::List(_) | Kind::Text(_)) => {}
             Some(other) => return Err(wrong("stop", &other, "a string or a list of strings")),
         }
         match self.messages {
-            Some(Kind::List(messages)) if messages > MESSAGES => {
-                let message = format!("messages has {messages} entries; use at most {MESSAGES}");
+            Some(Kind::List(messages)) if messages > MAX_MESSAGES => {
+                let message = format!("messages has {messages} entries; use at most {MAX_MESSAGES}");
                 return Err(Refusal::invalid(Some("messages"), message));
             }
             None | Some(Kind::List(_)) => {}

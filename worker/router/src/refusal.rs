@@ -22,7 +22,10 @@ impl Refusal {
     /// The request is at fault, in `param` if it is one field of it.
     pub fn invalid(param: Option<&str>, message: impl Into<String>) -> Self {
         let error = ErrorObject::invalid_request(message);
-        let error = if let Some(param) = param { error.param(param) } else { error };
+        let error = match param {
+            Some(param) => error.param(param).code("invalid_value"),
+            None => error.code("invalid_json"),
+        };
         Self::new(StatusCode::BAD_REQUEST, error, "invalid_request")
     }
 

@@ -1,8 +1,9 @@
 //! `/v1/chat/completions`.
 
 use serde_json::Value;
+use wire::openai::MAX_MESSAGES;
 
-use super::{Call, Defaults, Fields, Input, MAX_LOGPROBS, MAX_MESSAGES, Refusal, common, field, unsupported};
+use super::{Call, Defaults, Fields, Input, MAX_LOGPROBS, Refusal, common, field, unsupported};
 use crate::chat::Message;
 
 pub(super) fn call(fields: &Fields<'_>, defaults: &Defaults) -> Result<Call, Refusal> {

@@ -1,6 +1,7 @@
 //! `/v1/completions`.
 
 use serde_json::Value;
+use wire::openai::MAX_CHOICES;
 
 use super::{Call, Defaults, Fields, Input, MAX_LOGPROBS, MAX_SEQUENCES, Prompt, Refusal, common, field, unsupported};
 
@@ -22,7 +23,7 @@ pub(super) fn call(fields: &Fields<'_>, defaults: &Defaults) -> Result<Call, Ref
     call.max_tokens = fields.integer("max_tokens", 0..=i64::MAX)?.map(field::count);
     call.default_max_tokens = Some(defaults.max_new_tokens.unwrap_or(MAX_TOKENS));
     call.logprobs = fields.integer("logprobs", 0..=MAX_LOGPROBS)?.map(field::count);
-    let best_of = fields.integer("best_of", 1..=super::MAX_N)?.map(field::count);
+    let best_of = fields.integer("best_of", 1..=i64::from(MAX_CHOICES))?.map(field::count);
     if best_of.is_some_and(|best_of| best_of != 1 && best_of != call.n) {
         return Err(unsupported::refuse("best_of"));
     }

@@ -1,6 +1,14 @@
-//! The shape of OpenAI's errors, in one place. They name nothing internal.
+//! What router and worker must agree on of OpenAI's interface: limits, and the shape of errors. Errors name nothing
+//! internal.
 
 use serde::{Deserialize, Serialize};
+
+/// Most choices of one prompt.
+pub const MAX_CHOICES: u32 = 64;
+/// Most stop strings of a request.
+pub const MAX_STOPS: usize = 16;
+/// Most messages of a conversation.
+pub const MAX_MESSAGES: usize = 1024;
 
 /// `{"error": {..}}`, the body of a refused request and the data of a stream's last event.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -91,6 +91,8 @@ async fn bodies_that_are_not_what_they_should_be() {
         let (status, error) = refused(&rig, post(CHAT, body)).await;
         assert_eq!(status, 400, "{body:.60}");
         assert_eq!(error["param"].as_str(), param, "{body:.60}");
+        let code = if param.is_some() { "invalid_value" } else { "invalid_json" };
+        assert_eq!(error["code"], code, "{body:.60}");
     }
     let mut latin = post(CHAT, "");
     *latin.body_mut() = Full::new(Bytes::from_static(b"{\"model\":\"\xe9\"}"));
