@@ -32,6 +32,7 @@ async fn main() {
         refuse: bad_yaml_is_refused_and_the_model_serves_on, what_is_missing_is_named;
         scale: the_scale_subresource_works, load_brings_replicas_and_quiet_takes_them;
         change: a_rollout_loses_no_request, deletion_leaves_nothing_in_any_phase;
+        survive: a_node_that_is_cut_off_costs_no_stream, a_node_that_dies_costs_no_stream;
         observe: one_trace_has_router_worker_and_experts, no_text_is_in_the_telemetry;
         install: the_operator_used_its_rights_and_no_others, uninstall_keeps_what_users_declared;
     };

@@ -7,3 +7,4 @@ pub(crate) mod observe;
 pub(crate) mod refuse;
 pub(crate) mod scale;
 pub(crate) mod serve;
+pub(crate) mod survive;
