@@ -115,15 +115,19 @@ impl Api {
         assert!(answer.is_ok(), "{answer:?}");
     }
 
-    /// Changes an object as a controller or a user would: not counted, no fault.
-    pub fn edit(&self, plural: &str, name: &str, edit: impl FnOnce(&mut Value)) {
-        self.state(|state| {
+    /// Changes an object as a controller or a user would: not counted, no fault. Says whether there is one.
+    pub fn edit(&self, plural: &str, name: &str, edit: impl FnOnce(&mut Value)) -> bool {
+        let found = self.state(|state| {
             let key = (plural.to_owned(), "default".to_owned(), name.to_owned());
-            let mut object = state.objects.get(&key).unwrap_or_else(|| panic!("{plural} {name}")).clone();
-            edit(&mut object);
-            state.store(&key, object);
+            let object = state.objects.get(&key).cloned();
+            object.is_some_and(|mut object| {
+                edit(&mut object);
+                state.store(&key, object);
+                true
+            })
         });
         self.0.changed.notify_waiters();
+        found
     }
 
     /// Deletes as a user would, without its dependents.

@@ -42,7 +42,7 @@ impl Cluster {
             "metadata": {"name": "router", "labels": {
                 "app.kubernetes.io/name": "modelfleet", "app.kubernetes.io/component": "router"}},
         }));
-        api.edit("pods", "router", |pod| pod["status"] = json!({"podIP": "127.0.0.1"}));
+        assert!(api.edit("pods", "router", |pod| pod["status"] = json!({"podIP": "127.0.0.1"})));
         let mut tasks = JoinSet::new();
         let id = text(&api.get("pods", "router").unwrap()["metadata"]["uid"]);
         process::router(&operators, &id, &stage, &mut tasks);
@@ -126,7 +126,8 @@ impl Node {
             "apiVersion": "apps/v1", "kind": kind, "name": owner["metadata"]["name"],
             "uid": owner["metadata"]["uid"], "controller": true}]);
         self.api.apply(pod);
-        self.api.edit("pods", name, |pod| {
+        // deleted meanwhile, it is nobody's business
+        let _ = self.api.edit("pods", name, |pod| {
             let scheduled = json!({"type": "PodScheduled", "status": "True"});
             pod["status"] = json!({"podIP": "127.0.0.1", "conditions": [scheduled]});
         });
@@ -164,7 +165,7 @@ impl Node {
         if ready == has("Ready") && probed == loaded {
             return;
         }
-        self.api.edit("pods", &text(&pod["metadata"]["name"]), |pod| {
+        let _ = self.api.edit("pods", &text(&pod["metadata"]["name"]), |pod| {
             let conditions = pod["status"]["conditions"].as_array_mut().unwrap();
             conditions.retain(|one| one["type"] != "Ready");
             conditions.push(json!({"type": "Ready", "status": if ready { "True" } else { "False" }}));

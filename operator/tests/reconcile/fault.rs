@@ -94,9 +94,10 @@ async fn an_object_of_somebody_else_stays_as_it_is_and_is_named() {
 async fn what_somebody_edits_or_deletes_is_put_right() {
     let (world, _operator) = World::installed().await;
     let objects = world.objects();
-    world.api().edit("poddisruptionbudgets", &world.names("poddisruptionbudgets")[0], |budget| {
+    let edited = world.api().edit("poddisruptionbudgets", &world.names("poddisruptionbudgets")[0], |budget| {
         budget["spec"]["maxUnavailable"] = json!(2);
     });
+    assert!(edited);
     world.api().delete("services", "tiny-workers");
     world.until("put right", |world| world.objects() == objects).await;
 }

@@ -150,7 +150,7 @@ impl World {
 
     /// Changes the model as a user would.
     pub fn edit(&self, edit: impl FnOnce(&mut Value)) {
-        self.api().edit("modeldeployments", "tiny", |md| edit(&mut md["spec"]));
+        assert!(self.api().edit("modeldeployments", "tiny", |md| edit(&mut md["spec"])));
     }
 
     /// The names of the objects of a kind.
