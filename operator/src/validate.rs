@@ -100,6 +100,7 @@ impl ValidModel {
             kv_cache_tokens: self.kv_cache_tokens,
             max_context_tokens: self.max_context_tokens,
             previous,
+            ..planner::Request::default()
         }
     }
 }

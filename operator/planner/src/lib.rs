@@ -5,6 +5,7 @@
 //! |---|---|
 //! | How many workers has a replica, which experts and how many cached tokens has each? | [`plan`] |
 //! | Where does each expert go, given where it is? | [`placement::place`] |
+//! | How does a placement change while requests run? | [`live::next_step`] |
 //! | Which replicas are made, drained and deleted now? | [`rollout::next_step`] |
 //! | How many replicas are wanted now? | [`autoscale::decide`] |
 //!
@@ -19,6 +20,7 @@
 //! `README.md` states the problems as mathematics, with invariants and phases.
 
 pub mod autoscale;
+pub mod live;
 mod memory;
 mod model;
 pub mod placement;

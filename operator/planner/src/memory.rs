@@ -5,7 +5,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use crate::model::ModelDescription;
-use crate::placement::{Placement, Problem, place};
+use crate::placement::{Placement, Problem, Unplaceable, place};
 use crate::units::{Bytes, Tokens};
 
 /// The program, its threads and buffers, the tokenizer and the template.
@@ -25,6 +25,8 @@ const CACHE_UNASKED: Bytes = Bytes(4 << 30);
 pub struct Request {
     /// Workers of a replica; `None`: the fewest that fit.
     pub shards: Option<u32>,
+    /// Copies of each expert beyond the first, each on a worker of its own.
+    pub redundancy: u32,
     /// The memory limit of a worker; `None`: as much as it takes.
     pub worker_memory: Option<Bytes>,
     /// Tokens in a worker's cache; `None`: what fits.
@@ -61,6 +63,26 @@ pub struct Plan {
 }
 
 impl Plan {
+    /// What a worker may hold of experts, all layers together, where all else in it takes what was planned.
+    pub fn expert_room(&self, worker_memory: Bytes) -> Bytes {
+        let fullest = self.fullest();
+        worker_memory.minus(fullest.total().minus(fullest.experts))
+    }
+
+    /// Why the workers cannot be spread as the copies ask: `roomy` of the failure domains, each an `across` such as
+    /// `zone`, have room for a worker. `None` if they can.
+    pub fn spread_over(&self, redundancy: u32, across: &str, roomy: u32) -> Option<NoRoom> {
+        let copies = redundancy.saturating_add(1);
+        (roomy < copies).then(|| NoRoom::TooFewDomains {
+            copies,
+            experts: self.placement.layers.iter().map(|layer| layer.experts.len() as u32).max().unwrap_or_default(),
+            workers: self.shards,
+            memory: self.fullest().total(),
+            across: across.to_owned(),
+            roomy,
+        })
+    }
+
     /// The need of the fullest worker.
     pub fn fullest(&self) -> Need {
         self.workers.iter().copied().max_by_key(Need::total).unwrap_or_default()
@@ -138,6 +160,39 @@ pub enum NoRoom {
         /// What the fullest of them needs at least.
         need: Need,
     },
+    /// There are fewer workers than copies of an expert.
+    #[error("{}", redundancy_text(*.redundancy, *.shards, *.experts))]
+    TooFewWorkers {
+        /// Copies beyond the first.
+        redundancy: u32,
+        /// Workers that there are, or can be.
+        shards: u32,
+        /// Routed experts of a layer.
+        experts: u32,
+    },
+    /// There are fewer failure domains with room than copies of an expert.
+    #[error(
+        "{copies} copies of {experts} experts need {workers} {} of {memory} on {copies} {across}s, {roomy} {} room",
+        if *.workers == 1 { "worker" } else { "workers" },
+        if *.roomy == 1 { format!("{across} has") } else { format!("{across}s have") }
+    )]
+    TooFewDomains {
+        /// Copies of each expert.
+        copies: u32,
+        /// Experts of a layer.
+        experts: u32,
+        /// Workers of a replica.
+        workers: u32,
+        /// What the fullest of them needs.
+        memory: Bytes,
+        /// What a domain is called, such as `zone`.
+        across: String,
+        /// Domains with room for a worker.
+        roomy: u32,
+    },
+    /// The copies of the experts cannot be placed.
+    #[error(transparent)]
+    Copies(#[from] Unplaceable),
 }
 
 fn shards_text(asked: u32, experts: u32) -> String {
@@ -148,11 +203,27 @@ fn shards_text(asked: u32, experts: u32) -> String {
     }
 }
 
+fn redundancy_text(redundancy: u32, shards: u32, experts: u32) -> String {
+    let field = format!("spec.parallelism.expert.redundancy is {redundancy}");
+    let copies = redundancy.saturating_add(1);
+    let most = shards.saturating_sub(1);
+    match experts {
+        0 => format!("{field}; the model has no routed experts, so use 0"),
+        _ if copies > experts => format!(
+            "{field}; the model has {experts} experts a layer, so at most {experts} shards, so use at most {}",
+            experts - 1
+        ),
+        _ => format!(
+            "{field}; spec.parallelism.expert.shards is {shards}, so use at most {most}, or at least {copies} shards"
+        ),
+    }
+}
+
 /// Decides what a replica is made of.
 ///
 /// 1. The context is the asked one, at most the model's.
 /// 2. The number of workers is the asked one, or the fewest with which the fullest worker, with a cache of one
-///    context, fits the limit; 1 without a limit.
+///    context, fits the limit; as many as there are copies of an expert without a limit.
 /// 3. The cache is the asked one, or what the limit leaves to the fullest worker, up to 64 contexts; without a limit
 ///    8 contexts, up to 4 GiB. One context fits always.
 pub fn plan(model: &ModelDescription, request: &Request) -> Outcome {
@@ -167,10 +238,11 @@ fn try_plan(model: &ModelDescription, request: &Request) -> Result<Plan, NoRoom>
     let least_cache = least_cache(context, request)?;
     let shards = match request.shards {
         Some(asked) => checked_shards(model, asked)?,
-        None => fewest_shards(model, request.worker_memory, least_cache),
+        None => fewest_shards(model, request, least_cache),
     };
-    let problem = Problem { layers: layers(model), experts: model.experts, shards };
-    let placement = place(&problem, request.previous.as_ref());
+    let redundancy = checked_redundancy(model, request.redundancy, shards)?;
+    let problem = Problem { layers: layers(model), experts: model.experts, shards, redundancy, ..Problem::default() };
+    let placement = place(&problem, request.previous.as_ref())?;
     let needs = |cache| {
         let experts = placement.expert_bytes(problem.layers).into_iter();
         experts.map(|experts| need(model, experts, cache)).collect::<Vec<Need>>()
@@ -213,18 +285,27 @@ fn checked_shards(model: &ModelDescription, asked: u32) -> Result<u32, NoRoom> {
     }
 }
 
-/// The fewest workers that fit, or the most there can be. Fewer than the mean allows need not be tried.
-fn fewest_shards(model: &ModelDescription, limit: Option<Bytes>, cache: Tokens) -> u32 {
+fn checked_redundancy(model: &ModelDescription, redundancy: u32, shards: u32) -> Result<u32, NoRoom> {
+    let experts = if model.is_dense() { 0 } else { model.experts };
+    if redundancy >= shards {
+        return if redundancy == 0 { Ok(0) } else { Err(NoRoom::TooFewWorkers { redundancy, shards, experts }) };
+    }
+    Ok(redundancy)
+}
+
+/// The fewest workers that fit, or the most there can be. Fewer than the mean or the copies allow need not be tried.
+fn fewest_shards(model: &ModelDescription, request: &Request, cache: Tokens) -> u32 {
     let most = if model.is_dense() { 1 } else { model.experts };
-    let Some(limit) = limit else { return 1 };
+    let copies = request.redundancy.saturating_add(1);
+    let Some(limit) = request.worker_memory else { return copies.min(most) };
     let room = limit.minus(need(model, Bytes(0), cache).total());
-    let all = layers(model).iter().map(|l| l.expert_bytes.times(u64::from(model.experts)));
+    let all = layers(model).iter().map(|l| l.expert_bytes.times(u64::from(model.experts)).times(u64::from(copies)));
     let mean = all.sum::<Bytes>().0.div_ceil(room.0.max(1));
-    let least = u32::try_from(mean).unwrap_or(most).clamp(1, most);
+    let least = u32::try_from(mean).unwrap_or(most).max(copies).clamp(1, most);
     let fits = |shards: &u32| {
-        let problem = Problem { layers: layers(model), experts: model.experts, shards: *shards };
-        let bytes = place(&problem, None).expert_bytes(problem.layers);
-        bytes.into_iter().all(|bytes| bytes <= room)
+        let (layers, experts, redundancy) = (layers(model), model.experts, request.redundancy);
+        let problem = Problem { layers, experts, shards: *shards, redundancy, ..Problem::default() };
+        place(&problem, None).is_ok_and(|p| p.expert_bytes(layers).into_iter().all(|bytes| bytes <= room))
     };
     (least..most).find(fits).unwrap_or(most)
 }

@@ -1,14 +1,16 @@
 //! Which worker of a replica holds which experts. `README.md` states the problem; the phases below are its phases.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
 use crate::model::MoeLayer;
 use crate::units::Bytes;
 
-/// What is to be placed: every expert of every layer, exactly once, on `shards` workers.
-#[derive(Clone, Debug, PartialEq, Eq)]
+mod copies;
+
+/// What is to be placed: every expert of every layer, `redundancy + 1` times, on `shards` workers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Problem<'a> {
     /// The layers that have routed experts.
     pub layers: &'a [MoeLayer],
@@ -16,6 +18,49 @@ pub struct Problem<'a> {
     pub experts: u32,
     /// Workers, at least 1.
     pub shards: u32,
+    /// Copies of each expert beyond the first, all in different failure domains.
+    pub redundancy: u32,
+    /// The failure domain of each ordinal, any numbers. Where they are not known, and for ordinals beyond the end, each
+    /// worker is a domain of its own.
+    pub domains: Option<&'a [u32]>,
+    /// Measured rows, by layer in the order of `layers`, and by expert; what is missing counts as none. `None`: not
+    /// measured, every expert counts the same.
+    pub loads: Option<&'a [Vec<u64>]>,
+    /// How many bytes of experts each ordinal may hold, all layers together. `None`: as many as the copies need, and no
+    /// copies beyond those.
+    pub room: Option<&'a [Bytes]>,
+}
+
+/// Why the experts cannot be placed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Unplaceable {
+    /// There are fewer failure domains than copies.
+    #[error("{copies} copies of {experts} experts need {copies} failure domains, there are {domains}")]
+    TooFewDomains {
+        /// Copies of each expert.
+        copies: u32,
+        /// Experts of a layer.
+        experts: u32,
+        /// Domains that the workers are in.
+        domains: u32,
+    },
+    /// The workers, or the domains that the copies must be spread over, have too little room.
+    #[error(
+        "{copies} copies of {experts} experts need {workers} workers with {need} for experts on {copies} failure \
+         domains, {domains} have it"
+    )]
+    TooLittleRoom {
+        /// Copies of each expert.
+        copies: u32,
+        /// Experts of a layer.
+        experts: u32,
+        /// Workers that there are.
+        workers: u32,
+        /// Bytes of experts that each of them would hold.
+        need: Bytes,
+        /// Domains with a worker that has that room.
+        domains: u32,
+    },
 }
 
 /// Where experts are. In JSON, with a version added by the operator, this is the file that a worker starts from.
@@ -66,6 +111,11 @@ impl Placement {
         bytes
     }
 
+    /// The workers that hold an expert, ascending.
+    pub fn holders(&self) -> BTreeSet<u32> {
+        self.layers.iter().flat_map(|layer| layer.experts.iter().flatten().copied()).collect()
+    }
+
     /// The least, over the layers, of experts with a holder that `live` knows. `None` for a dense model.
     pub fn covered(&self, live: impl Fn(u32) -> bool) -> Option<u32> {
         let of = |layer: &LayerPlacement| {
@@ -90,120 +140,24 @@ impl Placement {
     }
 }
 
-/// Places every expert of every layer exactly once.
+/// Places `redundancy + 1` copies of every expert of every layer, each in another failure domain.
 ///
-/// 1. *Share*: each worker gets the floor of its share of a layer; the experts that are left over go to the workers
-///    with the fewest bytes so far, rather to one that holds them already.
-/// 2. *Keep*: an expert stays where it is, while its worker exists and its share lasts.
-/// 3. *Fill*: the others go, ascending, to the workers with room, ascending. So a first placement is contiguous.
+/// 1. *Share*: each worker gets the floor of its share of a layer's copies; those that are left over go to the workers
+///    with the fewest bytes so far, rather to one that holds them already. A domain gets each expert once at most, a
+///    worker what it has room for; the others take the rest.
+/// 2. *Keep*: a copy stays where it is, while its worker exists, its share lasts and its domain has no other.
+/// 3. *Fill*: the first copies that are missing go, ascending, to the workers with room, ascending, so a first placement
+///    is contiguous. Further copies go to the workers with the most room, so that the copies of what one worker holds
+///    are spread over many. A copy that finds only domains that hold its expert moves another out of its way.
 ///
 /// # Guarantees
-/// The bytes of two workers differ by at most the largest expert. In no layer does the number of their experts differ
-/// by more than one. The same problem placed again moves nothing. Equal inputs give equal answers.
+/// No worker holds an expert twice. The same problem placed again moves nothing. Equal inputs give equal answers. Where
+/// neither a domain nor the room binds, the bytes of two workers differ by at most the largest expert, and in no layer
+/// does the number of their experts differ by more than one.
+/// # Errors
+/// [`Unplaceable`], with what would be needed.
 /// # Assumptions
-/// `shards` is at least 1. `previous` may be of any other problem; what does not fit is ignored.
-pub fn place(problem: &Problem<'_>, previous: Option<&Placement>) -> Placement {
-    let shards = problem.shards.max(1) as usize;
-    let largest = problem.layers.iter().map(|layer| layer.expert_bytes).max().unwrap_or_default();
-    let mut bytes = vec![Bytes(0); shards];
-    let mut layers = Vec::with_capacity(problem.layers.len());
-    for layer in problem.layers {
-        let before = holders_before(problem, layer.layer, previous);
-        let shares = share(problem.experts, &before, layer.expert_bytes, &mut bytes, largest);
-        let homes = fill(keep(before, &shares), &shares);
-        debug_assert!(homes.iter().all(|home| (*home as usize) < shards), "every expert has a home");
-        let experts = homes.into_iter().map(|home| vec![home]).collect();
-        layers.push(LayerPlacement { layer: layer.layer, experts });
-    }
-    debug_assert!(spread(&bytes) <= largest, "the bytes of two workers differ by one expert at most");
-    Placement { shards: shards as u32, layers }
-}
-
-/// For each expert of a layer its holder, if that worker still exists.
-fn holders_before(problem: &Problem<'_>, layer: u32, previous: Option<&Placement>) -> Vec<Option<u32>> {
-    let before = previous.and_then(|p| p.layers.iter().find(|l| l.layer == layer));
-    let holder = |expert: u32| {
-        let holders = before?.experts.get(expert as usize)?;
-        holders.iter().copied().find(|holder| *holder < problem.shards)
-    };
-    (0..problem.experts).map(holder).collect()
-}
-
-/// How many experts of a layer each worker gets, and what that adds to its bytes.
-fn share(experts: u32, before: &[Option<u32>], expert_bytes: Bytes, bytes: &mut [Bytes], largest: Bytes) -> Vec<u32> {
-    let shards = bytes.len() as u32;
-    let (base, left_over) = (experts / shards, (experts % shards) as usize);
-    let mut held = vec![0; bytes.len()];
-    for holder in before.iter().flatten() {
-        held[*holder as usize] += 1;
-    }
-    let has_more: Vec<bool> = held.iter().map(|count| *count > base).collect();
-    let lucky = choose(bytes, &has_more, left_over, expert_bytes, largest);
-    for (total, lucky) in bytes.iter_mut().zip(&lucky) {
-        *total = total.plus(expert_bytes.times(u64::from(base) + u64::from(*lucky)));
-    }
-    lucky.into_iter().map(|lucky| base + u32::from(lucky)).collect()
-}
-
-/// The `count` workers that get one expert more: the emptiest, unless one that has it may keep it in balance.
-fn choose(bytes: &[Bytes], has_more: &[bool], count: usize, expert_bytes: Bytes, largest: Bytes) -> Vec<bool> {
-    let balanced = |chosen: &[bool]| {
-        let after = bytes.iter().zip(chosen);
-        let after: Vec<Bytes> = after.map(|(b, lucky)| b.plus(expert_bytes.times(u64::from(*lucky)))).collect();
-        spread(&after) <= largest
-    };
-    if has_more.iter().filter(|more| **more).count() == count && balanced(has_more) {
-        return has_more.to_vec();
-    }
-    let mut emptiest: Vec<usize> = (0..bytes.len()).collect();
-    emptiest.sort_by_key(|shard| (bytes[*shard], !has_more[*shard], *shard));
-    let mut chosen = vec![false; bytes.len()];
-    for shard in &emptiest[..count] {
-        chosen[*shard] = true;
-    }
-    for keeper in emptiest.iter().filter(|shard| has_more[**shard]) {
-        let given_up = emptiest.iter().rev().find(|shard| chosen[**shard] && !has_more[**shard]);
-        let (false, Some(given_up)) = (chosen[*keeper], given_up) else {
-            continue;
-        };
-        let mut swapped = chosen.clone();
-        swapped.swap(*keeper, *given_up);
-        if balanced(&swapped) {
-            chosen = swapped;
-        }
-    }
-    chosen
-}
-
-/// Takes from each worker what is above its share, the last experts first.
-fn keep(mut before: Vec<Option<u32>>, shares: &[u32]) -> Vec<Option<u32>> {
-    let mut kept = vec![0; shares.len()];
-    for home in &mut before {
-        let Some(holder) = *home else { continue };
-        if kept[holder as usize] == shares[holder as usize] {
-            *home = None;
-        } else {
-            kept[holder as usize] += 1;
-        }
-    }
-    before
-}
-
-/// Gives every expert without a home one, ascending.
-fn fill(homes: Vec<Option<u32>>, shares: &[u32]) -> Vec<u32> {
-    let mut room = shares.to_vec();
-    for holder in homes.iter().flatten() {
-        room[*holder as usize] -= 1;
-    }
-    let free = (0..).zip(room).flat_map(|(shard, room)| std::iter::repeat_n(shard, room as usize));
-    let mut free = free.collect::<Vec<u32>>().into_iter();
-    let next = |home: Option<u32>| home.unwrap_or_else(|| free.next().expect("the shares add up to the experts"));
-    homes.into_iter().map(next).collect()
-}
-
-/// The fullest less the emptiest.
-fn spread(bytes: &[Bytes]) -> Bytes {
-    let most = bytes.iter().max().copied().unwrap_or_default();
-    let least = bytes.iter().min().copied().unwrap_or_default();
-    most.minus(least)
+/// `previous` may be of any other problem; what does not fit is ignored.
+pub fn place(problem: &Problem<'_>, previous: Option<&Placement>) -> Result<Placement, Unplaceable> {
+    copies::place(problem, previous)
 }

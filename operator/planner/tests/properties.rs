@@ -20,7 +20,7 @@ fn problems() -> impl Strategy<Value = (Vec<MoeLayer>, u32, u32, u32)> {
 }
 
 fn placed(layers: &[MoeLayer], experts: u32, shards: u32, previous: Option<&Placement>) -> Placement {
-    place(&Problem { layers, experts, shards }, previous)
+    place(&Problem { layers, experts, shards, ..Problem::default() }, previous).expect("one copy always has room")
 }
 
 fn spread(placement: &Placement, layers: &[MoeLayer]) -> u64 {

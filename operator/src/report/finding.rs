@@ -232,7 +232,11 @@ fn no_room(why: &NoRoom) -> Reason {
     match why {
         NoRoom::TooManyShards { .. } => Reason::TooManyShards,
         NoRoom::ContextTooLong { .. } => Reason::ContextTooLong,
-        NoRoom::CacheTooSmall { .. } | NoRoom::MemoryTooSmall { .. } => Reason::NoRoom,
+        NoRoom::CacheTooSmall { .. }
+        | NoRoom::MemoryTooSmall { .. }
+        | NoRoom::TooFewWorkers { .. }
+        | NoRoom::TooFewDomains { .. }
+        | NoRoom::Copies(_) => Reason::NoRoom,
     }
 }
 
