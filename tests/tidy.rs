@@ -22,7 +22,7 @@ const BORDERS: [(&str, &[&str], &[&str]); 8] = [
 ];
 
 /// Modules that decide. They see values only, so that a simulator, a test and a program get the same answer.
-const PURE: [&str; 13] = [
+const PURE: [&str; 15] = [
     "operator/planner/src",
     "operator/src/launch.rs",
     "operator/src/render.rs",
@@ -36,6 +36,8 @@ const PURE: [&str; 13] = [
     "worker/router/src/pick.rs",
     "worker/router/src/queue.rs",
     "worker/router/src/resume.rs",
+    "worker/src/experts/pace.rs",
+    "worker/src/experts/split.rs",
 ];
 
 fn output(program: &str, arguments: &[&str]) -> String {

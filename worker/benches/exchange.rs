@@ -22,7 +22,7 @@ use std::{
 use anyhow::ensure;
 use engine::{Exchange as _, ExpertBatch, Experts, WireDtype};
 use opentelemetry::metrics::noop::NoopMeterProvider;
-use tokio::{net::TcpListener, runtime::Runtime, sync::watch};
+use tokio::{net::TcpListener, runtime::Runtime};
 use tonic::service::Routes;
 use tracing::Span;
 use wire::proto::{self, experts_server::ExpertsServer};
@@ -31,8 +31,9 @@ use worker::{
         exchange::{MeshExchange, Own},
         pool::Pool,
         service::ExpertsService,
+        standing::Board,
     },
-    mesh::Mesh,
+    mesh::{Mesh, Meshes},
     metrics::Metrics,
 };
 
@@ -97,7 +98,6 @@ impl Batch {
 /// A worker that holds nothing and asks one that holds everything.
 struct Ours {
     exchange: MeshExchange,
-    _mesh: watch::Sender<Arc<Mesh>>,
 }
 
 impl Ours {
@@ -123,10 +123,11 @@ impl Ours {
             peers: vec![peer],
             ..Default::default()
         };
-        let (mesh, following) = watch::channel(Arc::new(Mesh::from_snapshot(snapshot, &Mesh::default())));
+        let meshes = Meshes::new(Mesh::default());
+        meshes.take(snapshot).expect("the first one counts");
         let own =
             Own { replica: 0, ordinal: 0, content_hash: CONTENT.into(), hidden: model::HIDDEN, dtype: WireDtype::Bf16 };
-        let mut ours = Self { exchange: MeshExchange::new(own, following, metrics()), _mesh: mesh };
+        let mut ours = Self { exchange: MeshExchange::new(own, meshes, Board::new(metrics()), None, metrics()) };
         let batch = Batch::of(1);
         let connected = async {
             while ours.ask(&batch).await.is_err() {

@@ -1,7 +1,8 @@
 //! Drives the engine on a thread of its own: requests in, events out, one step after the other.
 //!
 //! Each sequence has a bounded buffer of events. Whoever drops the receiving end cancels the sequence before the next
-//! step; whoever does not read loses it. A sequence whose experts stay away for [`STALL_WAIT`] fails with an error.
+//! step; whoever does not read loses it. A sequence whose experts stay away for longer than its mesh allows fails with an
+//! error that names one of them; the others do not notice.
 //!
 //! Architecture Invariant: text, protocol and clients' deadlines are not known here.
 
@@ -16,10 +17,11 @@ use tokio::{
 };
 use tracing::{Span, error, warn};
 
-use crate::{experts::exchange::MeshExchange, metrics::Metrics};
+use crate::{
+    experts::exchange::{MeshExchange, Missing},
+    metrics::Metrics,
+};
 
-/// How long sequences wait for a holder of experts that is away, if their client does not give up sooner.
-pub const STALL_WAIT: Duration = Duration::from_secs(30);
 /// Events of a sequence that its reader may be behind.
 const EVENTS: usize = 1024;
 /// How often stalled sequences are tried, if nothing is heard of their holders.
@@ -59,8 +61,8 @@ pub enum SubmitError {
 pub trait Peers: Exchange {
     /// Before each step; calls become children of `span`, unless it is none.
     fn begin_step(&mut self, span: Span);
-    /// After each step: since when rows have been missing, if they still are.
-    fn end_step(&mut self) -> Option<Instant>;
+    /// After each step: an expert that it lacked, if it lacked any.
+    fn end_step(&mut self) -> Option<Missing>;
     /// Waits until trying again makes sense.
     fn changed(&mut self) -> impl Future<Output = ()> + Send;
 }
@@ -70,7 +72,7 @@ impl Peers for MeshExchange {
         Self::begin_step(self, span);
     }
 
-    fn end_step(&mut self) -> Option<Instant> {
+    fn end_step(&mut self) -> Option<Missing> {
         Self::end_step(self)
     }
 
@@ -82,7 +84,7 @@ impl Peers for MeshExchange {
 impl Peers for NoPeers {
     fn begin_step(&mut self, _: Span) {}
 
-    fn end_step(&mut self) -> Option<Instant> {
+    fn end_step(&mut self) -> Option<Missing> {
         None
     }
 
@@ -115,21 +117,19 @@ impl Driver {
         E: Engine + Send + 'static,
         X: Peers + Send + 'static,
     {
-        Self::start_with(engine, exchange, metrics, STALL_WAIT)
+        let (driver, steps) = Self::apart(engine, exchange, metrics);
+        let runtime = Handle::current();
+        thread::Builder::new().name("engine".into()).spawn(move || runtime.block_on(steps.run()))?;
+        Ok(driver)
     }
 
-    fn start_with<E, X>(engine: E, exchange: X, metrics: Arc<Metrics>, stall_wait: Duration) -> std::io::Result<Self>
-    where
-        E: Engine + Send + 'static,
-        X: Peers + Send + 'static,
-    {
+    /// The driver, and the steps for the caller to run.
+    pub(crate) fn apart<E: Engine, X: Peers>(engine: E, exchange: X, metrics: Arc<Metrics>) -> (Self, Steps<E, X>) {
         let (commands, submissions) = mpsc::unbounded_channel();
         let (load, loads) = watch::channel(engine.load());
         let limits = engine.limits();
-        let runtime = Handle::current();
-        let steps = Steps { engine, exchange, submissions, load, metrics, stall_wait, sequences: BTreeMap::new() };
-        thread::Builder::new().name("engine".into()).spawn(move || runtime.block_on(steps.run()))?;
-        Ok(Self { commands, load: loads, limits })
+        let steps = Steps { engine, exchange, submissions, load, metrics, sequences: BTreeMap::new() };
+        (Self { commands, load: loads, limits }, steps)
     }
 
     /// Hands over the sequences of one request, all or none. How many wait is the caller's to bound.
@@ -158,19 +158,20 @@ impl Driver {
     }
 }
 
-struct Steps<E, X> {
+/// The loop of steps.
+pub(crate) struct Steps<E, X> {
     engine: E,
     exchange: X,
     submissions: mpsc::UnboundedReceiver<Submission>,
     load: watch::Sender<Load>,
     metrics: Arc<Metrics>,
-    stall_wait: Duration,
     sequences: BTreeMap<SequenceId, Entry>,
 }
 
 struct Entry {
     events: mpsc::Sender<Progress>,
-    moved: Instant,
+    /// Since when experts are away that it needs.
+    away_since: Option<Instant>,
     span: Span,
     traced: usize,
 }
@@ -181,7 +182,7 @@ impl<E: Engine, X: Peers> Steps<E, X> {
     /// 3. If experts are away and nothing moved, waits for them; fails what waited too long.
     ///
     /// A panic of the engine ends all sequences and the thread: its state cannot be trusted.
-    async fn run(mut self) {
+    pub(crate) async fn run(mut self) {
         loop {
             self.publish();
             if self.engine.is_idle() {
@@ -213,8 +214,9 @@ impl<E: Engine, X: Peers> Steps<E, X> {
             };
             let moved = !events.is_empty();
             events.into_iter().for_each(|event| self.deliver(event));
-            if let Some(since) = missing {
-                self.fail_stalled(since);
+            self.note_away();
+            if let Some(missing) = missing {
+                self.fail_stalled(&missing);
                 if !moved {
                     self.wait().await;
                 }
@@ -236,7 +238,7 @@ impl<E: Engine, X: Peers> Steps<E, X> {
                 Ok(id) => {
                     let (events, sequence) = mpsc::channel(EVENTS);
                     let span = submission.span.clone();
-                    self.sequences.insert(id, Entry { events, moved: Instant::now(), span, traced: 0 });
+                    self.sequences.insert(id, Entry { events, away_since: None, span, traced: 0 });
                     ids.push(id);
                     sequences.push(sequence);
                 }
@@ -284,7 +286,6 @@ impl<E: Engine, X: Peers> Steps<E, X> {
         let Some(entry) = self.sequences.get_mut(&id) else {
             return;
         };
-        entry.moved = Instant::now();
         let sent = entry.events.try_send(progress).is_ok();
         match last {
             Some(_) => drop(self.sequences.remove(&id)),
@@ -293,18 +294,27 @@ impl<E: Engine, X: Peers> Steps<E, X> {
         }
     }
 
-    fn fail_stalled(&mut self, since: Instant) {
-        let wait = self.stall_wait;
-        if since.elapsed() < wait {
+    /// Notes which sequences left the step for want of experts.
+    fn note_away(&mut self) {
+        let left = self.engine.left();
+        for (id, entry) in &mut self.sequences {
+            entry.away_since = left.contains(id).then(|| entry.away_since.unwrap_or_else(Instant::now));
+        }
+        self.metrics.stalled(left.len());
+    }
+
+    fn fail_stalled(&mut self, missing: &Missing) {
+        let Missing { layer, expert, max_wait } = *missing;
+        let is_over = |entry: &Entry| entry.away_since.is_some_and(|since| since.elapsed() >= max_wait);
+        let stalled: Vec<_> = self.sequences.iter().filter(|(_, entry)| is_over(entry)).map(|(&id, _)| id).collect();
+        if stalled.is_empty() {
             return;
         }
-        let stalled: Vec<_> =
-            self.sequences.iter().filter(|(_, e)| e.moved.elapsed() >= wait).map(|(&id, _)| id).collect();
-        if !stalled.is_empty() {
-            warn!(sequences = stalled.len(), "no holder of experts came back in time");
-        }
+        let seconds = max_wait.as_secs_f64();
+        warn!(sequences = stalled.len(), layer, expert, seconds, "no holder of an expert came back in time");
+        let message = format!("nobody held expert {expert} of layer {layer} for {seconds:.1} s; try again later");
         for id in stalled {
-            self.fail(id, "a part of the model is not reachable; try again later");
+            self.fail(id, &message);
         }
     }
 
@@ -323,6 +333,7 @@ impl<E: Engine, X: Peers> Steps<E, X> {
 
     async fn wait(&mut self) {
         tokio::select! {
+            biased; // the same way each time, for simulations
             () = self.exchange.changed() => {}
             () = tokio::time::sleep(RETRY_EVERY) => {}
             Some(submission) = self.submissions.recv() => self.accept(submission),

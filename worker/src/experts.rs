@@ -1,16 +1,25 @@
 //! The mesh of experts.
 //!
-//! [`exchange`] asks the holders of experts that are not here; `link` keeps one stream to each of them; [`service`]
+//! [`exchange`] asks the `holder`s of experts that are not here: it parts a batch among them (`split`, by the `pace` of
+//! each) and follows the parts on their way (`flight`). `link` keeps one stream to each over the `network`, [`standing`]
+//! says who is asked at all. [`service`]
 //! answers peers that ask us, on the threads of [`pool`]; [`keep`] loads and forgets experts as snapshots say.
 //!
 //! Architecture Invariant: no answer is ever made up. A row without an answer is missing, and the sequence that needs
 //! it waits, is tried again with equal bits, or fails with an error that says so.
 
 pub mod exchange;
+mod flight;
+mod holder;
 pub mod keep;
 mod link;
+mod network;
+mod pace;
 pub mod pool;
+pub mod room;
 pub mod service;
+mod split;
+pub mod standing;
 
 use wire::proto;
 
@@ -22,5 +31,9 @@ pub fn dtype(dtype: engine::WireDtype) -> proto::Dtype {
     }
 }
 
+#[cfg(test)]
+mod faults;
+#[cfg(test)]
+mod sim;
 #[cfg(test)]
 mod tests;

@@ -13,6 +13,9 @@ use serde::Deserialize;
 use tokio::sync::watch;
 use wire::proto;
 
+/// How long sequences wait for a holder of experts that is away, if no snapshot says so.
+const MAX_WAIT: Duration = Duration::from_secs(30);
+
 /// Which ordinals of a replica hold which experts, by layer and expert.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Placement {
@@ -49,8 +52,8 @@ pub struct Mesh {
     pub peers: Vec<proto::Peer>,
     /// Whether this replica goes away.
     pub drain: bool,
-    /// How long a sequence waits for an expert that nobody holds, if the snapshot says so.
-    pub max_wait: Option<Duration>,
+    /// What the snapshot says of [`Mesh::max_wait`].
+    max_wait: Option<Duration>,
 }
 
 #[derive(Deserialize)]
@@ -144,6 +147,11 @@ impl Mesh {
     pub fn held(&self, ordinal: u32) -> Held {
         let held = self.placement.held(ordinal);
         self.also_hold.iter().fold(held, |held, besides| held.and(besides.held(ordinal)))
+    }
+
+    /// How long a sequence waits for an expert that nobody holds.
+    pub fn max_wait(&self) -> Duration {
+        self.max_wait.unwrap_or(MAX_WAIT)
     }
 
     /// Whether this mesh is newer than another.
@@ -262,7 +270,8 @@ mod tests {
         assert_eq!(mesh.held(0), Held::from_layers([(1, [0, 1].into())].into()));
         assert_eq!(mesh.placement.holders(1, 1), [1]);
         assert_eq!((mesh.others[0].0, mesh.others[0].1.holders(1, 2)), (3, &[0][..]));
-        assert_eq!(mesh.max_wait, Some(Duration::from_millis(1500)));
+        assert_eq!(mesh.max_wait(), Duration::from_millis(1500));
+        assert_eq!(Mesh::default().max_wait(), MAX_WAIT);
     }
 
     #[test]

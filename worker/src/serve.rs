@@ -27,9 +27,11 @@ use crate::{
     drive::Driver,
     experts::{
         exchange::{MeshExchange, Own},
-        keep::Keeper,
+        keep::{Keeper, Keeping},
         pool::Pool,
+        room,
         service::ExpertsService,
+        standing::Board,
     },
     fetch::record,
     mesh::{Mesh, PlacementError},
@@ -48,6 +50,8 @@ use state::{Serving, State};
 const PREFILL_CHUNK: usize = 256;
 /// Requests that wait in a worker for each that may run; routers hold the long queue.
 const WAITING_PER_RUNNING: usize = 4;
+/// Experts that nobody answers for and that wait to be looked at; those that do not fit are told again.
+const UNHELD: usize = 1024;
 /// How long a failing worker stays, so that the operator hears why.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
@@ -193,15 +197,29 @@ async fn run(
         hidden: loaded.experts.hidden(),
         dtype: loaded.experts.dtype(),
     };
-    let exchange = MeshExchange::new(own, state.meshes.clone(), metrics.clone());
+    let (wanted, unheld) = mpsc::channel(UNHELD);
+    let board = Board::new(metrics.clone());
+    metrics.routed(&loaded.experts);
+    let promised = loaded.engine.cache_bytes();
+    let keeper = Keeper::new(Keeping {
+        replica: options.replica,
+        ordinal: options.ordinal,
+        meshes: state.meshes.clone(),
+        experts: loaded.experts.clone(),
+        loaded: state.loaded.clone(),
+        board: board.clone(),
+        wanted: unheld,
+        room: Box::new(move || room::left(promised)),
+        metrics: metrics.clone(),
+    });
+    let suspects = board.suspects();
+    let exchange = MeshExchange::new(own, state.meshes.clone(), board, Some(wanted), metrics.clone());
     let driver = Driver::start(loaded.engine, exchange, metrics.clone())?;
     let threads = std::thread::available_parallelism().map_or(1, usize::from).min(4);
     let pool = Pool::start(&loaded.experts, threads, metrics.clone())?;
     let experts = ExpertsService::new(loaded.experts.clone(), pool, &options.content_hash);
-    let service = GenerateService::new(loaded.model, driver.clone(), state.clone(), metrics.clone());
+    let service = GenerateService::new(loaded.model, driver.clone(), state.clone(), metrics);
     let (routes, health) = routes(service, experts).await;
-    let (meshes, placed) = (state.meshes.clone(), state.loaded.clone());
-    let keeper = Keeper::new(options.ordinal, meshes, loaded.experts.clone(), placed, metrics);
     tokio::spawn(keeper.follow());
     let mut placed = state.loaded.subscribe();
     tokio::select! {
@@ -209,7 +227,7 @@ async fn run(
         _ = &mut shutdown => return Ok(()),
     }
     let (experts, dense_bytes) = (Some(loaded.experts), loaded.dense_bytes);
-    state.serving(Serving { driver: driver.clone(), experts, dense_bytes });
+    state.serving(Serving { driver: driver.clone(), experts, dense_bytes, suspects });
     info!(model = options.model, replica = options.replica, ordinal = options.ordinal, "serving");
 
     let (stop, mut stopped) = watch::channel(None);

@@ -14,6 +14,7 @@ use tonic::service::Routes;
 use wire::proto::{Hello, hello::Role, worker_server::WorkerServer};
 use worker::{
     drive::Driver,
+    experts::standing::Board,
     mesh::Mesh,
     metrics::Metrics,
     prepare::Model,
@@ -89,8 +90,13 @@ impl EchoWorker {
         tokio::spawn(control::follow(control::stream(&options, receiver), state.clone(), reports));
         let driver = Driver::start(Echo::new(limits, SLOTS), NoPeers, metrics.clone()).unwrap();
         let model = Model::load(&folder, limits).unwrap();
-        let service = GenerateService::new(model, driver.clone(), state.clone(), metrics);
-        state.serving(Serving { driver: driver.clone(), experts: None, dense_bytes: 0 });
+        let service = GenerateService::new(model, driver.clone(), state.clone(), metrics.clone());
+        state.serving(Serving {
+            driver: driver.clone(),
+            experts: None,
+            dense_bytes: 0,
+            suspects: Board::new(metrics.clone()).suspects(),
+        });
         let routes = Routes::new(WorkerServer::new(service).max_decoding_message_size(wire::MAX_MESSAGE_BYTES));
         tokio::spawn(wire::serve(listener, routes, std::future::pending()));
         Self { state, driver, measured }

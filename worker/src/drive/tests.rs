@@ -63,7 +63,7 @@ async fn a_request_is_taken_whole_or_not_at_all() {
 
 #[tokio::test]
 async fn dropping_a_sequence_frees_its_place() {
-    let driver = Driver::start(Stalled(Echo::default()), Away(None), metrics()).unwrap();
+    let driver = Driver::start(stalled(), Away(Duration::from_secs(60)), metrics()).unwrap();
     let sequences = driver.submit(vec![request(&[5], 3)], Span::none()).await.unwrap();
     until("the sequence runs", || driver.load().running == 1).await;
     drop(sequences);
@@ -83,14 +83,21 @@ async fn who_does_not_read_loses_the_sequence() {
 }
 
 /// Every step wants rows from a holder that is never there.
-struct Stalled(Echo);
+struct Stalled(Echo, Vec<SequenceId>);
+
+fn stalled() -> Stalled {
+    Stalled(Echo::default(), Vec::new())
+}
 
 impl Engine for Stalled {
     fn submit(&mut self, request: Request) -> Result<SequenceId, Refusal> {
-        self.0.submit(request)
+        let id = self.0.submit(request)?;
+        self.1.push(id);
+        Ok(id)
     }
     fn cancel(&mut self, sequence: SequenceId) {
         self.0.cancel(sequence);
+        self.1.retain(|&id| id != sequence);
     }
     async fn step<E: Exchange>(&mut self, _: &mut E) -> Result<Vec<Event>, Error> {
         Ok(Vec::new())
@@ -99,7 +106,7 @@ impl Engine for Stalled {
         self.0.is_idle()
     }
     fn left(&self) -> &[SequenceId] {
-        self.0.left()
+        &self.1
     }
     fn load(&self) -> Load {
         self.0.load()
@@ -109,7 +116,8 @@ impl Engine for Stalled {
     }
 }
 
-struct Away(Option<Instant>);
+/// Lacks an expert in each step.
+struct Away(Duration);
 
 impl Exchange for Away {
     type Ticket = ();
@@ -121,8 +129,8 @@ impl Exchange for Away {
 
 impl Peers for Away {
     fn begin_step(&mut self, _: Span) {}
-    fn end_step(&mut self) -> Option<Instant> {
-        Some(*self.0.get_or_insert_with(Instant::now))
+    fn end_step(&mut self) -> Option<Missing> {
+        Some(Missing { layer: 3, expert: 14, max_wait: self.0 })
     }
     async fn changed(&mut self) {
         std::future::pending().await
@@ -132,11 +140,12 @@ impl Peers for Away {
 #[tokio::test]
 async fn a_sequence_waits_for_its_experts_and_then_fails_loudly() {
     let wait = Duration::from_millis(300);
-    let driver = Driver::start_with(Stalled(Echo::default()), Away(None), metrics(), wait).unwrap();
+    let driver = Driver::start(stalled(), Away(wait), metrics()).unwrap();
     let started = Instant::now();
     let mut sequences = driver.submit(vec![request(&[5], 3)], Span::none()).await.unwrap();
     let event = sequences[0].recv().await;
-    assert!(matches!(&event, Some(Progress::Failed(message)) if message.contains("not reachable")), "{event:?}");
+    let named = "expert 14 of layer 3 for 0.3 s";
+    assert!(matches!(&event, Some(Progress::Failed(message)) if message.contains(named)), "{event:?}");
     assert!(started.elapsed() >= wait, "failed after {:?}", started.elapsed());
 }
 

@@ -1,8 +1,8 @@
 //! The engine's way to experts that are not here.
 //!
-//! A batch is parted by holder, each holder gets one message with each row once, all are asked at once. Which holder is
-//! asked is decided in one place, `MeshExchange::holder`. Rows whose holder cannot be reached, refuses or does not
-//! answer in time come back as missing.
+//! A batch is parted by holder (`split`), each holder gets one message with each row once, all are asked at once.
+//! Rows whose holder refuses, breaks off or misses its deadline go to another copy at once; those that nobody answers
+//! come back as missing.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -10,37 +10,49 @@ use std::{
     time::Duration,
 };
 
-use engine::{Exchange, ExpertBatch, Replies, WireDtype};
+use engine::{Exchange, ExpertBatch, Replies};
+use futures::{StreamExt as _, stream::FuturesUnordered};
 use tokio::{
-    sync::{oneshot, watch},
+    sync::{mpsc, watch},
     time::Instant,
 };
 use tonic::metadata::MetadataMap;
-use tracing::{Span, field, info_span, warn};
-use wire::proto::{self, RunCall, RunReply, refusal::Reason};
+use tracing::{Span, field, info, info_span, warn};
+use wire::proto::{RunReply, refusal::Reason};
 
-use super::{dtype, link::Link};
+pub use super::flight::Own;
+use super::{
+    flight::{Flight, Gathered, Landed, Part, Past, Place, Stage},
+    holder::Holder,
+    network::{self, Network},
+    split::{self, Group},
+    standing::Board,
+};
 use crate::{
     mesh::{Mesh, Meshes},
     metrics::{CallResult, Metrics},
 };
 
-/// How long a holder that is connected may take for one message; pings notice one that is dead or stopped sooner.
-const CALL_WAIT: Duration = Duration::from_secs(10);
+/// How often it is looked whether a holder that is late, and has no copy, can be asked again.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+/// A holder computes a call that waited there up to so many times longer than its caller hopes.
+const STILL_USEFUL: u32 = 4;
+/// How long a holder is not asked again for an expert that it refused.
+const LACKS_FOR: Duration = Duration::from_secs(1);
+/// How long nobody must answer for an expert before this worker wants to hold it itself.
+const OWN_AFTER: Duration = Duration::from_millis(500);
+/// Misses further apart than this are not the same one.
+const SAME_MISS: Duration = Duration::from_secs(2);
 
-/// Who this worker is, and what it runs.
-#[derive(Debug, Clone)]
-pub struct Own {
-    /// Index of the replica.
-    pub replica: u32,
-    /// Index in the replica.
-    pub ordinal: u32,
-    /// Of the model files.
-    pub content_hash: String,
-    /// Values of a row.
-    pub hidden: usize,
-    /// How rows travel.
-    pub dtype: WireDtype,
+/// An expert without a holder, and how long sequences that need it are to wait.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Missing {
+    /// Index of the transformer layer.
+    pub layer: u32,
+    /// The expert.
+    pub expert: u32,
+    /// From the first step that lacked it.
+    pub max_wait: Duration,
 }
 
 /// Sends rows to holders and gathers what comes back.
@@ -50,47 +62,68 @@ pub struct MeshExchange {
     newest: watch::Receiver<Arc<Mesh>>,
     /// What the running step goes by.
     mesh: Arc<Mesh>,
-    links: BTreeMap<u32, Link>,
-    changes: watch::Sender<u64>,
+    holders: BTreeMap<Place, Holder>,
+    /// Experts that a holder refused, and until when it is not asked for them.
+    lacks: HashMap<(Place, u32, u32), Instant>,
+    /// Experts that nobody answered for: since when, and when last.
+    absent: HashMap<(u32, u32), (Instant, Instant)>,
+    /// Takes experts that this worker should hold itself.
+    wanted: Option<mpsc::Sender<(u32, u32)>>,
+    network: Arc<dyn Network>,
+    board: Board,
     changed: watch::Receiver<u64>,
     sequence: u64,
+    /// When the batch that is on its way is given up.
+    until: Instant,
     span: Span,
-    missing_since: Option<Instant>,
-    missed: bool,
+    missing: Option<Missing>,
     metrics: Arc<Metrics>,
 }
 
 /// A batch on its way.
 pub struct Ticket {
-    pairs: usize,
-    asked: Vec<Asked>,
-    unasked: Vec<u32>,
-}
-
-struct Asked {
-    /// Indices in the batch, in the order of the call.
-    pairs: Vec<u32>,
-    reply: oneshot::Receiver<RunReply>,
-    span: Span,
-    deadline: Instant,
+    layer: u32,
+    experts: Vec<u32>,
+    flights: Vec<Flight>,
 }
 
 impl MeshExchange {
-    /// Follows the newest of `meshes`. Must be used inside tokio.
-    pub fn new(own: Own, meshes: Meshes, metrics: Arc<Metrics>) -> Self {
-        let (changes, changed) = watch::channel(0);
+    /// Follows the newest of `meshes`; tells `board` who fails, and `wanted` which experts nobody answers for. Must be
+    /// used inside tokio.
+    pub fn new(
+        own: Own,
+        meshes: Meshes,
+        board: Board,
+        wanted: Option<mpsc::Sender<(u32, u32)>>,
+        metrics: Arc<Metrics>,
+    ) -> Self {
+        Self::over(network::grpc(), own, meshes, board, wanted, metrics)
+    }
+
+    pub(super) fn over(
+        network: Arc<dyn Network>,
+        own: Own,
+        meshes: Meshes,
+        board: Board,
+        wanted: Option<mpsc::Sender<(u32, u32)>>,
+        metrics: Arc<Metrics>,
+    ) -> Self {
         Self {
             own,
             newest: meshes.follow(),
-            mesh: meshes.newest(),
+            mesh: Arc::default(),
             meshes,
-            links: BTreeMap::new(),
-            changes,
-            changed,
+            holders: BTreeMap::new(),
+            lacks: HashMap::new(),
+            absent: HashMap::new(),
+            wanted,
+            network,
+            changed: board.changes(),
+            board,
             sequence: 0,
+            until: Instant::now(),
             span: Span::none(),
-            missing_since: None,
-            missed: false,
+            missing: None,
             metrics,
         }
     }
@@ -98,69 +131,248 @@ impl MeshExchange {
     /// Begins a step: follows the newest snapshot. Calls of the step become children of `span`, unless that is none.
     pub fn begin_step(&mut self, span: Span) {
         self.span = span;
-        self.missed = false;
+        self.missing = None;
+        self.changed.mark_unchanged();
         self.newest.mark_unchanged();
         let mesh = self.meshes.begin_step();
-        if !Arc::ptr_eq(&mesh, &self.mesh) || self.links.is_empty() {
+        if !Arc::ptr_eq(&mesh, &self.mesh) {
             self.follow(&mesh);
         }
         self.mesh = mesh;
     }
 
-    /// Ends a step; returns since when rows have been missing in every step, if some were missing in this one.
-    pub fn end_step(&mut self) -> Option<Instant> {
+    /// Ends a step; returns an expert that it lacked, if it lacked any.
+    pub fn end_step(&mut self) -> Option<Missing> {
         self.meshes.end_step();
-        self.missing_since = self.missed.then(|| self.missing_since.unwrap_or_else(Instant::now));
-        self.missing_since
+        self.missing
     }
 
-    /// Waits until a holder came or went, or a snapshot arrived.
+    /// Waits until a holder came or went, or a snapshot arrived, after the step began.
     pub async fn changed(&mut self) {
         tokio::select! {
+            biased; // as in a link
             _ = self.changed.changed() => {}
-            Ok(()) = self.newest.changed() => self.newest.mark_changed(),
+            Ok(()) = self.newest.changed() => {}
         }
     }
 
-    /// One link to each other worker of our replica. A worker that restarted elsewhere gets a new one at once.
+    /// A stream to each other worker with our files whose experts we may ask for. One that restarted elsewhere gets a
+    /// new one at once.
     fn follow(&mut self, mesh: &Mesh) {
-        let own = &self.own;
-        let ours = |peer: &&proto::Peer| peer.replica == own.replica && peer.ordinal != own.ordinal;
-        let peers: HashMap<u32, &proto::Peer> = mesh.peers.iter().filter(ours).map(|p| (p.ordinal, p)).collect();
-        self.links.retain(|ordinal, link| peers.get(ordinal).is_some_and(|peer| peer.address == link.address));
-        for (ordinal, peer) in peers {
-            match self.links.get(&ordinal) {
-                Some(link) if peer.loaded => link.hurry(),
-                Some(_) => {}
-                None => {
-                    let link = Link::open(peer.address.clone(), &peer.dns_name, self.changes.clone());
-                    self.links.insert(ordinal, link);
+        let own = Place { replica: self.own.replica, ordinal: self.own.ordinal };
+        let asked = |place: &Place| {
+            let other = mesh.others.iter().any(|(replica, _)| *replica == place.replica);
+            *place != own && (place.replica == own.replica || other)
+        };
+        let place = |peer: &wire::proto::Peer| Place { replica: peer.replica, ordinal: peer.ordinal };
+        let peers: BTreeMap<Place, _> = mesh.peers.iter().map(|peer| (place(peer), peer)).collect();
+        self.holders.retain(|place, holder| asked(place) && peers.get(place).is_some_and(|peer| holder.is(peer)));
+        for (place, peer) in peers.into_iter().filter(|(place, _)| asked(place)) {
+            let open = || Holder::open(peer, self.own.nothing(), self.network.clone(), &self.board);
+            self.holders.entry(place).or_insert_with(open).hear_of(peer);
+        }
+        self.lacks.clear();
+    }
+
+    /// Those that may be asked for an expert now: of our replica, else of the first other one that has any.
+    fn candidates(&self, layer: u32, expert: u32, tried: &[Place]) -> Vec<Place> {
+        let now = Instant::now();
+        let lacks = |place| self.lacks.get(&(place, layer, expert)).is_some_and(|&until| now < until);
+        let asked = |place: &Place| {
+            !tried.contains(place) && self.holders.get(place).is_some_and(Holder::is_asked) && !lacks(*place)
+        };
+        let of = |replica: u32, ordinals: &[u32]| -> Vec<Place> {
+            ordinals.iter().map(|&ordinal| Place { replica, ordinal }).filter(asked).collect()
+        };
+        let own = of(self.own.replica, self.mesh.placement.holders(layer, expert));
+        let others = self.mesh.others.iter().filter(|(replica, _)| *replica != self.own.replica);
+        std::iter::once(own)
+            .chain(others.map(|(replica, placement)| of(*replica, placement.holders(layer, expert))))
+            .find(|found| !found.is_empty())
+            .unwrap_or_default()
+    }
+
+    /// Who gets which pairs of a part, as indices in it. Pairs that nobody can be asked for are left out.
+    fn assign(&self, part: &Part, tried: &[Place]) -> BTreeMap<Place, Vec<usize>> {
+        let (mut groups, mut starts) = (Vec::new(), Vec::new());
+        let mut places: Vec<Place> = Vec::new();
+        let mut start = 0;
+        for pairs in part.pair_experts.chunk_by(|a, b| a == b) {
+            let candidates = self.candidates(part.layer, pairs[0], tried);
+            let holders = candidates.into_iter().map(|place| {
+                places.iter().position(|&known| known == place).unwrap_or_else(|| {
+                    places.push(place);
+                    places.len() - 1
+                })
+            });
+            let group = Group { rows: u32::try_from(pairs.len()).unwrap_or(u32::MAX), holders: holders.collect() };
+            if !group.holders.is_empty() {
+                groups.push(group);
+                starts.push(start);
+            }
+            start += pairs.len();
+        }
+        let expected: Vec<split::Holder> = places.iter().map(|place| self.holders[place].expected()).collect();
+        let mut by_holder: BTreeMap<Place, Vec<usize>> = BTreeMap::new();
+        for ((group, start), rows) in groups.iter().zip(starts).zip(split::split(&groups, &expected)) {
+            let mut next = start;
+            for (&holder, rows) in group.holders.iter().zip(rows).filter(|(_, rows)| *rows > 0) {
+                let end = next + rows as usize;
+                by_holder.entry(places[holder]).or_default().extend(next..end);
+                next = end;
+            }
+        }
+        by_holder
+    }
+
+    /// Sends the pairs of a part to those who can be asked for them. Pairs in no flight have nobody.
+    fn fly(&mut self, part: Part, past: Past) -> Vec<Flight> {
+        let (mut flights, mut open) = (Vec::new(), vec![(part, past)]);
+        while let Some((part, past)) = open.pop() {
+            for (to, indices) in self.assign(&part, &past.tried) {
+                let some = part.only(&indices, self.own.row_bytes());
+                match self.send(to, &some, &past) {
+                    Some(flight) => flights.push(flight),
+                    None => open.push((some, past.after(to))),
                 }
             }
         }
+        flights
     }
 
-    /// The worker that is asked for an expert: the first of its holders that is connected.
-    fn holder(&self, mesh: &Mesh, layer: u32, expert: u32) -> Option<u32> {
-        let holders = mesh.placement.holders(layer, expert);
-        holders.iter().copied().find(|ordinal| self.links.get(ordinal).is_some_and(Link::is_up))
-    }
-
-    fn ask(&mut self, batch: &ExpertBatch<'_>, layer: u32, ordinal: u32, pairs: Vec<u32>) -> Result<Asked, Vec<u32>> {
-        let Some(link) = self.links.get(&ordinal) else {
-            return Err(pairs);
-        };
+    fn send(&mut self, to: Place, part: &Part, past: &Past) -> Option<Flight> {
+        let holder = self.holders.get(&to)?;
         self.sequence += 1;
-        let mut call = self.own.call(self.sequence, layer, batch, &pairs);
-        let span = call_span(&self.span, layer, &link.address, pairs.len());
+        let allowed = holder.deadline(part.pairs.len()) * past.patience();
+        let mut call = part.call(&self.own, self.sequence, allowed * STILL_USEFUL);
+        let span = call_span(&self.span, part.layer, &holder.peer.address, part.pairs.len());
         call.traceparent = span.in_scope(traceparent);
-        let rows = call.rows.len() / self.own.row_bytes();
-        match link.send(call) {
-            Some(reply) => {
-                self.metrics.rows_sent(rows);
-                Ok(Asked { pairs, reply, span, deadline: Instant::now() + CALL_WAIT })
+        let bytes = call.rows.len();
+        let (reply, on_their_way) = holder.send(call)?;
+        self.metrics.rows_sent(bytes / self.own.row_bytes(), bytes);
+        let sent = Instant::now();
+        Some(Flight {
+            to,
+            part: part.clone(),
+            past: past.clone(),
+            sent,
+            deadline: (sent + allowed).min(self.until),
+            stage: Stage::Awaited,
+            reply,
+            span,
+            _on_their_way: on_their_way,
+        })
+    }
+
+    /// What follows from a flight's end, or its lateness: the flights that go on.
+    fn judge(&mut self, flight: Flight, landed: Landed, gathered: &mut Gathered) -> Vec<Flight> {
+        let result = match &landed {
+            Landed::Answered(answer) => result(&answer.reply, flight.part.pairs.len() * self.own.row_bytes()),
+            Landed::Lost => CallResult::Lost,
+            Landed::Late if flight.stage == Stage::Awaited => CallResult::Late,
+            Landed::Late => return self.look_again(flight, gathered),
+        };
+        flight.span.record("result", result.name());
+        self.metrics.calls(result, 1);
+        if let (Landed::Answered(answer), CallResult::Answered) = (&landed, result) {
+            if let Some(holder) = self.holders.get_mut(&flight.to) {
+                holder.answered(flight.part.pairs.len(), answer.at.saturating_duration_since(flight.sent));
             }
-            None => Err(pairs),
+            self.metrics.bytes_received(answer.reply.rows.len());
+            gathered.take(&flight.part, &answer.reply.rows);
+            return Vec::new();
+        }
+        if !flight.is_hoped_of() {
+            return Vec::new(); // its rows are on their way again
+        }
+        if result == CallResult::NotHeld {
+            let until = Instant::now() + LACKS_FOR;
+            let refused =
+                flight.part.pair_experts.iter().map(|&expert| ((flight.to, flight.part.layer, expert), until));
+            self.lacks.extend(refused);
+        }
+        if result == CallResult::Late {
+            return self.is_late(flight, gathered);
+        }
+        self.again(&flight, flight.past.after(flight.to), result, gathered)
+    }
+
+    /// The deadline is over for the first time: the holder is doubted, and its rows go to other copies. Where there is
+    /// none, its answer is waited for.
+    fn is_late(&mut self, mut flight: Flight, gathered: &Gathered) -> Vec<Flight> {
+        let now = Instant::now();
+        if let Some(holder) = self.holders.get_mut(&flight.to) {
+            let waited = now.saturating_duration_since(flight.sent) / flight.past.patience();
+            holder.is_late(flight.part.pairs.len(), waited);
+        }
+        if now >= self.until {
+            return Vec::new();
+        }
+        let mut flights = self.again(&flight, flight.past.after(flight.to), CallResult::Late, gathered);
+        let elsewhere: usize = flights.iter().map(|flight| flight.part.pairs.len()).sum();
+        if elsewhere < gathered.lacking(&flight.part).len() {
+            (flight.stage, flight.deadline) = (Stage::Overdue, now + LOOK_EVERY);
+            flights.push(flight);
+        }
+        flights
+    }
+
+    /// A flight without a copy is overdue. Whoever can be asked now is asked, with twice the time: the same holder, once
+    /// it answered its probe, or another that came back. If there is no hope of an answer, it is given up.
+    fn look_again(&mut self, mut flight: Flight, gathered: &Gathered) -> Vec<Flight> {
+        let now = Instant::now();
+        if now >= self.until {
+            return Vec::new();
+        }
+        let past = Past { tried: Vec::new(), misses: flight.past.misses + 1 };
+        let mut flights = self.again(&flight, past, CallResult::Late, gathered);
+        if !flights.is_empty() {
+            (flight.stage, flight.deadline) = (Stage::Listened, self.until);
+            flights.push(flight);
+        } else if !self.holders.get(&flight.to).is_none_or(Holder::is_silent)
+            && !gathered.lacking(&flight.part).is_empty()
+        {
+            flight.deadline = now + LOOK_EVERY;
+            flights.push(flight);
+        }
+        flights
+    }
+
+    /// Sends again what is lacking of a flight.
+    fn again(&mut self, flight: &Flight, past: Past, why: CallResult, gathered: &Gathered) -> Vec<Flight> {
+        let lacking = flight.part.only(&gathered.lacking(&flight.part), self.own.row_bytes());
+        let flights = self.fly(lacking, past);
+        for next in &flights {
+            self.metrics.resent(why, next.part.pairs.len());
+            if !flight.span.is_none() {
+                let peer = self.holders.get(&next.to).map(|holder| holder.peer.address.as_str());
+                info!(parent: &flight.span, why = why.name(), peer, pairs = next.part.pairs.len(), "sent again");
+            }
+        }
+        flights
+    }
+
+    /// Remembers the experts of a batch that nobody answered for, and forgets those that somebody did.
+    fn note(&mut self, ticket_layer: u32, experts: &[u32], missing: &[u32]) {
+        if missing.is_empty() && self.absent.is_empty() {
+            return;
+        }
+        let now = Instant::now();
+        let lost: std::collections::BTreeSet<u32> = missing.iter().map(|&pair| experts[pair as usize]).collect();
+        self.absent.retain(|&(layer, expert), (_, last)| {
+            let answered = layer == ticket_layer && experts.contains(&expert) && !lost.contains(&expert);
+            !answered && now.duration_since(*last) < SAME_MISS
+        });
+        for &expert in &lost {
+            let (since, last) = self.absent.entry((ticket_layer, expert)).or_insert((now, now));
+            *last = now;
+            if let Some(wanted) = self.wanted.as_ref().filter(|_| now.duration_since(*since) >= OWN_AFTER) {
+                let _ = wanted.try_send((ticket_layer, expert)); // full: the next step asks again
+            }
+        }
+        if let Some(&expert) = lost.first() {
+            let max_wait = self.mesh.max_wait();
+            self.missing.get_or_insert(Missing { layer: ticket_layer, expert, max_wait });
         }
     }
 }
@@ -169,81 +381,30 @@ impl Exchange for MeshExchange {
     type Ticket = Ticket;
 
     fn send(&mut self, batch: &ExpertBatch<'_>) -> Ticket {
-        let layer = u32::try_from(batch.layer).unwrap_or(u32::MAX);
-        let mesh = self.mesh.clone();
-        let mut by_holder: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
-        let mut ticket = Ticket { pairs: batch.pair_experts.len(), asked: Vec::new(), unasked: Vec::new() };
-        for (pair, &expert) in (0..).zip(batch.pair_experts) {
-            match self.holder(&mesh, layer, expert) {
-                Some(ordinal) => by_holder.entry(ordinal).or_default().push(pair),
-                None => ticket.unasked.push(pair),
-            }
-        }
-        for (ordinal, pairs) in by_holder {
-            match self.ask(batch, layer, ordinal, pairs) {
-                Ok(asked) => ticket.asked.push(asked),
-                Err(pairs) => ticket.unasked.extend(pairs),
-            }
-        }
-        ticket
+        let part = Part::whole(batch);
+        let (layer, experts) = (part.layer, part.pair_experts.clone());
+        self.until = Instant::now() + self.mesh.max_wait();
+        Ticket { layer, experts, flights: self.fly(part, Past::default()) }
     }
 
     async fn join(&mut self, ticket: Ticket) -> Replies {
-        let row = self.own.row_bytes();
-        let mut replies = Replies { rows: vec![0; ticket.pairs * row], missing: ticket.unasked };
-        self.metrics.calls(CallResult::Unreachable, usize::from(!replies.missing.is_empty()));
-        for asked in ticket.asked {
-            let reply = tokio::time::timeout_at(asked.deadline, asked.reply).await;
-            let result = match &reply {
-                Err(_) => CallResult::Late,
-                Ok(Err(_)) => CallResult::Lost,
-                Ok(Ok(reply)) => result(reply, asked.pairs.len() * row),
-            };
-            asked.span.record("result", result.name());
-            self.metrics.calls(result, 1);
-            match reply {
-                Ok(Ok(reply)) if result == CallResult::Answered => {
-                    for (&pair, bytes) in asked.pairs.iter().zip(reply.rows.chunks_exact(row)) {
-                        replies.rows[pair as usize * row..][..row].copy_from_slice(bytes);
-                    }
-                }
-                _ => replies.missing.extend(asked.pairs),
-            }
+        let begun = Instant::now();
+        let mut gathered = Gathered::none(ticket.experts.len(), self.own.row_bytes());
+        // those that something is hoped of; the others are listened to only beside them
+        let mut hoped = ticket.flights.len();
+        let mut flights: FuturesUnordered<_> = ticket.flights.into_iter().map(Flight::land).collect();
+        while hoped > 0 && !gathered.is_complete() {
+            let Some((flight, landed)) = flights.next().await else { break };
+            hoped -= usize::from(flight.is_hoped_of());
+            let next = self.judge(flight, landed, &mut gathered);
+            hoped += next.iter().filter(|flight| flight.is_hoped_of()).count();
+            flights.extend(next.into_iter().map(Flight::land));
         }
-        replies.missing.sort_unstable();
-        self.missed |= !replies.missing.is_empty();
-        replies
-    }
-}
-
-impl Own {
-    fn row_bytes(&self) -> usize {
-        self.hidden * self.dtype.size()
-    }
-
-    /// The call for some pairs of a batch, each of their rows once.
-    fn call(&self, sequence: u64, layer: u32, batch: &ExpertBatch<'_>, pairs: &[u32]) -> RunCall {
-        let row = self.row_bytes();
-        let mut rows = Vec::new();
-        let mut places: HashMap<u32, u32> = HashMap::new();
-        let mut place = |from: u32| {
-            *places.entry(from).or_insert_with(|| {
-                rows.extend_from_slice(&batch.rows[from as usize * row..][..row]);
-                u32::try_from(rows.len() / row - 1).unwrap_or(u32::MAX)
-            })
-        };
-        let pair_rows = pairs.iter().map(|&pair| place(batch.pair_rows[pair as usize])).collect();
-        RunCall {
-            sequence,
-            layer,
-            content_hash: self.content_hash.clone(),
-            remaining_ms: u64::try_from(CALL_WAIT.as_millis()).unwrap_or(u64::MAX),
-            dtype: dtype(self.dtype).into(),
-            rows: rows.into(),
-            pair_rows,
-            pair_experts: pairs.iter().map(|&pair| batch.pair_experts[pair as usize]).collect(),
-            traceparent: String::new(),
-        }
+        let missing = gathered.missing();
+        self.metrics.calls(CallResult::Unreachable, usize::from(!missing.is_empty()));
+        self.metrics.waited(begun.elapsed());
+        self.note(ticket.layer, &ticket.experts, &missing);
+        Replies { rows: gathered.rows, missing }
     }
 }
 

@@ -1,61 +1,54 @@
 //! One long-lived stream to one holder: calls out, replies back in any order, made anew whenever it ends.
 
-use std::{
-    collections::HashMap,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    time::Duration,
-};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
+use futures::StreamExt as _;
 use tokio::{
-    sync::{Notify, mpsc, oneshot, watch},
+    sync::{Notify, mpsc, oneshot},
     task::AbortHandle,
+    time::Instant,
 };
-use tokio_stream::wrappers::ReceiverStream;
-use tonic::Streaming;
 use tracing::debug;
-use wire::proto::{RunCall, RunReply, experts_client::ExpertsClient};
+use wire::proto::{RunCall, RunReply};
 
-/// Calls on their way to a holder; a step sends one a layer, so more means that the holder does not read.
-const CALLS: usize = 256;
+use super::{
+    network::{CALLS, Network, Open},
+    standing::Standing,
+};
+
 /// Pauses between attempts to connect grow from the first to the second.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
 /// How long a stream may take to open.
-const OPEN_WAIT: Duration = Duration::from_secs(5);
+pub(super) const OPEN_WAIT: Duration = Duration::from_secs(5);
+
+/// A reply, and when it came.
+pub(super) struct Answer {
+    pub(super) reply: RunReply,
+    pub(super) at: Instant,
+}
 
 /// A call and where its reply goes; a receiver that is gone gives the call up.
 struct Sent {
     call: RunCall,
-    reply: oneshot::Sender<RunReply>,
+    reply: oneshot::Sender<Answer>,
 }
 
 /// The stream to one holder. Dropping it closes the stream.
 pub(super) struct Link {
-    /// Where the holder is.
-    pub(super) address: String,
     calls: mpsc::Sender<Sent>,
-    up: Arc<AtomicBool>,
+    standing: Arc<Standing>,
     hurry: Arc<Notify>,
     task: AbortHandle,
 }
 
 impl Link {
-    /// Opens a stream to `address`, or to `name` (with the same port) where the address fails. `changes` counts the
-    /// times a stream opens or ends. Must run inside tokio.
-    pub(super) fn open(address: String, name: &str, changes: watch::Sender<u64>) -> Self {
+    /// Keeps a stream to the first of `ways` that works. Must run inside tokio.
+    pub(super) fn open(ways: Vec<String>, network: Arc<dyn Network>, standing: Arc<Standing>) -> Self {
         let (calls, sent) = mpsc::channel(CALLS);
-        let (up, hurry) = (Arc::new(AtomicBool::new(false)), Arc::new(Notify::new()));
-        let ways = ways(&address, name);
-        let run = Run { sent, up: up.clone(), hurry: hurry.clone(), changes };
+        let hurry = Arc::new(Notify::new());
+        let run = Run { sent, network, standing: standing.clone(), hurry: hurry.clone() };
         let task = tokio::spawn(run.forever(ways)).abort_handle();
-        Self { address, calls, up, hurry, task }
-    }
-
-    /// Whether calls have a chance of being answered.
-    pub(super) fn is_up(&self) -> bool {
-        self.up.load(Ordering::Acquire)
+        Self { calls, standing, hurry, task }
     }
 
     /// Connects at once if it waits to do so: the holder is said to be there again.
@@ -64,9 +57,9 @@ impl Link {
     }
 
     /// Sends a call without waiting; `None` if the stream is down or full.
-    pub(super) fn send(&self, call: RunCall) -> Option<oneshot::Receiver<RunReply>> {
+    pub(super) fn send(&self, call: RunCall) -> Option<oneshot::Receiver<Answer>> {
         let (reply, receiver) = oneshot::channel();
-        (self.is_up() && self.calls.try_send(Sent { call, reply }).is_ok()).then_some(receiver)
+        (self.standing.is_open() && self.calls.try_send(Sent { call, reply }).is_ok()).then_some(receiver)
     }
 }
 
@@ -77,7 +70,7 @@ impl Drop for Link {
 }
 
 /// The address, then the name with the address's port.
-fn ways(address: &str, name: &str) -> Vec<String> {
+pub(super) fn ways(address: &str, name: &str) -> Vec<String> {
     let port = address.rsplit_once(':').map_or("", |(_, port)| port);
     let mut ways = vec![address.to_owned()];
     match name {
@@ -90,36 +83,30 @@ fn ways(address: &str, name: &str) -> Vec<String> {
 
 struct Run {
     sent: mpsc::Receiver<Sent>,
-    up: Arc<AtomicBool>,
+    network: Arc<dyn Network>,
+    standing: Arc<Standing>,
     hurry: Arc<Notify>,
-    changes: watch::Sender<u64>,
 }
 
 impl Run {
     async fn forever(mut self, ways: Vec<String>) {
         let mut pause = PAUSES.0;
         for way in ways.iter().cycle() {
-            let mut client = ExpertsClient::new(wire::connect(way))
-                .max_decoding_message_size(wire::MAX_MESSAGE_BYTES)
-                .max_encoding_message_size(wire::MAX_MESSAGE_BYTES);
-            let (out, calls) = mpsc::channel(CALLS);
-            match tokio::time::timeout(OPEN_WAIT, client.run(ReceiverStream::new(calls))).await {
-                Ok(Ok(replies)) => {
+            match tokio::time::timeout(OPEN_WAIT, self.network.open(way)).await {
+                Ok(Some(open)) => {
                     pause = PAUSES.0;
-                    self.set_up(true);
-                    self.carry(&out, replies.into_inner()).await;
-                    self.set_up(false);
+                    self.standing.opened();
+                    self.carry(open).await;
                 }
-                Ok(Err(status)) => {
-                    debug!(peer = way, code = ?status.code(), "no stream to a holder")
-                }
+                Ok(None) => {}
                 Err(_) => debug!(peer = way, "a holder does not answer"),
             }
+            self.standing.broke();
             // calls that came in the moment the stream ended go unanswered
             while self.sent.try_recv().is_ok() {}
-            let jitter = pause.mul_f64(f64::from(std::process::id() % 100) / 200.0);
             tokio::select! {
-                () = tokio::time::sleep(pause + jitter) => {}
+                biased; // so that a simulation goes the same way each time, here and below
+                () = tokio::time::sleep(pause) => {}
                 () = self.hurry.notified() => {}
             }
             pause = (pause * 2).min(PAUSES.1);
@@ -127,10 +114,11 @@ impl Run {
     }
 
     /// Matches replies to calls until the stream ends. What comes late or twice finds no call and is dropped.
-    async fn carry(&mut self, out: &mpsc::Sender<RunCall>, mut replies: Streaming<RunReply>) {
-        let mut open: HashMap<u64, oneshot::Sender<RunReply>> = HashMap::new();
+    async fn carry(&mut self, (out, mut replies): Open) {
+        let mut open: HashMap<u64, oneshot::Sender<Answer>> = HashMap::new();
         loop {
             tokio::select! {
+                biased;
                 Some(Sent { call, reply }) = self.sent.recv() => {
                     if open.len() >= CALLS {
                         open.retain(|_, reply| !reply.is_closed());
@@ -140,22 +128,15 @@ impl Run {
                         open.insert(sequence, reply);
                     }
                 }
-                reply = replies.message() => match reply {
-                    Ok(Some(reply)) => {
-                        if let Some(waiting) = open.remove(&reply.sequence) {
-                            let _ = waiting.send(reply); // given up meanwhile
-                        }
+                reply = replies.next() => {
+                    let Some(reply) = reply else { return };
+                    if let Some(waiting) = open.remove(&reply.sequence) {
+                        let _ = waiting.send(Answer { reply, at: Instant::now() }); // given up meanwhile
                     }
-                    Ok(None) | Err(_) => return,
-                },
+                }
                 else => return,
             }
         }
-    }
-
-    fn set_up(&self, up: bool) {
-        self.up.store(up, Ordering::Release);
-        self.changes.send_modify(|count| *count += 1);
     }
 }
 

@@ -1,9 +1,11 @@
 //! Threads that compute expert rows for peers, and the bounded queue before them.
 //!
-//! They are none of the runtime's, and none of the step loop: a peer waits for neither.
+//! They are none of the runtime's, and none of the step loop: a peer waits for neither. Calls that wait for the same
+//! expert are computed together, whoever they are of, so that its weights are read once; a row's bits do not depend on
+//! the rows beside it. Nobody here waits for a peer: each call brings the place for its reply.
 
 use std::{
-    collections::VecDeque,
+    collections::{BTreeSet, VecDeque},
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     thread,
@@ -22,6 +24,8 @@ use crate::metrics::Metrics;
 const QUEUE_CALLS: usize = 4096;
 /// Bytes of rows that wait, of all peers.
 const QUEUE_BYTES: usize = 256 << 20;
+/// Calls are put together up to this many pairs of row and expert.
+const TOGETHER_PAIRS: usize = 1024;
 
 /// A call that was checked, and where its reply goes.
 pub(super) struct Job {
@@ -59,10 +63,16 @@ impl Pool {
         for index in 0..threads.max(1) {
             let (queue, experts, metrics) = (pool.queue.clone(), experts.clone(), metrics.clone());
             thread::Builder::new().name(format!("experts-{index}")).spawn(move || {
-                while let Some(job) = queue.next() {
-                    let reply = job.span.in_scope(|| run_caught(&experts, &job));
-                    metrics.rows_served(job.call.pair_rows.len());
-                    job.reply.send(Ok(reply));
+                while let Some(jobs) = queue.next() {
+                    metrics.rows_served(jobs.iter().map(|job| job.call.pair_rows.len()).sum());
+                    let calls: Vec<&RunCall> = jobs.iter().map(|job| &job.call).collect();
+                    let together = (calls.len() > 1).then(|| run_together(&experts, &calls)).flatten();
+                    let mut together = together.into_iter().flatten();
+                    for job in jobs {
+                        let alone = || job.span.in_scope(|| run_caught(&experts, &job.call));
+                        let reply = together.next().unwrap_or_else(alone);
+                        job.reply.send(Ok(reply));
+                    }
                 }
             })?;
         }
@@ -77,7 +87,10 @@ impl Pool {
             return Some(job);
         }
         waiting.bytes += bytes;
-        waiting.jobs.push_back(job);
+        match job.call.pair_rows.is_empty() {
+            true => waiting.jobs.push_front(job), // a probe asks whether we live, not how much waits
+            false => waiting.jobs.push_back(job),
+        }
         drop(waiting);
         self.queue.more.notify_one();
         None
@@ -96,28 +109,96 @@ impl Queue {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn next(&self) -> Option<Job> {
+    /// The next call, and those that wait for the same experts. Calls that came too late are refused on the way.
+    fn next(&self) -> Option<Vec<Job>> {
+        loop {
+            let (expired, jobs): (Vec<Job>, Vec<Job>) = self.take()?.into_iter().partition(Job::is_expired);
+            for job in expired {
+                let refusal = refuse(&job.call, Reason::Expired, "the call waited longer than its caller does");
+                job.reply.send(Ok(refusal));
+            }
+            if !jobs.is_empty() {
+                return Some(jobs);
+            }
+        }
+    }
+
+    fn take(&self) -> Option<Vec<Job>> {
         let empty = |waiting: &mut Waiting| waiting.jobs.is_empty() && !waiting.ended;
         let mut waiting = self.more.wait_while(self.lock(), empty).unwrap_or_else(PoisonError::into_inner);
-        let job = waiting.jobs.pop_front()?;
-        waiting.bytes -= job.call.rows.len();
-        Some(job)
+        let jobs = waiting.take_together()?;
+        waiting.bytes -= jobs.iter().map(|job| job.call.rows.len()).sum::<usize>();
+        Some(jobs)
     }
+}
+
+impl Waiting {
+    fn take_together(&mut self) -> Option<Vec<Job>> {
+        let first = self.jobs.pop_front()?;
+        let layer = first.call.layer;
+        let mut experts: BTreeSet<u32> = first.call.pair_experts.iter().copied().collect();
+        let mut pairs = first.call.pair_experts.len();
+        let mut jobs = vec![first];
+        let mut at = 0;
+        while let Some(call) = self.jobs.get(at).map(|job| &job.call) {
+            let shares = call.layer == layer && call.pair_experts.iter().any(|expert| experts.contains(expert));
+            if !shares || pairs + call.pair_experts.len() > TOGETHER_PAIRS {
+                at += 1;
+                continue;
+            }
+            pairs += call.pair_experts.len();
+            experts.extend(&call.pair_experts);
+            jobs.extend(self.jobs.remove(at));
+        }
+        Some(jobs)
+    }
+}
+
+impl Job {
+    fn is_expired(&self) -> bool {
+        self.deadline.is_some_and(|deadline| Instant::now() >= deadline)
+    }
+}
+
+/// The replies to calls of one layer, computed in one batch; none if one of them cannot be computed.
+fn run_together(experts: &Experts, calls: &[&RunCall]) -> Option<Vec<RunReply>> {
+    let row = experts.hidden() * experts.dtype().size();
+    let mut rows = Vec::with_capacity(calls.iter().map(|call| call.rows.len()).sum());
+    // expert, call, pair of the call, row of the batch
+    let mut pairs = Vec::new();
+    for (number, call) in calls.iter().enumerate() {
+        let first = u32::try_from(rows.len() / row).ok()?;
+        let own = call.pair_experts.iter().zip(&call.pair_rows).enumerate();
+        pairs.extend(own.map(|(pair, (&expert, &at))| (expert, number, pair, first + at)));
+        rows.extend_from_slice(&call.rows);
+    }
+    pairs.sort_unstable();
+    let pair_rows: Vec<u32> = pairs.iter().map(|pair| pair.3).collect();
+    let pair_experts: Vec<u32> = pairs.iter().map(|pair| pair.0).collect();
+    let layer = calls.first()?.layer as usize;
+    let batch = ExpertBatch { layer, rows: &rows, pair_rows: &pair_rows, pair_experts: &pair_experts };
+    let answers = catch_unwind(AssertUnwindSafe(|| experts.run(&batch))).ok()?.ok()?;
+    let mut replies: Vec<Vec<u8>> = calls.iter().map(|call| vec![0; call.pair_rows.len() * row]).collect();
+    for (&(_, number, pair, _), answer) in pairs.iter().zip(answers.chunks_exact(row)) {
+        replies[number][pair * row..][..row].copy_from_slice(answer);
+    }
+    Some(calls.iter().zip(replies).map(|(call, rows)| reply(call, rows)).collect())
+}
+
+fn reply(call: &RunCall, rows: Vec<u8>) -> RunReply {
+    RunReply { sequence: call.sequence, layer: call.layer, rows: rows.into(), refusal: None }
 }
 
 /// A panic harms the call that caused it, not the thread.
-fn run_caught(experts: &Experts, job: &Job) -> RunReply {
-    catch_unwind(AssertUnwindSafe(|| run(experts, job))).unwrap_or_else(|_| {
-        error!(layer = job.call.layer, "computing rows of experts panicked");
-        refuse(&job.call, Reason::Unspecified, "the rows cannot be computed")
+fn run_caught(experts: &Experts, call: &RunCall) -> RunReply {
+    catch_unwind(AssertUnwindSafe(|| run(experts, call))).unwrap_or_else(|_| {
+        error!(layer = call.layer, "computing rows of experts panicked");
+        refuse(call, Reason::Unspecified, "the rows cannot be computed")
     })
 }
 
-fn run(experts: &Experts, job: &Job) -> RunReply {
-    let call = &job.call;
-    if job.deadline.is_some_and(|deadline| Instant::now() >= deadline) {
-        return refuse(call, Reason::Expired, "the call waited longer than its caller does");
-    }
+/// The reply to one call, computed alone.
+pub(super) fn run(experts: &Experts, call: &RunCall) -> RunReply {
     let batch = ExpertBatch {
         layer: call.layer as usize,
         rows: &call.rows,
@@ -125,7 +206,7 @@ fn run(experts: &Experts, job: &Job) -> RunReply {
         pair_experts: &call.pair_experts,
     };
     match experts.run(&batch) {
-        Ok(rows) => RunReply { sequence: call.sequence, layer: call.layer, rows: rows.into(), refusal: None },
+        Ok(rows) => reply(call, rows),
         Err(error @ ExpertsError::NotHeld { .. }) => refuse(call, Reason::NotHeld, &error.to_string()),
         Err(error @ (ExpertsError::Rows { .. } | ExpertsError::Pairs { .. })) => {
             refuse(call, Reason::Malformed, &error.to_string())

@@ -20,6 +20,7 @@ use super::{
     exchange::{MeshExchange, Own},
     pool::Pool,
     service::ExpertsService,
+    standing::Board,
 };
 use crate::{
     drive::{Driver, Progress, Sequence},
@@ -73,8 +74,7 @@ impl Worker {
             hidden: self.experts.hidden(),
             dtype: self.experts.dtype(),
         };
-        Driver::start(self.engine.take().unwrap(), MeshExchange::new(own, meshes.clone(), metrics()), metrics())
-            .unwrap()
+        Driver::start(self.engine.take().unwrap(), exchange(own, meshes.clone()), metrics()).unwrap()
     }
 }
 
@@ -103,6 +103,10 @@ fn mesh(placement: &proto::Placement, addresses: &[String], sequence: u64) -> pr
         peers: (0..).zip(addresses).map(peer).collect(),
         ..proto::MeshSnapshot::default()
     }
+}
+
+fn exchange(own: Own, meshes: Meshes) -> MeshExchange {
+    MeshExchange::new(own, meshes, Board::new(metrics()), None, metrics())
 }
 
 fn following(snapshot: proto::MeshSnapshot) -> Meshes {
@@ -200,7 +204,7 @@ async fn rows_for_a_holder_of_other_files_stay_missing() {
     let worker = Worker::start(&placement, 1, "other content").await;
     let meshes = following(mesh(&placement, &[String::from("127.0.0.1:1"), worker.address], 1));
     let own = Own { replica: 0, ordinal: 0, content_hash: HASH.into(), hidden: 256, dtype: engine::WireDtype::Bf16 };
-    let mut exchange = MeshExchange::new(own, meshes, metrics());
+    let mut exchange = exchange(own, meshes);
     exchange.begin_step(Span::none());
     let rows = [0; 512];
     let batch = ExpertBatch { layer: 1, rows: &rows, pair_rows: &[0, 0], pair_experts: &[1, 3] };

@@ -9,12 +9,14 @@ use futures::{Stream, StreamExt as _};
 use sha2::{Digest as _, Sha256};
 use tokio::sync::mpsc;
 use tracing::info;
-use wire::proto::{Acknowledgement, Hello, Instruction, Report, Version, hello::Role, instruction, report};
+use wire::proto::{Acknowledgement, Hello, Instruction, Report, Suspects, Version, hello::Role, instruction, report};
 
 use super::{Options, state::State};
 use crate::mesh::Mesh;
 
 const LOAD_EVERY: Duration = Duration::from_secs(1);
+/// How often it is told which experts get the rows.
+const EXPERTS_EVERY: Duration = Duration::from_secs(10);
 /// How soon a change of state is told that no snapshot brought.
 const STATE_EVERY: Duration = Duration::from_millis(100);
 
@@ -45,8 +47,9 @@ pub async fn follow(
     reports: mpsc::Sender<Report>,
 ) {
     let mut loads = tokio::time::interval(LOAD_EVERY);
+    let mut experts = tokio::time::interval(EXPERTS_EVERY);
     let mut states = tokio::time::interval(STATE_EVERY);
-    let mut told = None;
+    let (mut told, mut suspected) = (None, Suspects::default());
     // not acknowledged yet: a step may still run on an older one
     let mut fresh: Option<Arc<Mesh>> = None;
     loop {
@@ -64,6 +67,7 @@ pub async fn follow(
                 Some(report::Report::Acknowledgement(Acknowledgement { model: state.model.clone(), version }))
             }
             _ = loads.tick() => state.load().map(report::Report::WorkerLoad),
+            _ = experts.tick() => state.expert_load().map(report::Report::ExpertLoad),
             _ = states.tick() => None,
         };
         let now = state.report();
@@ -71,7 +75,12 @@ pub async fn follow(
             told = Some(now);
             report::Report::WorkerState(now)
         });
-        for report in report.into_iter().chain(changed) {
+        let suspects = state.suspects();
+        let doubted = (suspected != suspects).then(|| {
+            suspected = suspects.clone();
+            report::Report::Suspects(suspects)
+        });
+        for report in report.into_iter().chain(changed).chain(doubted) {
             if reports.send(Report { report: Some(report) }).await.is_err() {
                 return;
             }

@@ -1,10 +1,13 @@
 //! What a worker is doing: shared by its services, the control stream and the drain.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::{
+    collections::BTreeSet,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use engine::Experts;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
-use wire::proto::{Version, WorkerLoad, WorkerState, worker_state::Phase};
+use wire::proto::{ExpertLoad, LayerLoad, Suspects, Version, WorkerLoad, WorkerState, worker_state::Phase};
 
 use super::Options;
 use crate::{
@@ -38,6 +41,8 @@ pub struct Serving {
     pub experts: Option<Arc<Experts>>,
     /// Bytes of the other weights.
     pub dense_bytes: u64,
+    /// Ids of peers that are not asked because they failed.
+    pub suspects: watch::Receiver<BTreeSet<String>>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -171,6 +176,19 @@ impl State {
                 expert_bytes: serving.experts.as_ref().map_or(0, |experts| experts.weight().1),
             }
         })
+    }
+
+    /// The peers that this worker does not ask because they failed it.
+    pub fn suspects(&self) -> Suspects {
+        let ids = self.with_serving(|serving| serving.suspects.borrow().iter().cloned().collect());
+        Suspects { ids: ids.unwrap_or_default() }
+    }
+
+    /// Rows by layer and expert, once the experts are in memory.
+    pub fn expert_load(&self) -> Option<ExpertLoad> {
+        let layer = |(layer, rows)| LayerLoad { layer: u32::try_from(layer).unwrap_or(u32::MAX), rows };
+        let routed = self.with_serving(|serving| serving.experts.as_ref().map(|experts| experts.routed()))??;
+        Some(ExpertLoad { layers: routed.into_iter().map(layer).collect() })
     }
 
     fn with_serving<T>(&self, read: impl FnOnce(&Serving) -> T) -> Option<T> {

@@ -14,10 +14,16 @@ struct Kept {
     meshes: Meshes,
     experts: Arc<Experts>,
     loaded: watch::Receiver<Option<Version>>,
+    wanted: mpsc::Sender<(u32, u32)>,
+    changes: watch::Receiver<u64>,
 }
 
 /// A keeper of ordinal 0 that begins with the even experts of layer 1.
 fn kept() -> Kept {
+    kept_with(|| u64::MAX)
+}
+
+fn kept_with(room: impl Fn() -> u64 + Send + Sync + 'static) -> Kept {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../manifests/models/tiny-r1");
     let options =
         engine::Options { kv_cache_tokens: 64, max_context_tokens: None, max_sequences: 1, prefill_chunk: 16 };
@@ -27,8 +33,22 @@ fn kept() -> Kept {
     meshes.take(snapshot(1, even(), None)).unwrap();
     let (loaded, receiver) = watch::channel(None);
     let metrics = Metrics::new(&opentelemetry::metrics::noop::NoopMeterProvider::new().meter("test"));
-    tokio::spawn(Keeper::new(0, meshes.clone(), experts.clone(), loaded, metrics).follow());
-    Kept { meshes, experts, loaded: receiver }
+    let (wanted, unheld) = mpsc::channel(8);
+    let board = Board::new(metrics.clone());
+    let changes = board.changes();
+    let keeping = Keeping {
+        replica: 0,
+        ordinal: 0,
+        meshes: meshes.clone(),
+        experts: experts.clone(),
+        loaded,
+        board,
+        wanted: unheld,
+        room: Box::new(room),
+        metrics,
+    };
+    tokio::spawn(Keeper::new(keeping).follow());
+    Kept { meshes, experts, loaded: receiver, wanted, changes }
 }
 
 /// Layer 1 of 16 experts, of which ordinal 0 holds some and ordinal 1 the rest.
@@ -65,7 +85,7 @@ impl Kept {
         let deadline = tokio::time::Instant::now() + WAIT;
         while self.here() != wanted {
             assert!(tokio::time::Instant::now() < deadline, "{:?} are here; wanted {wanted:?}", self.here());
-            tokio::time::sleep(Duration::from_millis(2)).await; // a poll
+            tokio::time::sleep(Duration::from_millis(2)).await; // polls
         }
     }
 }
@@ -128,4 +148,34 @@ async fn a_placement_that_does_not_fit_the_model_is_not_loaded_and_the_next_one_
     kept.meshes.take(snapshot(3, low(), None)).unwrap();
     kept.has_loaded(3).await;
     assert!(kept.experts.missing(&Held::from_layers([(1, (0..8).collect())].into())).is_empty());
+}
+
+#[tokio::test]
+async fn an_expert_that_nobody_answers_for_is_held_until_its_holder_is_back() {
+    let mut kept = kept();
+    kept.has_loaded(1).await;
+    kept.holds(|expert| expert % 2 == 0).await;
+    kept.changes.mark_unchanged();
+    kept.wanted.send((1, 7)).await.unwrap();
+    kept.holds(|expert| expert % 2 == 0 || expert == 7).await;
+    kept.changes.changed().await.unwrap(); // steps that wait try again
+    kept.meshes.take(snapshot(2, even(), None)).unwrap();
+    kept.has_loaded(2).await;
+    kept.holds(|expert| expert % 2 == 0 || expert == 7).await;
+    let holder = wire::proto::Peer { id: "b".into(), ordinal: 1, loaded: true, ..Default::default() };
+    tokio::time::pause();
+    kept.meshes.take(MeshSnapshot { peers: vec![holder], ..snapshot(3, even(), None) }).unwrap();
+    kept.holds(|expert| expert % 2 == 0).await;
+}
+
+#[tokio::test]
+async fn an_expert_that_does_not_fit_is_left_to_others() {
+    let mut kept = kept_with(|| 1000);
+    kept.has_loaded(1).await;
+    for expert in [7, 7, 99] {
+        kept.wanted.send((1, expert)).await.unwrap();
+    }
+    kept.meshes.take(snapshot(2, low(), None)).unwrap();
+    kept.has_loaded(2).await;
+    kept.holds(|expert| expert < 8).await;
 }

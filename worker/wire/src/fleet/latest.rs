@@ -11,6 +11,7 @@ pub(super) struct Latest {
     worker_state: Option<Report>,
     description: Option<Report>,
     failure: Option<Report>,
+    suspects: Option<Report>,
 }
 
 impl Latest {
@@ -27,6 +28,7 @@ impl Latest {
             }
             Some(report::Report::Progress(_)) => self.failure = None,
             Some(report::Report::Failure(_)) => self.failure = Some(report),
+            Some(report::Report::Suspects(_)) => self.suspects = Some(report),
             _ => {}
         }
     }
@@ -39,7 +41,7 @@ impl Latest {
     /// `hello`, then what is remembered.
     pub(super) fn after(&self, hello: Hello) -> Vec<Report> {
         let hello = Report { report: Some(report::Report::Hello(hello)) };
-        let states = [&self.worker_state, &self.description, &self.failure];
+        let states = [&self.worker_state, &self.description, &self.failure, &self.suspects];
         let states = states.into_iter().flatten().chain(self.acknowledgements.values()).cloned();
         std::iter::once(hello).chain(states).collect()
     }

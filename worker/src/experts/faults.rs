@@ -1,0 +1,376 @@
+//! Whatever goes wrong between workers, the answers are those of a run in which nothing did.
+//!
+//! Each run is a function of its plan. A random one is a function of its seed, which a failure prints; run it again with
+//! `MODELFLEET_SEED=n`, or more of them with `MODELFLEET_SEEDS=2000` (`cargo test -p worker faults`).
+
+use std::{
+    collections::BTreeMap,
+    hash::{DefaultHasher, Hash as _, Hasher as _},
+    panic::AssertUnwindSafe,
+    path::{Path, PathBuf},
+    sync::{Arc, OnceLock},
+};
+
+use engine::{Experts, Held, Request, Sampling};
+use opentelemetry::metrics::MeterProvider as _;
+use tokio::time::Duration;
+use tracing::Span;
+use wire::proto::{self, Holders, LayerPlacement, MeshSnapshot, Peer, ReplicaPlacement, Version};
+
+use super::{
+    exchange::{MeshExchange, Own},
+    sim::{Fault, Net, Plan},
+    standing::Board,
+};
+use crate::{
+    drive::{Driver, Progress},
+    mesh::{Mesh, Meshes, Placement},
+    metrics::Metrics,
+};
+
+/// The caller is ordinal 0 of replica 0; the holders are ordinals 1 and 2, and one worker of replica 1 that holds all.
+const HOLDERS: [&str; 3] = ["one:1", "two:1", "other:1"];
+
+fn metrics() -> Arc<Metrics> {
+    Metrics::new(&opentelemetry::metrics::noop::NoopMeterProvider::new().meter("test"))
+}
+
+fn folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../manifests/models/tiny-r1")
+}
+
+fn load(held: &Held) -> (engine::ModelEngine, Arc<Experts>) {
+    let options =
+        engine::Options { kv_cache_tokens: 512, max_context_tokens: None, max_sequences: 8, prefill_chunk: 12 };
+    engine::load(&folder(), held, &options, &mut |_, _| {}).unwrap()
+}
+
+/// How many workers of the caller's replica hold each expert, and whether another replica can help out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct Copies {
+    own: u32,
+    other: bool,
+}
+
+const ALONE: Copies = Copies { own: 1, other: false };
+const TWO: Copies = Copies { own: 2, other: false };
+const OTHER: Copies = Copies { own: 1, other: true };
+
+/// Expert `e` is at ordinal `1 + e % 2`, with two copies at both; few are with the caller.
+fn placement(copies: Copies) -> proto::Placement {
+    let ordinals = |expert: u32| match expert {
+        0 | 5 => vec![0],
+        _ => (0..copies.own).map(|copy| 1 + (expert + copy) % 2).collect(),
+    };
+    dealt(3, ordinals)
+}
+
+fn dealt(shards: u32, ordinals: impl Fn(u32) -> Vec<u32>) -> proto::Placement {
+    let experts = || (0..16).map(|expert| Holders { ordinals: ordinals(expert) }).collect();
+    proto::Placement { shards, layers: (1..4).map(|layer| LayerPlacement { layer, experts: experts() }).collect() }
+}
+
+fn mesh(copies: Copies, max_wait_ms: u64) -> MeshSnapshot {
+    let peer = |(replica, ordinal, address): (u32, u32, &str)| Peer {
+        id: address.into(),
+        address: address.into(),
+        replica,
+        ordinal,
+        loaded: true,
+        running: true,
+        ..Peer::default()
+    };
+    let [one, two, other] = HOLDERS;
+    MeshSnapshot {
+        version: Some(Version { epoch: 1, sequence: 1 }),
+        placement: Some(placement(copies)),
+        peers: [(0, 1, one), (0, 2, two), (1, 0, other)].map(peer).to_vec(),
+        others: vec![ReplicaPlacement { replica: 1, placement: copies.other.then(|| dealt(1, |_| vec![0])) }],
+        max_wait_ms,
+        ..MeshSnapshot::default()
+    }
+}
+
+/// The experts of each holder, read once for all runs.
+fn holders(copies: Copies) -> Vec<(&'static str, Arc<Experts>)> {
+    static ALL: OnceLock<BTreeMap<u32, Vec<Arc<Experts>>>> = OnceLock::new();
+    let all = ALL.get_or_init(|| {
+        let of = |own: u32| {
+            let placement = Placement::from(&placement(Copies { own, other: false }));
+            [placement.held(1), placement.held(2), Held::all()].iter().map(|held| load(held).1).collect()
+        };
+        BTreeMap::from([(1, of(1)), (2, of(2))])
+    });
+    HOLDERS.into_iter().zip(all[&copies.own].iter().cloned()).collect()
+}
+
+fn requests() -> Vec<Request> {
+    let prompt = |seed: u32, length: u32| (0..length).map(|at| (at * 37 + seed * 11 + 3) % 500).collect();
+    let request = |seed: u32, length, max_tokens| Request {
+        prompt: prompt(seed, length),
+        generated: Vec::new(),
+        max_tokens,
+        stop_tokens: Vec::new(),
+        sampling: Sampling { temperature: 0.8, seed: u64::from(seed), ..Sampling::default() },
+        logprobs: Some(2),
+        prompt_logprobs: seed == 1,
+    };
+    vec![request(0, 3, 6), request(1, 15, 4), request(2, 1, 5)]
+}
+
+struct Run {
+    answers: Vec<Vec<Progress>>,
+    net: Net,
+    took: Duration,
+}
+
+/// One generation of three sequences, in virtual time.
+fn run(copies: Copies, max_wait_ms: u64, plan: Plan) -> Run {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
+    runtime.block_on(async {
+        let net = Net::new(&holders(copies), plan);
+        let meshes = Meshes::new(Mesh::default());
+        let snapshot = mesh(copies, max_wait_ms);
+        let (engine, experts) = load(&Placement::from(snapshot.placement.as_ref().unwrap()).held(0));
+        meshes.take(snapshot).unwrap();
+        let own = Own {
+            replica: 0,
+            ordinal: 0,
+            content_hash: "content".into(),
+            hidden: experts.hidden(),
+            dtype: experts.dtype(),
+        };
+        let board = Board::new(metrics());
+        let exchange = MeshExchange::over(Arc::new(net.clone()), own, meshes, board, None, metrics());
+        let (driver, steps) = Driver::apart(engine, exchange, metrics());
+        let begun = tokio::time::Instant::now();
+        let asked = async {
+            let mut answers = Vec::new();
+            for mut sequence in driver.submit(requests(), Span::none()).await.unwrap() {
+                let mut answer = Vec::new();
+                while let Some(progress) = sequence.recv().await {
+                    answer.push(progress);
+                }
+                answers.push(answer);
+            }
+            answers
+        };
+        let answers = tokio::select! {
+            biased;
+            answers = asked => answers,
+            () = steps.run() => panic!("the engine ended"),
+        };
+        Run { answers, net, took: begun.elapsed() }
+    })
+}
+
+fn undisturbed() -> &'static Run {
+    static RUN: OnceLock<Run> = OnceLock::new();
+    RUN.get_or_init(|| {
+        let run = run(TWO, 0, Box::new(|_| None));
+        let lengths: Vec<usize> = run.answers.iter().map(Vec::len).collect();
+        assert_eq!(lengths, [7, 6, 6], "tokens, the end, and one prompt");
+        run
+    })
+}
+
+/// Runs with one fault at one call; the answers must be the undisturbed ones.
+fn one_fault(copies: Copies, at: usize, fault: Fault) -> Run {
+    let run = run(copies, 0, Box::new(move |call| (call == at).then_some(fault)));
+    let bitten = run.net.bitten();
+    assert_eq!(bitten, BTreeMap::from([(fault.name(), 1)]), "{copies:?}: {fault:?} at call {at}");
+    assert!(run.answers == undisturbed().answers, "{copies:?}: {fault:?} at call {at} changed the answers");
+    run
+}
+
+/// Every fault, with times that are too short to be noticed, and too long.
+const FAULTS: [Fault; 13] = [
+    Fault::DropCall,
+    Fault::DropReply,
+    Fault::DelayCall(3),
+    Fault::DelayReply(400),
+    Fault::DoubleCall,
+    Fault::DoubleReply,
+    Fault::KillBefore(30),
+    Fault::KillAfter(2000),
+    Fault::Freeze(10),
+    Fault::Freeze(900),
+    Fault::Reset,
+    Fault::Busy,
+    Fault::NotHeld,
+];
+
+#[test]
+fn where_experts_are_changes_no_bit() {
+    let alone = {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+        runtime.block_on(async {
+            let (driver, steps) = Driver::apart(load(&Held::all()).0, engine::NoPeers, metrics());
+            let asked = async {
+                let mut answers = Vec::new();
+                for mut sequence in driver.submit(requests(), Span::none()).await.unwrap() {
+                    let mut answer = Vec::new();
+                    while let Some(progress) = sequence.recv().await {
+                        answer.push(progress);
+                    }
+                    answers.push(answer);
+                }
+                answers
+            };
+            tokio::select! {
+                answers = asked => answers,
+                () = steps.run() => panic!("the engine ended"),
+            }
+        })
+    };
+    for copies in [ALONE, TWO, OTHER] {
+        let run = run(copies, 0, Box::new(|_| None));
+        assert!(run.answers == alone, "{copies:?}");
+        assert!(run.net.calls() > 0 && run.net.bitten().is_empty());
+    }
+}
+
+/// Calls are numbered over layers and steps, so this is each fault at each layer of each step, before and after.
+#[test]
+fn one_fault_at_each_layer_and_step_changes_no_bit() {
+    for copies in [ALONE, TWO, OTHER] {
+        let calls = run(copies, 0, Box::new(|_| None)).net.calls();
+        assert!(calls >= 3 * 6, "{calls} calls in three layers and at least six steps");
+        for at in 0..calls {
+            // one kind at a time at each call, so that all kinds meet all layers and steps in 13 neighbouring calls
+            one_fault(copies, at, FAULTS[at % FAULTS.len()]);
+        }
+    }
+}
+
+#[test]
+fn each_kind_of_fault_at_each_of_some_calls_changes_no_bit() {
+    for copies in [ALONE, TWO] {
+        for fault in FAULTS {
+            for at in [0, 7] {
+                one_fault(copies, at, fault);
+            }
+        }
+    }
+}
+
+#[test]
+fn with_a_copy_a_loss_is_hardly_felt() {
+    let usual = undisturbed().took;
+    for at in 0..6 {
+        let killed = one_fault(TWO, at, Fault::KillBefore(60_000)).took.saturating_sub(usual);
+        assert!(killed < Duration::from_millis(200), "a killed holder cost {killed:?}");
+        let frozen = one_fault(TWO, at + 12, Fault::Freeze(60_000)).took.saturating_sub(usual);
+        assert!(frozen < Duration::from_secs(1), "a frozen holder cost {frozen:?}");
+        let other = one_fault(OTHER, at, Fault::KillBefore(60_000)).took.saturating_sub(usual);
+        assert!(other < Duration::from_millis(200), "another replica helped out after {other:?}");
+    }
+}
+
+#[test]
+fn without_a_copy_sequences_wait_until_the_holder_is_back() {
+    for fault in [Fault::KillBefore(20_000), Fault::KillAfter(20_000), Fault::Freeze(20_000)] {
+        let took = one_fault(ALONE, 5, fault).took;
+        let wait = Duration::from_secs(20)..Duration::from_secs(22);
+        assert!(wait.contains(&took), "{fault:?}: {took:?}");
+    }
+}
+
+#[test]
+fn a_slow_holder_without_a_copy_is_waited_for() {
+    let slow: Plan = Box::new(|_| Some(Fault::DelayReply(3000)));
+    let run = run(ALONE, 0, slow);
+    assert!(run.answers == undisturbed().answers);
+    assert!(run.net.bitten()["delay reply"] >= 18);
+}
+
+#[test]
+fn who_waits_too_long_is_told_which_expert_nobody_held() {
+    let run = run(ALONE, 1500, Box::new(|call| (call == 4).then_some(Fault::KillBefore(60_000))));
+    assert_eq!(run.net.bitten(), BTreeMap::from([("kill before", 1)]));
+    let failed: Vec<&String> = run
+        .answers
+        .iter()
+        .filter_map(|answer| match answer.last() {
+            Some(Progress::Failed(message)) => Some(message),
+            _ => None,
+        })
+        .collect();
+    assert!(!failed.is_empty(), "sixty seconds are longer than one and a half");
+    for message in failed {
+        assert!(message.contains("of layer") && message.contains("for 1.5 s"), "{message}");
+    }
+    assert!(run.took < Duration::from_secs(4), "{:?}", run.took); // each sequence waits on its own
+    for (answer, wanted) in run.answers.iter().zip(&undisturbed().answers) {
+        let good = answer.iter().filter(|progress| !matches!(progress, Progress::Failed(_)));
+        assert!(good.zip(wanted).all(|(one, other)| one == other), "what came before was right");
+    }
+}
+
+/// A number for each seed and call, that does not depend on the order in which it is asked for.
+fn draw(seed: u64, call: usize, what: u64) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    (seed, call, what).hash(&mut hasher);
+    hasher.finish()
+}
+
+fn random(seed: u64) -> (Copies, Plan) {
+    let copies = [ALONE, TWO, OTHER][(draw(seed, 0, 0) % 3) as usize];
+    let often = 3 + draw(seed, 0, 1) % 20;
+    let last = 200; // then it is quiet, so that every run ends
+    let plan: Plan = Box::new(move |call| {
+        let bites = call < last && draw(seed, call, 2).is_multiple_of(often);
+        let ms = draw(seed, call, 3) % if draw(seed, call, 4).is_multiple_of(4) { 3000 } else { 60 };
+        let kinds = [
+            Fault::DropCall,
+            Fault::DropReply,
+            Fault::DelayCall(ms),
+            Fault::DelayReply(ms),
+            Fault::DoubleCall,
+            Fault::DoubleReply,
+            Fault::KillBefore(ms),
+            Fault::KillAfter(ms),
+            Fault::Freeze(ms),
+            Fault::Reset,
+            Fault::Busy,
+            Fault::NotHeld,
+        ];
+        bites.then(|| kinds[(draw(seed, call, 5) % kinds.len() as u64) as usize])
+    });
+    (copies, plan)
+}
+
+fn one_seed(seed: u64) -> Run {
+    let (copies, plan) = random(seed);
+    let run = run(copies, 600_000, plan);
+    let ends: Vec<_> = run.answers.iter().map(|answer| (answer.len(), answer.last())).collect();
+    assert!(run.answers == undisturbed().answers, "{copies:?}: the answers differ; they end with {ends:?}");
+    run
+}
+
+#[test]
+fn random_faults_change_no_bit() {
+    let number = |name: &str| std::env::var(name).ok().map(|value| value.parse::<u64>().expect(name));
+    let seeds = match (number("MODELFLEET_SEED"), number("MODELFLEET_SEEDS")) {
+        (Some(seed), _) => seed..seed + 1,
+        (None, seeds) => 0..seeds.unwrap_or(200),
+    };
+    let single = seeds.end - seeds.start == 1;
+    let mut bitten: BTreeMap<&str, usize> = BTreeMap::new();
+    for seed in seeds {
+        match std::panic::catch_unwind(AssertUnwindSafe(|| one_seed(seed))) {
+            Ok(run) => run.net.bitten().into_iter().for_each(|(kind, count)| *bitten.entry(kind).or_default() += count),
+            Err(_) => panic!("seed {seed} failed: run MODELFLEET_SEED={seed} cargo test -p worker random_faults"),
+        }
+    }
+    println!("faults that bit: {bitten:?}");
+    assert!(single || bitten.len() == 12, "each kind of fault happened: {bitten:?}");
+}
+
+#[test]
+fn a_seed_gives_the_same_run_again() {
+    for seed in 0..6 {
+        let (one, other) = (one_seed(seed), one_seed(seed));
+        assert_eq!((one.net.calls(), one.net.bitten(), one.took), (other.net.calls(), other.net.bitten(), other.took));
+    }
+}

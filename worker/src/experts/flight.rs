@@ -1,0 +1,222 @@
+//! Rows on their way: some pairs of a batch, the call that carries them, and what came of it.
+
+use std::{collections::HashMap, time::Duration};
+
+use bytes::Bytes;
+use engine::{ExpertBatch, WireDtype};
+use tokio::{sync::oneshot, time::Instant};
+use tracing::Span;
+use wire::proto::RunCall;
+
+use super::{dtype, holder::OnTheirWay, link::Answer};
+
+/// Who this worker is, and what it runs.
+#[derive(Debug, Clone)]
+pub struct Own {
+    /// Index of the replica.
+    pub replica: u32,
+    /// Index in the replica.
+    pub ordinal: u32,
+    /// Of the model files.
+    pub content_hash: String,
+    /// Values of a row.
+    pub hidden: usize,
+    /// How rows travel.
+    pub dtype: WireDtype,
+}
+
+impl Own {
+    /// Bytes of a row.
+    pub(super) fn row_bytes(&self) -> usize {
+        self.hidden * self.dtype.size()
+    }
+
+    /// A call without rows, which any holder of our files answers with none.
+    pub(super) fn nothing(&self) -> RunCall {
+        RunCall { content_hash: self.content_hash.clone(), dtype: dtype(self.dtype).into(), ..RunCall::default() }
+    }
+}
+
+/// A worker of the mesh.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) struct Place {
+    pub(super) replica: u32,
+    pub(super) ordinal: u32,
+}
+
+/// Some pairs of a batch, with the rows that they need.
+#[derive(Debug, Clone)]
+pub(super) struct Part {
+    pub(super) layer: u32,
+    rows: Bytes,
+    /// The pairs' places in the batch, and for each its row and its expert.
+    pub(super) pairs: Vec<u32>,
+    pair_rows: Vec<u32>,
+    pub(super) pair_experts: Vec<u32>,
+}
+
+impl Part {
+    /// All of a batch.
+    pub(super) fn whole(batch: &ExpertBatch<'_>) -> Self {
+        Self {
+            layer: u32::try_from(batch.layer).unwrap_or(u32::MAX),
+            rows: Bytes::copy_from_slice(batch.rows),
+            pairs: (0..).take(batch.pair_experts.len()).collect(),
+            pair_rows: batch.pair_rows.to_vec(),
+            pair_experts: batch.pair_experts.to_vec(),
+        }
+    }
+
+    /// Those of its pairs at these indices, ascending, with each row that they need once.
+    pub(super) fn only(&self, indices: &[usize], row_bytes: usize) -> Self {
+        if indices.len() == self.pairs.len() {
+            return self.clone();
+        }
+        let mut rows = Vec::new();
+        let mut places: HashMap<u32, u32> = HashMap::new();
+        let mut place = |from: u32| {
+            *places.entry(from).or_insert_with(|| {
+                rows.extend_from_slice(&self.rows[from as usize * row_bytes..][..row_bytes]);
+                u32::try_from(rows.len() / row_bytes - 1).unwrap_or(u32::MAX)
+            })
+        };
+        let pair_rows = indices.iter().map(|&at| place(self.pair_rows[at])).collect();
+        Self {
+            layer: self.layer,
+            pairs: indices.iter().map(|&at| self.pairs[at]).collect(),
+            pair_rows,
+            pair_experts: indices.iter().map(|&at| self.pair_experts[at]).collect(),
+            rows: rows.into(),
+        }
+    }
+
+    /// The call that carries it.
+    pub(super) fn call(&self, own: &Own, sequence: u64, remaining: Duration) -> RunCall {
+        RunCall {
+            sequence,
+            layer: self.layer,
+            remaining_ms: u64::try_from(remaining.as_millis()).unwrap_or(u64::MAX).max(1),
+            rows: self.rows.clone(),
+            pair_rows: self.pair_rows.clone(),
+            pair_experts: self.pair_experts.clone(),
+            ..own.nothing()
+        }
+    }
+}
+
+/// Which way a part went before.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Past {
+    /// Holders that are not asked again.
+    pub(super) tried: Vec<Place>,
+    /// How often it had to be asked for again with more time.
+    pub(super) misses: u32,
+}
+
+/// A deadline grows by at most two to this.
+const MOST_MISSES: u32 = 4;
+
+impl Past {
+    /// How many times the usual deadline is given: twice as much each time.
+    pub(super) fn patience(&self) -> u32 {
+        1 << self.misses.min(MOST_MISSES)
+    }
+
+    /// What it becomes when one more holder is not asked again.
+    pub(super) fn after(&self, holder: Place) -> Self {
+        let mut past = self.clone();
+        past.tried.push(holder);
+        past
+    }
+}
+
+/// What is hoped of a flight.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Stage {
+    /// An answer until the deadline.
+    Awaited,
+    /// An answer at last: there is no other copy to ask.
+    Overdue,
+    /// Nothing, as its rows are on their way again; but an answer is still welcome.
+    Listened,
+}
+
+/// A part on its way to a holder.
+pub(super) struct Flight {
+    pub(super) to: Place,
+    pub(super) part: Part,
+    pub(super) past: Past,
+    pub(super) sent: Instant,
+    pub(super) deadline: Instant,
+    pub(super) stage: Stage,
+    pub(super) reply: oneshot::Receiver<Answer>,
+    pub(super) span: Span,
+    pub(super) _on_their_way: OnTheirWay,
+}
+
+/// What came of a flight.
+pub(super) enum Landed {
+    Answered(Answer),
+    /// The stream ended.
+    Lost,
+    /// The deadline is over.
+    Late,
+}
+
+impl Flight {
+    /// Whether its end decides anything.
+    pub(super) fn is_hoped_of(&self) -> bool {
+        self.stage != Stage::Listened
+    }
+
+    /// Waits for the reply, until the deadline.
+    pub(super) async fn land(mut self) -> (Self, Landed) {
+        let landed = match tokio::time::timeout_at(self.deadline, &mut self.reply).await {
+            Ok(Ok(answer)) => Landed::Answered(answer),
+            Ok(Err(_)) => Landed::Lost,
+            Err(_) => Landed::Late,
+        };
+        (self, landed)
+    }
+}
+
+/// The rows of a batch that came back so far.
+pub(super) struct Gathered {
+    row_bytes: usize,
+    pub(super) rows: Vec<u8>,
+    done: Vec<bool>,
+    left: usize,
+}
+
+impl Gathered {
+    /// None of a batch of so many pairs.
+    pub(super) fn none(pairs: usize, row_bytes: usize) -> Self {
+        Self { row_bytes, rows: vec![0; pairs * row_bytes], done: vec![false; pairs], left: pairs }
+    }
+
+    /// Takes in the answer to a part. A row that came before has the same bits.
+    pub(super) fn take(&mut self, part: &Part, rows: &[u8]) {
+        for (&pair, bytes) in part.pairs.iter().zip(rows.chunks_exact(self.row_bytes)) {
+            let pair = pair as usize;
+            if !std::mem::replace(&mut self.done[pair], true) {
+                self.rows[pair * self.row_bytes..][..self.row_bytes].copy_from_slice(bytes);
+                self.left -= 1;
+            }
+        }
+    }
+
+    /// The pairs of a part that did not come back, as indices in it.
+    pub(super) fn lacking(&self, part: &Part) -> Vec<usize> {
+        (0..part.pairs.len()).filter(|&at| !self.done[part.pairs[at] as usize]).collect()
+    }
+
+    /// Whether all came back.
+    pub(super) fn is_complete(&self) -> bool {
+        self.left == 0
+    }
+
+    /// The pairs of the batch that did not come back.
+    pub(super) fn missing(&self) -> Vec<u32> {
+        (0..).zip(&self.done).filter(|(_, done)| !**done).map(|(pair, _)| pair).collect()
+    }
+}
