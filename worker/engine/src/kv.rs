@@ -37,9 +37,9 @@ pub(crate) struct Pages {
 }
 
 impl Pages {
-    /// As many whole pages as `tokens` fill.
+    /// As many pages as `tokens` take, the last one perhaps not full.
     pub(crate) fn new(tokens: usize) -> Self {
-        Pages { total: (tokens / PAGE_TOKENS).min(u32::MAX as usize), fresh: 0, free: Vec::new() }
+        Pages { total: tokens.div_ceil(PAGE_TOKENS).min(u32::MAX as usize), fresh: 0, free: Vec::new() }
     }
 
     /// All pages there are, used or not.
@@ -138,7 +138,7 @@ mod tests {
             total in 0usize..40,
             actions in prop::collection::vec((any::<bool>(), 0usize..200), 0..60),
         ) {
-            let mut pages = Pages::new(total * PAGE_TOKENS + 3);
+            let mut pages = Pages::new((total * PAGE_TOKENS).saturating_sub(3));
             let mut owners: Vec<Vec<u32>> = Vec::new();
             for (take, size) in actions {
                 let free = total - owners.iter().map(Vec::len).sum::<usize>();

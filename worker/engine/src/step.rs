@@ -17,7 +17,8 @@ const LOGIT_ROWS: usize = 16;
 /// How much an engine may keep and do at once.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Options {
-    /// Tokens of cache, for all sequences together. Whole pages of 16 are used.
+    /// Tokens of cache, for all sequences together, rounded up to pages of 16: a sequence takes whole ones, and one
+    /// of as many tokens as there are must fit.
     pub kv_cache_tokens: usize,
     /// Most tokens of a sequence; `None` takes the model's own limit.
     pub max_context_tokens: Option<usize>,
@@ -36,8 +37,8 @@ impl Options {
         let refuse =
             |option, value: usize, accepted: String| Err(Error::Option { option, value: value.to_string(), accepted });
         let at_least = |least: usize| format!("use at least {least}");
-        if self.kv_cache_tokens < PAGE_TOKENS {
-            return refuse("kv_cache_tokens", self.kv_cache_tokens, at_least(PAGE_TOKENS));
+        if self.kv_cache_tokens == 0 {
+            return refuse("kv_cache_tokens", 0, at_least(1));
         }
         if self.max_sequences == 0 {
             return refuse("max_sequences", 0, at_least(1));

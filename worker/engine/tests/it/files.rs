@@ -405,7 +405,7 @@ fn placements_and_options_that_do_not_fit_are_refused() {
     assert_eq!(refused(&held(1, 16), &options()), words);
     let all = Held::all();
     for (options, words) in [
-        (Options { kv_cache_tokens: 15, ..options() }, "kv_cache_tokens is 15; use at least 16"),
+        (Options { kv_cache_tokens: 0, ..options() }, "kv_cache_tokens is 0; use at least 1"),
         (Options { max_sequences: 0, ..options() }, "max_sequences is 0; use at least 1"),
         (Options { prefill_chunk: 0, ..options() }, "prefill_chunk is 0; use at least 1"),
         (

@@ -164,7 +164,7 @@ fn cancelling_frees_slots_and_pages_at_once() {
 
 #[test]
 fn what_never_fits_is_refused_with_the_numbers() {
-    let mut engine = tiny(&Options { kv_cache_tokens: 100, ..options() });
+    let mut engine = tiny(&Options { kv_cache_tokens: 96, ..options() });
     let refused = |engine: &mut engine::ModelEngine, request| engine.submit(request).unwrap_err().to_string();
     let good = greedy(&[3; 10], 5);
     for (request, words) in [
@@ -199,6 +199,17 @@ fn what_never_fits_is_refused_with_the_numbers() {
     assert!(matches!(engine.submit(endless), Err(Refusal::Context { .. })));
     assert!(engine.is_idle());
     assert_eq!(ask_alone(&mut engine, &Request { stop_tokens: Vec::new(), ..greedy(&[3; 90], 7) }).tokens.len(), 7);
+}
+
+#[test]
+fn the_longest_sequence_fits_a_cache_of_as_many_tokens() {
+    for tokens in [1, 9, 16, 17, 250] {
+        let sizes = Options { kv_cache_tokens: tokens, max_context_tokens: Some(tokens), ..options() };
+        let mut engine = tiny(&sizes);
+        let request = Request { stop_tokens: Vec::new(), ..greedy(&vec![3; tokens.div_ceil(2)], tokens / 2) };
+        assert_eq!(ask_alone(&mut engine, &request).tokens.len(), tokens / 2, "{tokens}");
+        assert!(engine.submit(greedy(&vec![3; tokens], 0)).is_ok(), "{tokens}");
+    }
 }
 
 #[test]
