@@ -128,17 +128,20 @@ pub fn accept(declared: &Declared, place: Place) -> Result<Accepted, Error> {
     let source = match written_source.strip_prefix("file://") {
         Some(path) => {
             let folder = origin.folder().join(path);
-            let absolute = folder.canonicalize().map_err(|source| Error::Folder {
-                origin: origin.clone(),
-                model_source: written_source.clone(),
-                folder,
-                source,
-            })?;
-            format!("file://{}", absolute.display())
+            match directory(&folder) {
+                Ok(absolute) => format!("file://{}", absolute.display()),
+                Err(source) => return Err(Error::Folder { origin, model_source: written_source, folder, source }),
+            }
         }
         None => written_source.clone(),
     };
     Ok(Accepted { name: model_name(&declared.deployment), model, origin, source, written_source })
+}
+
+/// Where a folder really is.
+fn directory(folder: &Path) -> io::Result<PathBuf> {
+    let absolute = folder.canonicalize()?;
+    if absolute.is_dir() { Ok(absolute) } else { Err(io::ErrorKind::NotADirectory.into()) }
 }
 
 /// Asks the worker program what the model weighs, and plans it.
@@ -205,4 +208,26 @@ async fn run(accepted: &Accepted, command: &'static str, launch: &Launch, tools:
 
 fn sentences(refusals: &[Refusal]) -> String {
     refusals.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_source_that_is_no_folder_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("model.yaml");
+        std::fs::write(
+            &file,
+            "apiVersion: modelfleet.io/v1alpha1\nkind: ModelDeployment\nmetadata: {name: a}\n\
+             spec: {model: {source: \"file://model.yaml\"}}\n",
+        )
+        .unwrap();
+        let declared = super::super::read::read(&[file]).unwrap().remove(0);
+        let error = accept(&declared, Place::Local).unwrap_err();
+        let source = std::error::Error::source(&error).map(ToString::to_string);
+        assert!(error.to_string().ends_with("model.yaml cannot be read"), "{error}");
+        assert_eq!(source.as_deref(), Some("not a directory"));
+    }
 }

@@ -75,18 +75,32 @@ pub enum Error {
         kind: String,
     },
     /// Fields that do not exist would be ignored.
-    #[error("{origin}: {field} is not a field of a ModelDeployment")]
+    #[error("{origin}: {field} is not a field of a ModelDeployment; {accepted}")]
     UnknownField {
         /// Where.
         origin: Origin,
         /// Its path.
         field: String,
+        /// The fields that there are in its place.
+        accepted: String,
     },
     /// Models are told apart by name.
     #[error("{origin}: metadata.name is missing")]
     NoName {
         /// Where.
         origin: Origin,
+    },
+    /// A name that no object can have.
+    #[error("{origin}: metadata.{field} is {value}; use {accepted}")]
+    Name {
+        /// Where.
+        origin: Origin,
+        /// `name` or `namespace`.
+        field: &'static str,
+        /// As written.
+        value: String,
+        /// What would do.
+        accepted: &'static str,
     },
     /// Two models have one name.
     #[error("{origin}: metadata.name is {name}; a model before it has this name already")]
@@ -131,6 +145,7 @@ pub fn model_name(deployment: &ModelDeployment) -> String {
 }
 
 fn parse(text: &str, file: &Path) -> Result<Vec<Declared>, Error> {
+    let text = text.strip_prefix('\u{feff}').unwrap_or(text); // as some editors begin a file
     let mut all = Vec::new();
     for (index, document) in serde_yaml::Deserializer::from_str(text).enumerate() {
         let origin = Origin { file: file.to_owned(), document: index + 1 };
@@ -141,6 +156,8 @@ fn parse(text: &str, file: &Path) -> Result<Vec<Declared>, Error> {
         }
         check_kind(&value, &origin)?;
         check_fields(&value, &origin)?;
+        check_name(&value, "name", &origin)?;
+        check_name(&value, "namespace", &origin)?;
         let typed = serde_yaml::Deserializer::from_str(text).nth(index);
         let typed = typed.expect("the same text has the same documents"); // again from the text: a value has no lines
         let mut deployment = ModelDeployment::deserialize(typed).map_err(not_yaml)?;
@@ -162,6 +179,35 @@ fn check_kind(value: &Value, origin: &Origin) -> Result<(), Error> {
     Err(Error::Kind { origin: origin.clone(), api_version, kind })
 }
 
+/// The API server refuses the same.
+fn check_name(value: &Value, field: &'static str, origin: &Origin) -> Result<(), Error> {
+    let Some(found) = value.get("metadata").and_then(|metadata| metadata.get(field)).filter(|found| !found.is_null())
+    else {
+        return Ok(());
+    };
+    let refuse = |value: String, accepted| Err(Error::Name { origin: origin.clone(), field, value, accepted });
+    let Some(name) = found.as_str() else {
+        let shown = serde_yaml::to_string(found).unwrap_or_default();
+        return refuse(shown.trim().to_owned(), "a text; put it in quotes");
+    };
+    let most = if field == "name" { 253 } else { 63 };
+    let is_label = |label: &str| {
+        label.bytes().all(|byte| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'-'))
+            && !label.is_empty()
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+    };
+    let has_form = if field == "name" { name.split('.').all(is_label) } else { is_label(name) };
+    if name.is_empty() || has_form && name.len() <= most {
+        return Ok(());
+    }
+    let accepted = match field {
+        "name" => "at most 253 of a-z, 0-9, '-' and '.', with a letter or digit at both ends of each part",
+        _ => "at most 63 of a-z, 0-9 and '-', with a letter or digit at both ends",
+    };
+    refuse(name.to_owned(), accepted)
+}
+
 /// The API server checks this by the same schema.
 fn check_fields(value: &Value, origin: &Origin) -> Result<(), Error> {
     let definition = crds::definition();
@@ -169,13 +215,14 @@ fn check_fields(value: &Value, origin: &Origin) -> Result<(), Error> {
         definition.spec.versions.iter().find_map(|version| version.schema.as_ref()?.open_api_v3_schema.as_ref());
     let unknown = schema.and_then(|schema| unknown_field(value, schema, ""));
     match unknown {
-        Some(field) => Err(Error::UnknownField { origin: origin.clone(), field }),
+        Some((field, accepted)) => Err(Error::UnknownField { origin: origin.clone(), field, accepted }),
         None => Ok(()),
     }
 }
 
-/// The path of the first field that the schema does not know. `metadata` is Kubernetes' own, and not looked into.
-fn unknown_field(value: &Value, schema: &JSONSchemaProps, path: &str) -> Option<String> {
+/// The path of the first field that the schema does not know, and which it knows there. `metadata` is Kubernetes' own,
+/// and not looked into.
+fn unknown_field(value: &Value, schema: &JSONSchemaProps, path: &str) -> Option<(String, String)> {
     if let (Some(items), Some(schema)) = (value.as_sequence(), item_schema(schema)) {
         let unknown = |(index, item)| unknown_field(item, schema, &format!("{path}[{index}]"));
         return items.iter().enumerate().find_map(unknown);
@@ -183,11 +230,15 @@ fn unknown_field(value: &Value, schema: &JSONSchemaProps, path: &str) -> Option<
     let (fields, properties) = (value.as_mapping()?, schema.properties.as_ref()?);
     fields.iter().find_map(|(name, value)| {
         let name = name.as_str().unwrap_or("(not text)");
-        let path = if path.is_empty() { name.to_owned() } else { format!("{path}.{name}") };
-        match (properties.get(name), path.as_str()) {
+        let inner = if path.is_empty() { name.to_owned() } else { format!("{path}.{name}") };
+        match (properties.get(name), inner.as_str()) {
             (_, "apiVersion" | "kind" | "metadata") => None,
-            (Some(schema), _) => unknown_field(value, schema, &path),
-            (None, _) => Some(path),
+            (Some(schema), _) => unknown_field(value, schema, &inner),
+            (None, _) => {
+                let known: Vec<&str> = properties.keys().map(String::as_str).collect();
+                let parent = if path.is_empty() { "it" } else { path };
+                Some((inner, format!("{parent} has {}", known.join(", "))))
+            }
         }
     })
 }
@@ -253,7 +304,11 @@ mod tests {
     #[test]
     fn unknown_fields_are_refused_by_path() {
         let text = refused(&GOOD.replace("{source:", "{sources: x, source:"));
-        assert_eq!(text, "some/models.yaml: spec.model.sources is not a field of a ModelDeployment");
+        assert_eq!(
+            text,
+            "some/models.yaml: spec.model.sources is not a field of a ModelDeployment; spec.model has \
+             credentialsRef, maxContextTokens, revision, servedNames, source"
+        );
         let text = format!("{GOOD}  scheduling:\n    tolerations: [{{key: a}}, {{operater: Exists}}]\n");
         assert!(refused(&text).contains("spec.scheduling.tolerations[1].operater"), "{}", refused(&text));
     }
@@ -261,6 +316,30 @@ mod tests {
     #[test]
     fn a_model_needs_a_name() {
         assert_eq!(refused(&GOOD.replace("{name: a}", "{}")), "some/models.yaml: metadata.name is missing");
+    }
+
+    #[test]
+    fn names_that_no_object_can_have_are_refused() {
+        for (metadata, words) in [
+            ("name: Tiny_R1", "metadata.name is Tiny_R1; use at most 253 of a-z"),
+            ("name: a..b", "metadata.name is a..b; use"),
+            ("name: -a", "metadata.name is -a; use"),
+            (&format!("name: {}", "a".repeat(254)), "use at most 253"),
+            ("name: 123", "metadata.name is 123; use a text; put it in quotes"),
+            ("name: a, namespace: a.b", "metadata.namespace is a.b; use at most 63 of a-z"),
+        ] {
+            let text = refused(&GOOD.replace("{name: a}", &format!("{{{metadata}}}")));
+            assert!(text.contains(words), "{text}");
+        }
+        for name in ["a", "1.b-c", "'123'", &"a".repeat(253)] {
+            let text = GOOD.replace("{name: a}", &format!("{{name: {name}}}"));
+            assert!(parse(&text, Path::new("a.yaml")).is_ok(), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_byte_order_mark_is_passed_over() {
+        assert_eq!(parse(&format!("\u{feff}{GOOD}"), Path::new("a.yaml")).unwrap().len(), 1);
     }
 
     #[test]
