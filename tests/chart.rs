@@ -78,11 +78,13 @@ const REFUSED: [(&str, &str); 14] = [
 ];
 
 /// What the operator may do, one line a rule.
-const RIGHTS: [&str; 9] = [
+const RIGHTS: [&str; 11] = [
     "apps/statefulsets: create delete get list patch watch",
     "batch/jobs: create delete get list patch watch",
     "/configmaps: create delete get list patch watch",
-    "/pods: list watch",
+    "/events: list watch",
+    "/persistentvolumeclaims: get",
+    "/pods: delete list watch",
     "/pods/status: patch",
     "/serviceaccounts: create get list patch watch",
     "/services: create get list patch watch",
@@ -292,8 +294,9 @@ fn the_operator_has_these_rights_and_no_others() {
         };
         let namespaces: Vec<_> = settings.iter().filter(|setting| setting.starts_with("watchNamespaces")).collect();
         let kind = if namespaces.is_empty() { "ClusterRole" } else { "Role" };
+        let nodes = |role: &&Value| text(role, &["metadata", "name"]).starts_with("modelfleet-operator-nodes-");
         let named = |role: &&Value| text(role, &["metadata", "name"]) != "modelfleet-operator-home";
-        let roles: Vec<_> = of_kind(&objects, kind).filter(named).collect();
+        let roles: Vec<_> = of_kind(&objects, kind).filter(|role| named(role) && !nodes(role)).collect();
         assert!(!roles.is_empty(), "{name}");
         for role in roles {
             let mut expected: BTreeSet<_> = RIGHTS.map(str::to_owned).into();
@@ -305,6 +308,8 @@ fn the_operator_has_these_rights_and_no_others() {
         let expected =
             ["/pods: list watch", "coordination.k8s.io/leases: create", "coordination.k8s.io/leases: get update"];
         assert_eq!(rights(home), expected.map(str::to_owned).into(), "{name}");
+        let everywhere = of_kind(&objects, "ClusterRole").find(nodes).expect("nodes are in no namespace");
+        assert_eq!(rights(everywhere), ["/nodes: get".to_owned()].into(), "{name}");
     }
 }
 
@@ -315,7 +320,8 @@ fn roles_are_made_in_the_watched_namespaces_only() {
     };
     let roles = of_kind(&objects, "Role").map(|role| text(role, &["metadata", "namespace"]));
     assert_eq!(roles.collect::<BTreeSet<_>>(), ["team-a", "team-b", "modelfleet-system"].into());
-    assert_eq!(of_kind(&objects, "ClusterRole").count(), 0);
+    let everywhere = of_kind(&objects, "ClusterRole").map(|role| text(role, &["metadata", "name"]));
+    assert_eq!(everywhere.collect::<Vec<_>>(), ["modelfleet-operator-nodes-modelfleet-system"]);
 }
 
 #[test]

@@ -12,7 +12,11 @@ use std::{
 
 use crds::{ModelDeployment, ModelDeploymentSpec, Reason};
 use futures::{FutureExt, StreamExt};
-use k8s_openapi::{api::core::v1::PodCondition, apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
+use k8s_openapi::{
+    api::core::v1::{Pod, PodCondition},
+    apimachinery::pkg::apis::meta::v1::Time,
+    jiff::Timestamp,
+};
 use kube::{
     Api, Client, Resource,
     runtime::{
@@ -39,7 +43,7 @@ use crate::{
     error::{Class, Error},
     facts::facts,
     lease::{self, Candidate, Leadership},
-    observe::{Guarded, Observed, Stores, observe, watching},
+    observe::{Guarded, Look, Observed, Stores, observe, watch_deployments},
     render::{self, Install, Names, ROUTED, read_accepted},
     replica::{Replica, Worker},
     report::{Case, Note, notes, refused, report},
@@ -87,6 +91,7 @@ struct Context {
     install: Install,
     recorder: Recorder,
     stores: Stores,
+    look: Look,
     deployments: Arc<Mutex<Vec<Store<Guarded>>>>,
     backoff: Backoff<ObjectRef<Guarded>>,
     histories: Arc<Mutex<HashMap<String, History>>>,
@@ -127,11 +132,8 @@ async fn control(
     scopes: Scopes,
 ) {
     context.stores.ready().await;
-    let api: Api<Guarded> = match &namespace {
-        Some(namespace) => Api::namespaced(client, namespace),
-        None => Api::all(client),
-    };
-    let controller = Controller::new(api, watching())
+    let (reader, deployments) = watch_deployments(&client, namespace.as_deref());
+    let controller = Controller::for_stream(deployments, reader)
         .with_config(controller::Config::default().debounce(DEBOUNCE).concurrency(CONCURRENCY))
         .reconcile_on(ReceiverStream::new(woken));
     lock(&context.deployments).push(controller.store());
@@ -179,12 +181,13 @@ async fn pass(object: &Guarded, context: &Context) -> Result<Action, Error> {
         context.fleet.remove(names.path());
         return Ok(Action::await_change());
     }
-    let seen = observe(&md, &context.stores, &context.fleet);
+    let mut seen = observe(&md, &context.stores, &context.fleet);
     let (md, accepted) = accept(md, unreadable, &names, &seen, context)?;
     let accepted = match accepted {
         Ok(accepted) => accepted,
         Err(refusals) => return refuse(&md, &names, &refusals, context).await,
     };
+    look_closer(&md, &accepted.model, &mut seen, context).await?;
     let now = now();
     let before = md.status.as_ref().and_then(|status| status.desired_replicas).map(|count| count.max(0).unsigned_abs());
     let decision = context.with_history(names.path(), |history| {
@@ -215,6 +218,20 @@ async fn pass(object: &Guarded, context: &Context) -> Result<Action, Error> {
     });
     let written = write_status(&md, &status, context).await;
     next(&decision, outcome?, written?)
+}
+
+/// Adds what no watch shows and this model needs: the claim of its source, and nodes.
+async fn look_closer(
+    md: &ModelDeployment,
+    model: &ValidModel,
+    seen: &mut Observed,
+    context: &Context,
+) -> Result<(), Error> {
+    seen.claim = context.look.claim(md).await?;
+    let matters = |pod: &&Pod| model.spreads_over_labels() || pod.metadata.deletion_timestamp.is_some();
+    let pods: Vec<&Pod> = seen.pods.iter().map(AsRef::as_ref).filter(matters).collect();
+    seen.nodes = context.look.nodes(&pods).await?;
+    Ok(())
 }
 
 /// When to look again, if nothing wakes us before.
@@ -285,10 +302,11 @@ fn accept(
     seen: &Observed,
     context: &Context,
 ) -> Result<(ModelDeployment, Verdict), Error> {
-    let others = context.readable_deployments();
-    let taken = served::taken(&md, others.iter().map(AsRef::as_ref));
+    let all = context.all_deployments();
+    let others = || all.iter().filter_map(|object| object.0.as_ref().ok());
+    let taken = served::taken(&md, others());
     let free = |md: &ModelDeployment| {
-        let taken = served::taken(md, others.iter().map(AsRef::as_ref));
+        let taken = served::taken(md, others());
         served::asked(md).into_iter().filter(|name| !taken.iter().any(|one| one.name == *name)).collect()
     };
     let refusals = match unreadable {
@@ -405,10 +423,8 @@ async fn publish(md: &ModelDeployment, note: Note, context: &Context) {
 }
 
 impl Context {
-    fn readable_deployments(&self) -> Vec<Arc<ModelDeployment>> {
-        let all: Vec<Arc<Guarded>> = lock(&self.deployments).iter().flat_map(Store::state).collect();
-        let read = |object: &Arc<Guarded>| object.0.as_ref().ok().map(|md| Arc::new(md.clone()));
-        all.iter().filter_map(read).collect()
+    fn all_deployments(&self) -> Vec<Arc<Guarded>> {
+        lock(&self.deployments).iter().flat_map(Store::state).collect()
     }
 
     fn with_history<T>(&self, model: &str, act: impl FnOnce(&mut Option<History>) -> T) -> T {

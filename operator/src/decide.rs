@@ -3,6 +3,8 @@
 //! Pure but for the scaling history that it is handed. The decisions themselves are the planner's; this file asks it
 //! in order and puts the answers together.
 
+use std::fmt;
+
 use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt;
 use planner::{
@@ -30,6 +32,27 @@ pub enum Planning {
     Planned(Plan),
     /// It does not.
     NoRoom(NoRoom),
+    /// The claim that holds the model can be mounted on one node only, and there is more than one worker.
+    NotShared(NotShared),
+}
+
+/// A claim that not all workers can read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NotShared {
+    /// Its name.
+    pub claim: String,
+    /// How it may be mounted.
+    pub modes: Vec<String>,
+    /// Workers that are wanted: of each replica, and replicas.
+    pub workers: (u32, u32),
+}
+
+impl fmt::Display for NotShared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (shards, replicas) = self.workers;
+        write!(f, "spec.model.source names claim {}, which is {}; ", self.claim, self.modes.join(", "))?;
+        write!(f, "{replicas} x {shards} workers need ReadOnlyMany or ReadWriteMany, so use such a claim or one worker")
+    }
 }
 
 /// A replica that should exist.
@@ -105,9 +128,15 @@ pub fn decide(
     if let Some(record) = asked.filter(|record| !records.iter().any(|known| known.revision == record.revision)) {
         records.push(record);
     }
+    let planning = shared(planning, model, seen);
     let basis = basis(&revision, &planning, &replicas);
     let (wanted, scaling) = wanted(model, seen.fleet.load.as_ref(), desired_before, history, now);
-    let step = basis.as_ref().map(|basis| next_step(model, basis, &replicas, seen, wanted, now)).unwrap_or_default();
+    let made = match planning {
+        // what runs stays, and one replica more could not mount the claim
+        Planning::NotShared(_) => wanted.min(count(replicas.iter().filter(|replica| replica.stands()))),
+        _ => wanted,
+    };
+    let step = basis.as_ref().map(|basis| next_step(model, basis, &replicas, seen, made, now)).unwrap_or_default();
     let targets = targets(&replicas, basis.as_ref(), &step, now);
     let has_record = |replica: &&Replica| records.iter().any(|record| record.revision == replica.revision);
     let left_alone = replicas.iter().filter(|replica| replica.set.is_some() && !has_record(replica));
@@ -171,6 +200,24 @@ fn plan_asked(
         _ => None,
     };
     (planning, record)
+}
+
+/// Refuses a claim that only one node can mount, unless one worker is all there is to be.
+fn shared(planning: Planning, model: &ValidModel, seen: &Observed) -> Planning {
+    let (Planning::Planned(plan), Some(claim)) = (&planning, &seen.claim) else {
+        return planning;
+    };
+    let replicas = model.autoscaling.as_ref().map_or(model.replicas, |policy| policy.max);
+    let many = claim.modes.iter().any(|mode| mode.ends_with("Many"));
+    if many || claim.modes.is_empty() || plan.shards.saturating_mul(replicas) <= 1 {
+        return planning;
+    }
+    let (claim, modes) = (claim.name.clone(), claim.modes.clone());
+    Planning::NotShared(NotShared { claim, modes, workers: (plan.shards, replicas) })
+}
+
+fn count<T>(all: impl Iterator<Item = T>) -> u32 {
+    u32::try_from(all.count()).unwrap_or(u32::MAX)
 }
 
 fn planned(outcome: Outcome) -> Planning {

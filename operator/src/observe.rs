@@ -3,16 +3,18 @@
 //! A reconcile reads no object from the API server; it may see yesterday. What follows from it is the same each time,
 //! and `apply` waits for its own writes.
 
-use std::{fmt::Debug, net::IpAddr, sync::Arc};
+mod look;
+
+use std::{collections::BTreeMap, fmt::Debug, net::IpAddr, sync::Arc};
 
 use crds::ModelDeployment;
-use futures::{StreamExt, TryStreamExt};
+use futures::{Stream, StreamExt};
 use k8s_openapi::{
     NamespaceResourceScope,
     api::{
         apps::v1::StatefulSet,
         batch::v1::Job,
-        core::v1::{ConfigMap, Pod, Service, ServiceAccount},
+        core::v1::{ConfigMap, Event, Pod, PodSpec, Service, ServiceAccount},
         policy::v1::PodDisruptionBudget,
     },
 };
@@ -29,6 +31,7 @@ use serde::de::DeserializeOwned;
 use tokio::{sync::mpsc, task::JoinSet};
 use tracing::warn;
 
+pub use self::look::{Claim, Look, NodeView};
 use crate::{
     apply::owned_by,
     control::{Fleet, FleetView, Identity},
@@ -75,6 +78,12 @@ pub struct Observed {
     pub pods: Vec<Arc<Pod>>,
     /// What its processes said.
     pub fleet: FleetView,
+    /// Pods that were not made, by StatefulSets and Jobs of ours.
+    pub refused_pods: Vec<Arc<Event>>,
+    /// The claim that the source names, if there is one.
+    pub claim: Option<Claim>,
+    /// The nodes that matter, by name.
+    pub nodes: BTreeMap<String, NodeView>,
 }
 
 /// All that one scope (a namespace, or all of them) holds of us.
@@ -87,19 +96,29 @@ pub struct Stores {
     jobs: Store<Job>,
     budgets: Store<PodDisruptionBudget>,
     pods: Store<Pod>,
+    refused_pods: Store<Event>,
 }
 
 impl Stores {
     /// Begins to watch what is ours in `namespace` (`None`: everywhere). Each change wakes its ModelDeployment.
     pub fn watch(client: &Client, namespace: Option<&str>, wake: &Wake, tasks: &mut JoinSet<()>) -> Self {
+        let ours = || watching().labels(MODEL);
+        let stateful_sets = watch(client, namespace, ours(), trim, parent, wake, tasks);
+        let jobs = watch(client, namespace, ours(), trim, parent, wake, tasks);
+        let failed = watching().fields("reason=FailedCreate");
+        let of_event = {
+            let (sets, jobs) = (stateful_sets.clone(), jobs.clone());
+            move |event: &Event| involved(event, &sets).or_else(|| involved(event, &jobs))
+        };
         Self {
-            service_accounts: watch(client, namespace, MODEL, wake, tasks),
-            services: watch(client, namespace, MODEL, wake, tasks),
-            config_maps: watch(client, namespace, MODEL, wake, tasks),
-            stateful_sets: watch(client, namespace, MODEL, wake, tasks),
-            jobs: watch(client, namespace, MODEL, wake, tasks),
-            budgets: watch(client, namespace, MODEL, wake, tasks),
-            pods: watch(client, namespace, MODEL, wake, tasks),
+            service_accounts: watch(client, namespace, ours(), trim, parent, wake, tasks),
+            services: watch(client, namespace, ours(), trim, parent, wake, tasks),
+            config_maps: watch(client, namespace, ours(), trim, parent, wake, tasks),
+            budgets: watch(client, namespace, ours(), trim, parent, wake, tasks),
+            pods: watch(client, namespace, ours(), trim_pod, parent, wake, tasks),
+            refused_pods: watch(client, namespace, failed, trim, of_event, wake, tasks),
+            stateful_sets,
+            jobs,
         }
     }
 
@@ -114,6 +133,7 @@ impl Stores {
             self.jobs.wait_until_ready(),
             self.budgets.wait_until_ready(),
             self.pods.wait_until_ready(),
+            self.refused_pods.wait_until_ready(),
         );
     }
 
@@ -131,7 +151,7 @@ pub fn watch_pods(
     wake: &Wake,
     tasks: &mut JoinSet<()>,
 ) -> Store<Pod> {
-    watch(client, namespace, selector, wake, tasks)
+    watch(client, namespace, watching().labels(selector), trim_pod, parent, wake, tasks)
 }
 
 /// Reads what there is of `md`.
@@ -150,7 +170,15 @@ pub fn observe(md: &ModelDeployment, stores: &Stores, fleet: &Fleet) -> Observed
             pod.metadata.namespace.as_deref() == Some(&namespace) && pod.annotations().get(MODEL_NAME) == Some(&name)
         }),
         fleet: fleet.seen(&format!("{namespace}/{name}")),
+        refused_pods: Vec::new(),
+        claim: None,
+        nodes: BTreeMap::new(),
     };
+    let sets = observed.owned.stateful_sets.iter().filter_map(|set| set.uid());
+    let makers: Vec<String> = sets.chain(observed.owned.jobs.iter().filter_map(|job| job.uid())).collect();
+    observed.refused_pods = stores
+        .refused_pods
+        .state_filter(|event| event.involved_object.uid.as_ref().is_some_and(|uid| makers.contains(uid)));
     observed.pods.sort_by_key(|pod| pod.name_any());
     observed
 }
@@ -170,7 +198,29 @@ where
     objects
 }
 
-fn watch<K>(client: &Client, namespace: Option<&str>, selector: &str, wake: &Wake, tasks: &mut JoinSet<()>) -> Store<K>
+/// Follows the ModelDeployments of `namespace` (`None`: all).
+pub fn watch_deployments(
+    client: &Client,
+    namespace: Option<&str>,
+) -> (Store<Guarded>, impl Stream<Item = Result<Guarded, watcher::Error>> + Send + use<>) {
+    let (reader, writer) = store();
+    let api: Api<Guarded> = match namespace {
+        Some(namespace) => Api::namespaced(client.clone(), namespace),
+        None => Api::all(client.clone()),
+    };
+    let events = watcher(api, watching()).modify(trim).default_backoff().reflect(writer).touched_objects();
+    (reader, events)
+}
+
+fn watch<K>(
+    client: &Client,
+    namespace: Option<&str>,
+    config: watcher::Config,
+    trim: fn(&mut K),
+    parent: impl Fn(&K) -> Option<ObjectRef<Guarded>> + Send + 'static,
+    wake: &Wake,
+    tasks: &mut JoinSet<()>,
+) -> Store<K>
 where
     K: Resource<Scope = NamespaceResourceScope, DynamicType = ()>
         + Clone
@@ -185,15 +235,7 @@ where
         None => Api::all(client.clone()),
     };
     let (reader, writer) = store();
-    let slim = |mut object: K| {
-        object.managed_fields_mut().clear();
-        object
-    };
-    let events = watcher(api, watching().labels(selector))
-        .map_ok(move |event| event.modify(|object| *object = slim(object.clone())))
-        .default_backoff()
-        .reflect(writer)
-        .touched_objects();
+    let events = watcher(api, config).modify(trim).default_backoff().reflect(writer).touched_objects();
     let wake = wake.clone();
     tasks.spawn(async move {
         let mut events = std::pin::pin!(events);
@@ -212,6 +254,37 @@ where
         }
     });
     reader
+}
+
+/// Drops what nobody here reads: who wrote which field weighs more than the object itself.
+fn trim(object: &mut impl ResourceExt) {
+    object.managed_fields_mut().clear();
+    object.annotations_mut().remove("kubectl.kubernetes.io/last-applied-configuration");
+}
+
+/// Of a pod, what it is for, where it is and how it is; what it was made from is in its StatefulSet.
+fn trim_pod(pod: &mut Pod) {
+    trim(pod);
+    let node_name = pod.spec.take().and_then(|spec| spec.node_name);
+    pod.spec = node_name.map(|name| PodSpec { node_name: Some(name), ..PodSpec::default() });
+    if let Some(status) = &mut pod.status {
+        (status.pod_ips, status.host_ips, status.qos_class) = (None, None, None);
+        let lists = [&mut status.container_statuses, &mut status.init_container_statuses];
+        for container in lists.into_iter().flatten().flatten() {
+            (container.resources, container.allocated_resources, container.volume_mounts) = (None, None, None);
+            (container.user, container.container_id) = (None, None);
+        }
+    }
+}
+
+/// The ModelDeployment whose StatefulSet or Job an event is about.
+fn involved<K>(event: &Event, store: &Store<K>) -> Option<ObjectRef<Guarded>>
+where
+    K: Resource<DynamicType = ()> + Clone + 'static,
+{
+    let object = &event.involved_object;
+    let name = ObjectRef::new(object.name.as_deref()?).within(object.namespace.as_deref()?);
+    parent(store.get(&name)?.as_ref())
 }
 
 /// The ModelDeployment that an object belongs to: its controller, or for pods the name that their template carries.

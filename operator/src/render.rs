@@ -1,7 +1,7 @@
 //! Whole objects from a decision: pure, and it cannot fail.
 //!
 //! One file a part: `name` (names and labels), `record` (what is remembered), `set` (a replica, and what stands
-//!X
+//! around the workers), `pod` (what runs in one).
 
 mod name;
 mod pod;
@@ -18,7 +18,7 @@ use planner::{ModelDescription, Plan};
 
 pub use self::{
     name::{DESCRIBE, MODEL, MODEL_NAME, Names, POD_INDEX, REPLICA, REVISION, Revision, WORKER},
-    pod::{ROUTED, Workload, template},
+    pod::{ROUTED, Workload, claim, template},
     record::{Record, read_accepted, read_plan},
     set::DRAINING_SINCE,
 };

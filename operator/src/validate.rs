@@ -92,6 +92,11 @@ pub struct ValidModel {
 }
 
 impl ValidModel {
+    /// Failure domains are told by a label that only nodes have.
+    pub fn spreads_over_labels(&self) -> bool {
+        self.redundancy > 0 && self.spread_across != HOST
+    }
+
     /// What the planner is asked.
     pub fn request(&self, previous: Option<planner::Placement>) -> planner::Request {
         planner::Request {

@@ -26,7 +26,7 @@ use crate::{
     backoff::Backoff,
     control::Fleet,
     lease::Leadership,
-    observe::{self, Guarded, Stores, Wake},
+    observe::{self, Guarded, Look, Stores, Wake},
 };
 
 /// What the tasks beside the controllers need of all scopes.
@@ -60,6 +60,7 @@ impl Scopes {
             [] => vec![None],
             some => some.iter().cloned().map(Some).collect(),
         };
+        let look = Look::new(client.clone());
         let mut all = Vec::new();
         for namespace in namespaces {
             let (wake, woken) = mpsc::channel(1024);
@@ -73,6 +74,7 @@ impl Scopes {
                 install: settings.install.clone(),
                 recorder: recorder.clone(),
                 stores,
+                look: look.clone(),
                 deployments: scopes.deployments.clone(),
                 backoff: Backoff::default(),
                 histories: scopes.histories.clone(),

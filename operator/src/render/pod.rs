@@ -341,7 +341,7 @@ fn reading_mounts(workload: &Workload<'_>) -> Vec<VolumeMount> {
 }
 
 /// The claim of `pvc://CLAIM/PATH`.
-pub(super) fn claim(source: &str) -> Option<&str> {
+pub fn claim(source: &str) -> Option<&str> {
     source.strip_prefix("pvc://").and_then(|rest| rest.split('/').next())
 }
 

@@ -91,6 +91,7 @@ fn planned(case: &Case<'_>) -> Finding {
             Finding::no(kind, Reason::DescribeFailed, format!("the description cannot be read: {why}"))
         }
         Planning::NoRoom(why) => Finding::no(kind, no_room(why), why.to_string()),
+        Planning::NotShared(why) => Finding::no(kind, Reason::ClaimNotShared, why.to_string()),
         Planning::Planned(plan) => {
             let message = format!("{} shards, the fullest needs {}", plan.shards, plan.fullest().total());
             Finding::yes(kind, Reason::Planned, message)
@@ -116,6 +117,9 @@ fn model_ready(case: &Case<'_>, trouble: &Trouble) -> Finding {
 
 fn scheduled(case: &Case<'_>, trouble: &Trouble) -> Finding {
     let kind = ConditionType::Scheduled;
+    if let Some((reason, message)) = &trouble.not_made {
+        return Finding::no(kind, *reason, message.clone());
+    }
     if let Some(message) = &trouble.unschedulable {
         return Finding::no(kind, Reason::Unschedulable, message.clone());
     }
@@ -173,6 +177,9 @@ fn degraded(case: &Case<'_>, counts: &Counts<'_>, trouble: &Trouble) -> Finding 
             _ => Reason::ApplyFailed,
         };
         return Finding::yes(kind, reason, error.chain());
+    }
+    if let Some((reason, message)) = &trouble.not_made {
+        return Finding::yes(kind, *reason, message.clone());
     }
     if let Some(image) = &trouble.image {
         return Finding::yes(kind, Reason::ImagePullFailed, image.clone());

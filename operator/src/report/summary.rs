@@ -14,7 +14,7 @@ type Words = fn(&Case<'_>, &Counts<'_>, &Trouble) -> Option<String>;
 
 /// The line for a model that runs, or is about to.
 pub(super) fn summary(case: &Case<'_>, counts: &Counts<'_>, trouble: &Trouble) -> String {
-    let words: [Words; 6] = [refused, failed, at_zero, unplanned, broken, moving];
+    let words: [Words; 7] = [refused, failed, at_zero, not_made, unplanned, broken, moving];
     let first = words.iter().find_map(|words| words(case, counts, trouble));
     line(&first.unwrap_or_else(|| "Ready".to_owned()))
 }
@@ -59,6 +59,10 @@ fn at_zero(case: &Case<'_>, counts: &Counts<'_>, _: &Trouble) -> Option<String> 
     }
 }
 
+fn not_made(_: &Case<'_>, _: &Counts<'_>, trouble: &Trouble) -> Option<String> {
+    trouble.not_made.as_ref().map(|(reason, message)| format!("Degraded: {reason}: {message}"))
+}
+
 fn unplanned(case: &Case<'_>, _: &Counts<'_>, trouble: &Trouble) -> Option<String> {
     match &case.decision.planning {
         Planning::Describing => Some(match &trouble.model {
@@ -67,6 +71,7 @@ fn unplanned(case: &Case<'_>, _: &Counts<'_>, trouble: &Trouble) -> Option<Strin
         }),
         Planning::Unreadable(why) => Some(format!("DescribeFailed: {why}")),
         Planning::NoRoom(why) => Some(format!("Unplannable: {why}")),
+        Planning::NotShared(why) => Some(format!("Unplannable: {why}")),
         Planning::Planned(_) => None,
     }
 }

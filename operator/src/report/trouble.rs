@@ -1,6 +1,8 @@
 //! What is wrong with the workers, and how far those are that still come up.
 
 use crds::Reason;
+use k8s_openapi::{api::core::v1::Event, apimachinery::pkg::apis::meta::v1::Time};
+use kube::ResourceExt;
 
 use super::Case;
 use crate::{
@@ -13,6 +15,8 @@ use crate::{
 pub(super) struct Trouble {
     /// Why the model cannot be described, fetched or loaded.
     pub(super) model: Option<(Reason, String)>,
+    /// Why a pod is not made, in the API server's words.
+    pub(super) not_made: Option<(Reason, String)>,
     /// Why a pod has no node.
     pub(super) unschedulable: Option<String>,
     /// An image that cannot be pulled, with Kubernetes' reason.
@@ -61,6 +65,7 @@ impl Trouble {
         let mut trouble = Self { model: describer(case), ..Self::default() };
         let stays = |one: &&Replica| one.stands() && one.draining_since.is_none();
         for replica in case.decision.replicas.iter().filter(stays) {
+            trouble.not_made = trouble.not_made.take().or_else(|| not_made(replica, case));
             trouble.lost.extend(replica.lost());
             for ordinal in 0..replica.shards() {
                 match replica.worker(ordinal) {
@@ -69,6 +74,7 @@ impl Trouble {
                 }
             }
         }
+        trouble.not_made = trouble.not_made.take().or_else(|| describer_not_made(case));
         for pod in &case.seen.pods {
             trouble.image = trouble.image.take().or_else(|| image(&Worker::bare(pod)));
         }
@@ -139,6 +145,46 @@ fn of(failure: &FailureView, case: &Case<'_>) -> (Reason, String) {
         _ => failure.message.clone(),
     };
     (reason, message)
+}
+
+/// Why a pod of a replica is not made: a refusal that is younger than every pod that was.
+fn not_made(replica: &Replica, case: &Case<'_>) -> Option<(Reason, String)> {
+    let set = replica.set.as_ref()?;
+    if (0..replica.shards()).all(|ordinal| replica.worker(ordinal).is_some()) {
+        return None;
+    }
+    let pods = replica.workers.iter().map(|worker| worker.pod.as_ref());
+    let newest = pods.filter_map(|pod| pod.metadata.creation_timestamp.as_ref()).max();
+    refusal(set.uid()?.as_str(), newest, case)
+}
+
+fn describer_not_made(case: &Case<'_>) -> Option<(Reason, String)> {
+    let name = case.names.describe(&case.decision.revision);
+    let job = case.seen.owned.jobs.iter().find(|job| job.name_any() == name)?;
+    let mut pods = case.seen.pods.iter().flat_map(|pod| pod.owner_references());
+    let uid = job.uid()?;
+    if pods.any(|owner| owner.uid == uid) { None } else { refusal(&uid, None, case) }
+}
+
+/// The newest event that tells why `maker` could not make a pod, unless a pod came `after`.
+fn refusal(maker: &str, after: Option<&Time>, case: &Case<'_>) -> Option<(Reason, String)> {
+    let of = |event: &&std::sync::Arc<Event>| event.involved_object.uid.as_deref() == Some(maker);
+    let newest = case.seen.refused_pods.iter().filter(of).max_by_key(|event| time(event))?;
+    if after.is_some_and(|after| time(newest).is_some_and(|at| at < *after)) {
+        return None;
+    }
+    let message = newest.message.as_deref().unwrap_or("the API server does not say why");
+    // the controllers say first what they were doing
+    let words = message.split_once("failed error: ").or_else(|| message.split_once("Error creating: "));
+    let words = words.map_or(message, |(_, words)| words);
+    let quota = words.contains("exceeded quota") || words.contains("failed quota");
+    Some((if quota { Reason::QuotaExceeded } else { Reason::PodRefused }, words.to_owned()))
+}
+
+fn time(event: &Event) -> Option<Time> {
+    let series = event.series.as_ref().and_then(|series| series.last_observed_time.as_ref());
+    let micro = series.or(event.event_time.as_ref()).map(|time| Time(time.0));
+    event.last_timestamp.clone().or(micro)
 }
 
 fn image(worker: &Worker) -> Option<String> {

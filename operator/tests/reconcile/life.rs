@@ -127,6 +127,48 @@ async fn a_lost_worker_is_named_with_what_it_held_and_comes_back() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_claim_of_one_node_takes_one_worker_and_is_named() {
+    let world = World::with(1).await;
+    let _operator = world.operator(0).await;
+    world.api().apply(json!({"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "models"},
+        "spec": {"accessModes": ["ReadWriteOnce"]}}));
+    let mut model = model();
+    model["spec"]["model"]["source"] = json!("pvc://models/tiny-r1");
+    world.api().apply(model);
+    world.says("Unplannable: spec.model.source names claim models, which is ReadWriteOnce; 1 x 2 workers need ReadOnlyMany").await;
+    assert_eq!(world.condition("Planned")["reason"], "ClaimNotShared");
+    assert!(world.names("statefulsets").is_empty());
+    world.api().edit("persistentvolumeclaims", "models", |claim| {
+        claim["spec"]["accessModes"] = json!(["ReadWriteOnce", "ReadOnlyMany"]);
+    });
+    world.ready().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn pods_that_are_refused_are_told_in_the_servers_words() {
+    let (world, _operator) = World::installed().await;
+    world.cluster.no_pods.store(true, Ordering::Relaxed);
+    world.edit(|spec| spec["replicas"] = json!(2));
+    world.until("a second set", |world| world.names("statefulsets").len() == 2).await;
+    let set = world.names("statefulsets").into_iter().find(|name| name.ends_with("-1")).unwrap();
+    let uid = world.api().get("statefulsets", &set).unwrap()["metadata"]["uid"].clone();
+    let words = format!("pods \"{set}-0\" is forbidden: exceeded quota: small, requested: pods=1, used: pods=2");
+    world.api().apply(json!({"apiVersion": "v1", "kind": "Event", "metadata": {"name": "refused"},
+        "reason": "FailedCreate", "lastTimestamp": "2026-02-01T00:00:00Z",
+        "message": format!("create Pod {set}-0 in StatefulSet {set} failed error: {words}"),
+        "involvedObject": {"kind": "StatefulSet", "namespace": "default", "name": set, "uid": uid}}));
+    world.says(&format!("Degraded: QuotaExceeded: pods \"{set}-0\" is forbidden: exceeded quota: small")).await;
+    for condition in ["Degraded", "Scheduled"] {
+        assert_eq!(world.condition(condition)["reason"], "QuotaExceeded", "{condition}");
+        assert_eq!(world.condition(condition)["message"], words, "{condition}");
+    }
+    assert_eq!(world.status()["printed"]["ready"], "1/2", "what runs goes on");
+    world.cluster.no_pods.store(false, Ordering::Relaxed);
+    world.ready().await;
+    assert_eq!(world.condition("Degraded")["status"], "False");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_refused_spec_leaves_what_runs_and_taking_it_back_recovers() {
     let (world, _operator) = World::installed().await;
     let objects = world.objects();

@@ -21,6 +21,7 @@ pub struct Path {
     /// A server-side apply.
     pub apply: bool,
     labels: Vec<(String, Option<String>)>,
+    fields: Vec<(String, Option<String>)>,
 }
 
 impl Path {
@@ -43,6 +44,7 @@ impl Path {
             version: find("resourceVersion").and_then(|version| version.parse().ok()).unwrap_or(0),
             apply: find("fieldManager").is_some(),
             labels: find("labelSelector").map(|selector| selector.split(',').map(label).collect()).unwrap_or_default(),
+            fields: find("fieldSelector").map(|selector| selector.split(',').map(label).collect()).unwrap_or_default(),
         }
     }
 
@@ -50,10 +52,12 @@ impl Path {
     pub fn selects(&self, object: &Value) -> bool {
         let here = self.namespace.as_deref().is_none_or(|namespace| object["metadata"]["namespace"] == namespace);
         let labels = &object["metadata"]["labels"];
-        here && self.labels.iter().all(|(key, value)| match value {
-            Some(value) => labels[key] == value.as_str(),
-            None => !labels[key].is_null(),
-        })
+        let chosen = self.fields.iter().all(|(key, value)| object[key] == value.as_deref().unwrap_or_default());
+        here && chosen
+            && self.labels.iter().all(|(key, value)| match value {
+                Some(value) => labels[key] == value.as_str(),
+                None => !labels[key].is_null(),
+            })
     }
 }
 

@@ -1,0 +1,118 @@
+//! What is read when it is needed, because a watch of it would show us much that is not ours: the claim of a source, and
+//! nodes.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use crds::ModelDeployment;
+use k8s_openapi::api::core::v1::{Node, PersistentVolumeClaim, Pod};
+use kube::{Api, Client, ResourceExt};
+use tokio::time::Instant;
+
+use crate::{apply::CALL, error::Error, render::claim};
+
+/// A node is read anew after this long.
+const NODE_AGE: Duration = Duration::from_secs(5);
+
+/// A PersistentVolumeClaim, as far as it matters.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Claim {
+    /// Its name.
+    pub name: String,
+    /// Such as `ReadWriteOnce`.
+    pub modes: Vec<String>,
+}
+
+/// A node, as far as it matters.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct NodeView {
+    /// Its labels.
+    pub labels: BTreeMap<String, String>,
+    /// Its kubelet reports.
+    pub ready: bool,
+}
+
+/// Reads single objects.
+#[derive(Clone)]
+pub struct Look {
+    client: Client,
+    nodes: Arc<Mutex<HashMap<String, (Instant, Option<NodeView>)>>>,
+}
+
+impl Look {
+    /// Reads through `client`.
+    pub fn new(client: Client) -> Self {
+        Self { client, nodes: Arc::default() }
+    }
+
+    /// The claim that the source of `md` names; `None` if it names none, or one that is not there yet.
+    ///
+    /// # Errors
+    /// If the API server refuses or does not answer.
+    pub async fn claim(&self, md: &ModelDeployment) -> Result<Option<Claim>, Error> {
+        let Some(name) = claim(&md.spec.model.source) else {
+            return Ok(None);
+        };
+        let api: Api<PersistentVolumeClaim> = Api::namespaced(self.client.clone(), &md.namespace().unwrap_or_default());
+        let found = read("PersistentVolumeClaim", name, api.get_opt(name)).await?;
+        let modes = |claim: PersistentVolumeClaim| claim.spec.and_then(|spec| spec.access_modes).unwrap_or_default();
+        Ok(found.map(|claim| Claim { name: name.to_owned(), modes: modes(claim) }))
+    }
+
+    /// The nodes of these pods, by name; one that is gone is not among them.
+    ///
+    /// # Errors
+    /// If the API server refuses or does not answer.
+    pub async fn nodes(&self, pods: &[&Pod]) -> Result<BTreeMap<String, NodeView>, Error> {
+        let mut nodes = BTreeMap::new();
+        for name in pods.iter().filter_map(|pod| node_of(pod)) {
+            if !nodes.contains_key(name)
+                && let Some(node) = self.node(name).await?
+            {
+                nodes.insert(name.to_owned(), node);
+            }
+        }
+        Ok(nodes)
+    }
+
+    async fn node(&self, name: &str) -> Result<Option<NodeView>, Error> {
+        let known = self.known().get(name).filter(|(at, _)| at.elapsed() < NODE_AGE).cloned();
+        if let Some((_, node)) = known {
+            return Ok(node);
+        }
+        let api: Api<Node> = Api::all(self.client.clone());
+        let node = read("Node", name, api.get_opt(name)).await?.map(view);
+        let mut nodes = self.known();
+        nodes.retain(|_, (at, _)| at.elapsed() < NODE_AGE);
+        nodes.insert(name.to_owned(), (Instant::now(), node.clone()));
+        Ok(node)
+    }
+
+    fn known(&self) -> std::sync::MutexGuard<'_, HashMap<String, (Instant, Option<NodeView>)>> {
+        self.nodes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The node that a pod is bound to.
+pub(crate) fn node_of(pod: &Pod) -> Option<&str> {
+    pod.spec.as_ref()?.node_name.as_deref()
+}
+
+fn view(node: Node) -> NodeView {
+    let conditions = node.status.and_then(|status| status.conditions).unwrap_or_default();
+    let ready = conditions.iter().any(|one| one.type_ == "Ready" && one.status == "True");
+    NodeView { labels: node.metadata.labels.unwrap_or_default(), ready }
+}
+
+async fn read<T>(
+    kind: &str,
+    name: &str,
+    call: impl Future<Output = Result<Option<T>, kube::Error>>,
+) -> Result<Option<T>, Error> {
+    let late = |_| Error::Timeout { kind: kind.to_owned(), name: name.to_owned(), after: CALL };
+    let found = tokio::time::timeout(CALL, call).await.map_err(late)?;
+    found.map_err(|source| Error::Read { kind: kind.to_owned(), name: name.to_owned(), source: Box::new(source) })
+}
