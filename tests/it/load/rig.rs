@@ -212,6 +212,7 @@ fn facts(replicas: u32) -> ModelFacts {
         revision: REVISION.into(),
         content_hash: HASH.into(),
         placement: planner::Placement { shards: 1, layers: Vec::new() },
+        also_hold: None,
         draining: false,
         workers: vec![worker(replica)],
     };
@@ -222,6 +223,8 @@ fn facts(replicas: u32) -> ModelFacts {
         max_pending: 10_000,
         max_wait: super::PATIENCE,
         max_context_tokens: 1024,
+        migration_attempts: 3,
+        expert_wait: None,
         replicas: (0..replicas).map(replica).collect(),
     }
 }
