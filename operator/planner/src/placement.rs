@@ -7,7 +7,11 @@ use serde::{Deserialize, Serialize};
 use crate::model::MoeLayer;
 use crate::units::Bytes;
 
+mod balance;
 mod copies;
+mod split;
+
+pub use split::{Peak, balance, peak};
 
 /// What is to be placed: every expert of every layer, `redundancy + 1` times, on `shards` workers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -123,6 +127,26 @@ impl Placement {
             covered.count() as u32
         };
         self.layers.iter().map(of).min()
+    }
+
+    /// The bytes that workers have to load which hold what is `before`.
+    pub fn bytes_from(&self, before: &Placement, layers: &[MoeLayer]) -> Bytes {
+        self.loads_from(before, layers).into_iter().sum()
+    }
+
+    /// The bytes that each worker has to load, by ordinal, if it holds what is `before`.
+    pub fn loads_from(&self, before: &Placement, layers: &[MoeLayer]) -> Vec<Bytes> {
+        let then: BTreeMap<u32, &LayerPlacement> = before.layers.iter().map(|layer| (layer.layer, layer)).collect();
+        let come = |layer: &LayerPlacement| {
+            let of = |(expert, holders): (usize, &Vec<u32>)| {
+                let had = then.get(&layer.layer).and_then(|then| then.experts.get(expert));
+                let new = |holder: &u32| !had.is_some_and(|had| had.contains(holder));
+                holders.iter().copied().filter(new).collect()
+            };
+            LayerPlacement { layer: layer.layer, experts: layer.experts.iter().enumerate().map(of).collect() }
+        };
+        let new = Placement { shards: self.shards, layers: self.layers.iter().map(come).collect() };
+        new.expert_bytes(layers)
     }
 
     /// How many experts, over all layers, have a holder here that they had not in `before`.

@@ -2,7 +2,9 @@
 
 use std::collections::VecDeque;
 
+use super::balance::Task;
 use super::{LayerPlacement, Placement, Problem, Unplaceable};
+use crate::model::MoeLayer;
 use crate::units::Bytes;
 
 /// For each expert of a layer the ordinals of its holders.
@@ -19,8 +21,7 @@ pub(super) fn place(problem: &Problem<'_>, previous: Option<&Placement>) -> Resu
     let mut layers = Vec::with_capacity(problem.layers.len());
     for index in 0..problem.layers.len() {
         let layer = Layer { problem, index, domains: &domains };
-        let mut experts = layer.place(&mut bytes, previous).ok_or_else(|| no_room(problem, &domains))?;
-        experts.iter_mut().for_each(|holders| holders.sort_unstable());
+        let experts = layer.place(&mut bytes, previous).ok_or_else(|| no_room(problem, &domains))?;
         layers.push(LayerPlacement { layer: problem.layers[index].layer, experts });
     }
     Ok(Placement { shards: problem.workers() as u32, layers })
@@ -92,11 +93,22 @@ struct Layer<'a> {
 impl Layer<'_> {
     /// The holders of each expert; adds to the workers' bytes. `None` if there is no room.
     fn place(&self, bytes: &mut [Bytes], previous: Option<&Placement>) -> Option<Holders> {
-        let before = self.holders_before(previous);
-        let shares = self.shares(&before, bytes)?;
-        for (total, share) in bytes.iter_mut().zip(&shares) {
-            *total = total.plus(self.expert_bytes().times(u64::from(*share)));
+        let mut holders = match self.rows() {
+            Some(rows) => self.by_load(&rows, bytes, previous)?,
+            None => self.required(bytes, previous)?,
+        };
+        for holder in holders.iter().flatten() {
+            bytes[*holder as usize] = bytes[*holder as usize].plus(self.expert_bytes());
         }
+        holders.iter_mut().for_each(|holders| holders.sort_unstable());
+        Some(holders)
+    }
+
+    /// The copies that must be, and no more.
+    fn required(&self, bytes: &[Bytes], previous: Option<&Placement>) -> Option<Holders> {
+        let mut before = self.holders_before(previous);
+        before.iter_mut().for_each(|holders| holders.truncate(self.problem.copies() as usize));
+        let shares = self.shares(&before, bytes)?;
         let mut filling = Filling::new(self, before, &shares);
         filling.fill();
         debug_assert!(
@@ -106,20 +118,56 @@ impl Layer<'_> {
         Some(filling.holders)
     }
 
+    /// Copies by load, in all the room there is. Where domains or room leave them no simple way, the required ones are
+    /// placed first, without regard to load.
+    fn by_load(&self, rows: &[u64], bytes: &[Bytes], previous: Option<&Placement>) -> Option<Holders> {
+        let (copies, domains) = (self.problem.copies() as usize, self.domains);
+        let mut slots = match self.problem.room {
+            Some(_) => (0..bytes.len()).map(|worker| self.part_of_room(worker, bytes[worker]).0).collect(),
+            None => self.shares(&self.holders_before(previous), bytes)?,
+        };
+        if let Some(placed) = (Task { rows, slots: &slots, copies, domains }).place(self.holders_before(previous)) {
+            return Some(placed);
+        }
+        let required = self.required(bytes, previous)?;
+        for (worker, slots) in (0..).zip(&mut slots) {
+            *slots = (*slots).max(required.iter().filter(|holders| holders.contains(&worker)).count() as u32);
+        }
+        Some(Task { rows, slots: &slots, copies, domains }.place(required.clone()).unwrap_or(required))
+    }
+
+    /// The measured rows of each expert, if there are any, scaled down so that sums and products stay far below 2^64.
+    fn rows(&self) -> Option<Vec<u64>> {
+        let measured = self.problem.loads?.get(self.index)?;
+        let total: u128 = measured.iter().map(|rows| u128::from(*rows)).sum();
+        let shift = (128 - total.leading_zeros()).saturating_sub(40);
+        let rows = |expert| measured.get(expert as usize).map_or(0, |rows| rows >> shift);
+        (total > 0).then(|| (0..self.problem.experts).map(rows).collect())
+    }
+
     fn expert_bytes(&self) -> Bytes {
         self.problem.layers[self.index].expert_bytes
     }
 
-    /// For each expert the holders that may stay: they exist, and are in different domains.
+    /// For each expert the holders that may stay: they exist; those in different domains first, and others only if the
+    /// copies that must be are in different ones.
     fn holders_before(&self, previous: Option<&Placement>) -> Holders {
         let number = self.problem.layers[self.index].layer;
         let before = previous.and_then(|p| p.layers.iter().find(|l| l.layer == number));
         let holders = |expert: u32| {
-            let mut kept: Vec<u32> = Vec::with_capacity(self.problem.copies() as usize);
-            for holder in before.and_then(|b| b.experts.get(expert as usize)).into_iter().flatten() {
-                let exists = (*holder as usize) < self.problem.workers();
-                if exists && kept.len() < self.problem.copies() as usize && self.is_apart(&kept, *holder) {
-                    kept.push(*holder);
+            let before = before.and_then(|b| b.experts.get(expert as usize)).map_or(&[][..], Vec::as_slice);
+            let exist = || before.iter().copied().filter(|holder| (*holder as usize) < self.problem.workers());
+            let mut kept: Vec<u32> = Vec::with_capacity(before.len());
+            for holder in exist() {
+                if self.is_apart(&kept, holder) {
+                    kept.push(holder);
+                }
+            }
+            if kept.len() >= self.problem.copies() as usize {
+                for holder in exist() {
+                    if !kept.contains(&holder) {
+                        kept.push(holder);
+                    }
                 }
             }
             kept
@@ -145,21 +193,21 @@ impl Layer<'_> {
         let has_more: Vec<bool> = held.iter().map(|count| *count > base).collect();
         let lucky = choose(bytes, &has_more, left_over, self.expert_bytes(), self.problem.largest());
         let even: Vec<u32> = lucky.into_iter().map(|lucky| base + u32::from(lucky)).collect();
-        let most: Vec<u32> = (0..bytes.len()).map(|worker| self.room(worker, bytes[worker])).collect();
+        let most: Vec<u32> = (0..bytes.len()).map(|worker| self.part_of_room(worker, bytes[worker]).1).collect();
         let is_within = even.iter().zip(&most).all(|(share, most)| share <= most)
             && self.by_domain(&even).iter().all(|share| *share <= self.problem.experts);
         if is_within { Some(even) } else { self.capped_shares(copies, &held, bytes, &most) }
     }
 
-    /// How many copies the worker's room allows: its part of all layers up to this one, less what it has.
-    fn room(&self, worker: usize, has: Bytes) -> u32 {
-        let Some(room) = self.problem.room.and_then(|room| room.get(worker)) else { return u32::MAX };
-        let weight =
-            |layers: &[crate::model::MoeLayer]| layers.iter().map(|l| u128::from(l.expert_bytes.0)).sum::<u128>();
+    /// How many copies fit a worker's part of its room for all layers up to this one: for certain, and at most.
+    fn part_of_room(&self, worker: usize, has: Bytes) -> (u32, u32) {
+        let Some(room) = self.problem.room.and_then(|room| room.get(worker)) else { return (u32::MAX, u32::MAX) };
+        let weight = |layers: &[MoeLayer]| layers.iter().map(|l| u128::from(l.expert_bytes.0)).sum::<u128>();
         let (upto, all) = (weight(&self.problem.layers[..=self.index]), weight(self.problem.layers));
         let (part, one) = (u128::from(room.0) * upto / all.max(1), u128::from(self.expert_bytes().0.max(1)));
-        let (even, left) = (part.saturating_sub(u128::from(has.0)).div_ceil(one), u128::from(room.minus(has).0) / one);
-        u32::try_from(even.min(left)).unwrap_or(u32::MAX)
+        let (part, left) = (part.saturating_sub(u128::from(has.0)), u128::from(room.minus(has).0) / one);
+        let count = |copies: u128| copies.min(u128::from(self.problem.experts)) as u32;
+        (count(left.min(part / one)), count(left.min(part.div_ceil(one))))
     }
 
     fn by_domain(&self, shares: &[u32]) -> Vec<u32> {
