@@ -7,4 +7,5 @@ mod contract;
 mod http;
 mod load;
 mod local;
+mod soak;
 mod trace;

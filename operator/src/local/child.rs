@@ -23,7 +23,7 @@ use crate::launch::{Launch, Value};
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 /// A child that lived so long had started well.
-const LIVED: Duration = Duration::from_secs(30);
+const LIVED: Duration = Duration::from_secs(5);
 
 /// What becomes of a child.
 #[derive(Debug)]

@@ -1,0 +1,177 @@
+//! Workers are killed, frozen and cut off while streams run: no client loses, doubles or changes a token.
+//!
+//! Each request is asked undisturbed first. Under faults the same requests are asked again and again, and each answer
+//! must be the same, piece by piece, log probabilities included. Every fault is shown to have bitten.
+
+mod ask;
+mod fault;
+
+use std::{
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+    },
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, ensure};
+use tests::local::{Fleet, Process, metrics};
+
+use self::{
+    ask::{Answer, Ask},
+    fault::{Fault, Faults},
+};
+use crate::http::chat;
+
+/// Replicas of how many shards each.
+const REPLICAS: (u32, u32) = (2, 4);
+/// Streams at once.
+const COMPANY: usize = 12;
+/// Faults in the tests; by command as many as `SOAK_FAULTS` says.
+const FAULTS: usize = 300;
+/// The longest that one fault or one answer may take.
+const PATIENCE: Duration = Duration::from_secs(90);
+/// A fault comes when clients have read up to so many more pieces.
+const APART: u64 = 24;
+
+fn deployment() -> (tempfile::TempDir, PathBuf) {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("model.yaml");
+    let model = tests::root().join("manifests/models/tiny-r1");
+    let (replicas, shards) = REPLICAS;
+    let yaml = format!(
+        "apiVersion: modelfleet.io/v1alpha1\nkind: ModelDeployment\nmetadata: {{name: tiny}}\nspec:\n  \
+         model: {{source: \"file://{}\"}}\n  replicas: {replicas}\n  parallelism: {{expert: {{shards: {shards}}}}}\n  \
+         routing: {{migration: {{maxAttempts: 100}}}}\n",
+        model.display()
+    );
+    std::fs::write(&file, yaml).unwrap();
+    (folder, file)
+}
+
+/// What clients do until they are told to stop, and what went wrong.
+struct Load {
+    asks: Vec<(Ask, Answer)>,
+    url: String,
+    grpc: String,
+    /// Pieces that clients have read.
+    read: AtomicU64,
+    answers: AtomicU64,
+    stops: AtomicBool,
+}
+
+impl Load {
+    /// Asks each request undisturbed.
+    async fn new(url: String, grpc: String) -> anyhow::Result<Self> {
+        let read = AtomicU64::new(0);
+        let mut asks = Vec::new();
+        for ask in ask::all() {
+            let answer = ask.send(&url, &grpc, &read).await.with_context(|| format!("{ask:?}"))?;
+            asks.push((ask, answer));
+        }
+        Ok(Self { asks, url, grpc, read, answers: AtomicU64::new(0), stops: AtomicBool::new(false) })
+    }
+
+    async fn client(&self, first: usize) -> anyhow::Result<()> {
+        for (ask, expected) in self.asks.iter().cycle().skip(first) {
+            if self.stops.load(Relaxed) {
+                return Ok(());
+            }
+            let answer = tokio::time::timeout(PATIENCE, ask.send(&self.url, &self.grpc, &self.read)).await;
+            let answer = answer.context("it hangs").flatten().with_context(|| format!("{ask:?}"));
+            if answer.is_err() {
+                self.stops.store(true, Relaxed);
+            }
+            let answer = answer?;
+            if answer != *expected {
+                self.stops.store(true, Relaxed);
+                anyhow::bail!("{ask:?}\n{}", ask::difference(&answer, expected));
+            }
+            self.answers.fetch_add(1, Relaxed);
+        }
+        Ok(())
+    }
+
+    /// Waits until clients have read so many more pieces, while `faults` pass.
+    async fn go_on(&self, pieces: u64, faults: &mut Faults) -> anyhow::Result<()> {
+        let (begun, until) = (Instant::now(), self.read.load(Relaxed) + pieces);
+        while self.read.load(Relaxed) < until && !self.stops.load(Relaxed) {
+            ensure!(begun.elapsed() < PATIENCE, "no stream goes on");
+            faults.thaw(Instant::now());
+            tokio::time::sleep(Duration::from_millis(2)).await; // polls
+        }
+        Ok(())
+    }
+}
+
+/// The workers as they were printed last.
+fn workers(fleet: &Fleet) -> Vec<Process> {
+    let mut latest = std::collections::BTreeMap::new();
+    latest.extend(fleet.workers().into_iter().map(|process| (process.name.clone(), process)));
+    latest.into_values().collect()
+}
+
+async fn inject(fleet: &Fleet, load: &Load, count: usize, draw: &mut fastrand::Rng) -> anyhow::Result<Faults> {
+    let mut faults = Faults::new();
+    while faults.bitten() < count && !load.stops.load(Relaxed) {
+        load.go_on(draw.u64(1..=APART), &mut faults).await?;
+        let worker = draw.choice(workers(fleet)).context("there are workers")?;
+        let fault = Fault::drawn(draw, faults.can_reset());
+        tokio::task::block_in_place(|| faults.inject(fault, &worker))?;
+    }
+    Ok(faults)
+}
+
+/// The value of a counter with this reason, summed over its other labels.
+fn counted(text: &str, name: &str, reason: &str) -> f64 {
+    let reason = format!("reason=\"{reason}\"");
+    let lines = text.lines().filter(|line| line.starts_with(name) && line.contains(&reason));
+    lines.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn faults_cost_no_client_a_token() {
+    let count = std::env::var("SOAK_FAULTS").map_or(FAULTS, |count| count.parse().expect("SOAK_FAULTS is a number"));
+    let seed = std::env::var("SOAK_SEED").map_or(20_261_124, |seed| seed.parse().expect("SOAK_SEED is a number"));
+    let (_folder, file) = deployment();
+    let fleet = tokio::task::block_in_place(|| {
+        let mut fleet = Fleet::start(&file, &[]).unwrap();
+        fleet.ready().unwrap();
+        fleet
+    });
+    let url = fleet.url().unwrap();
+    let load = Arc::new(Load::new(url.clone(), fleet.grpc().await.unwrap()).await.unwrap());
+    let clients: Vec<_> = (0..COMPANY)
+        .map(|first| {
+            let load = load.clone();
+            tokio::spawn(async move { load.client(first).await })
+        })
+        .collect();
+
+    let begun = Instant::now();
+    let injected = inject(&fleet, &load, count, &mut fastrand::Rng::with_seed(seed)).await;
+    load.stops.store(true, Relaxed);
+    for client in clients {
+        if let Err(error) = client.await.unwrap() {
+            panic!("seed {seed}: {error:#}\n{:#?}", fleet.printed());
+        }
+    }
+    let faults = injected.unwrap_or_else(|error| panic!("seed {seed}: {error:#}\n{:#?}", fleet.printed()));
+    let router = fleet.processes().into_iter().find(|process| process.name == "router").unwrap();
+    let metrics = metrics(&router.admin().await.unwrap()).await.unwrap();
+    let resumed = |reason| counted(&metrics, "modelfleet_router_resumed_streams_total", reason);
+    eprintln!(
+        "seed {seed}: {faults:?} in {:?}; {} answers, none lost or different; resumed: {} lost, {} silent, {} draining",
+        begun.elapsed(),
+        load.answers.load(Relaxed),
+        resumed("lost"),
+        resumed("silent"),
+        resumed("draining"),
+    );
+    assert!(resumed("lost") > 0.0, "streams ran where the faults came:\n{metrics}");
+    assert_eq!(counted(&metrics, "modelfleet_router_unresumed_streams_total", ""), 0.0);
+    assert_eq!(chat(&url, "tiny", "What is 47 + 85?").await.unwrap().content, "132");
+    drop(faults);
+    fleet.stop().unwrap();
+}
