@@ -124,11 +124,11 @@ impl Row {
         let Row { name, shards, slots, skew, drift } = self;
         println!(
             "| {skew:.1}, {drift:.2} | {shards} / {slots} | {name} | {:.3} | {:.3} | {:.3} | {:.1} GiB, to {:.3} | {:.1} ms, {:.1} ms |",
-            balance(problem, plans[0], loads[0]),
-            balance(problem, plans[0], loads[1]),
+            balance(plans[0], loads[0]),
+            balance(plans[0], loads[1]),
             even(plans[0], loads[1]),
             plans[1].bytes_from(plans[0], problem.layers).0 as f64 / f64::from(1 << 30),
-            balance(problem, plans[1], loads[1]),
+            balance(plans[1], loads[1]),
             ms[0],
             ms[1],
         );

@@ -5,6 +5,7 @@
 //! |---|---|
 //! | How many workers has a replica, which experts and how many cached tokens has each? | [`plan`] |
 //! | Where does each expert go, given where it is? | [`placement::place`] |
+//! | Is a better placement worth its move? | [`rebalance::decide`] |
 //! | How does a placement change while requests run? | [`live::next_step`] |
 //! | Which replicas are made, drained and deleted now? | [`rollout::next_step`] |
 //! | How many replicas are wanted now? | [`autoscale::decide`] |
@@ -24,10 +25,11 @@ pub mod live;
 mod memory;
 mod model;
 pub mod placement;
+pub mod rebalance;
 pub mod rollout;
 mod units;
 
-pub use memory::{Need, NoRoom, Outcome, Plan, Request, plan};
+pub use memory::{ExpertRoom, Need, NoRoom, Outcome, Plan, Request, plan};
 pub use model::{ModelDescription, ModelFile, MoeLayer};
 pub use placement::Placement;
 pub use units::{Bytes, Millis, Tokens};

@@ -137,7 +137,7 @@ impl fmt::Display for Why {
         let (ordinals, verb) = match self {
             Why::Load => return f.write_str("the wanted experts load"),
             Why::Switch => return f.write_str("all have loaded"),
-            Why::Drop => return f.write_str("all ask the new holders"),
+            Why::Drop => return f.write_str("all ask the same holders"),
             Why::Loading(ordinals) => (ordinals, "loading"),
             Why::Missing(ordinals) => (ordinals, "missing"),
             Why::Acknowledging(ordinals) => (ordinals, "on an older table"),
@@ -148,16 +148,30 @@ impl fmt::Display for Why {
     }
 }
 
+impl fmt::Display for Published {
+    /// The width, and the one that is held besides: `4`, `4 and 6`; for few experts the holders of each.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&text(&self.placement))?;
+        self.also_hold.as_ref().map_or(Ok(()), |also| write!(f, ", hold {}", text(also)))
+    }
+}
+
+/// The holders of each expert, where one layer of a few tells all; else the width.
+fn text(placement: &Placement) -> String {
+    const FEW: usize = 8;
+    match placement.layers.as_slice() {
+        [only] if only.experts.len() <= FEW => {
+            let holders = |of: &Vec<u32>| of.iter().map(u32::to_string).collect::<Vec<String>>().join("+");
+            only.experts.iter().map(holders).collect::<Vec<String>>().join(" ")
+        }
+        _ => format!("{} shards", placement.shards),
+    }
+}
+
 impl fmt::Display for Step {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Step::Publish(next, why) => {
-                write!(f, "publish {}", next.placement.shards)?;
-                if let Some(also) = &next.also_hold {
-                    write!(f, " and hold {}", also.shards)?;
-                }
-                write!(f, ", {} pods ({why})", next.pods())
-            }
+            Step::Publish(next, why) => write!(f, "publish {next}, {} pods ({why})", next.pods()),
             Step::Wait(why) => write!(f, "wait ({why})"),
             Step::Complete => f.write_str("complete"),
         }

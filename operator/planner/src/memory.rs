@@ -64,9 +64,15 @@ pub struct Plan {
 
 impl Plan {
     /// What a worker may hold of experts, all layers together, where all else in it takes what was planned.
-    pub fn expert_room(&self, worker_memory: Bytes) -> Bytes {
+    ///
+    /// A worker that gets other experts holds old and new ones for a while, so an eighth stays free for that, unless the
+    /// copies that must be need it.
+    pub fn expert_room(&self, worker_memory: Bytes) -> ExpertRoom {
+        const FREE: u64 = 8;
         let fullest = self.fullest();
-        worker_memory.minus(fullest.total().minus(fullest.experts))
+        let most = worker_memory.minus(fullest.total().minus(fullest.experts));
+        let steady = Bytes(most.0 - most.0.div_ceil(FREE)).max(fullest.experts.min(most));
+        ExpertRoom { steady, moving: most }
     }
 
     /// Why the workers cannot be spread as the copies ask: `roomy` of the failure domains, each an `across` such as
@@ -87,6 +93,15 @@ impl Plan {
     pub fn fullest(&self) -> Need {
         self.workers.iter().copied().max_by_key(Need::total).unwrap_or_default()
     }
+}
+
+/// What a worker may hold of experts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ExpertRoom {
+    /// In a placement: the room of [`Problem::room`].
+    pub steady: Bytes,
+    /// While a placement changes: the room of [`crate::rebalance::decide`].
+    pub moving: Bytes,
 }
 
 /// What a worker needs in memory, in parts.

@@ -11,7 +11,7 @@ mod balance;
 mod copies;
 mod split;
 
-pub use split::{Peak, balance, peak};
+pub use split::{Peak, balance, peak, peaks, skew_percent};
 
 /// What is to be placed: every expert of every layer, `redundancy + 1` times, on `shards` workers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -127,6 +127,31 @@ impl Placement {
             covered.count() as u32
         };
         self.layers.iter().map(of).min()
+    }
+
+    /// The least, over all experts, of holders that `live` knows. `None` for a dense model.
+    pub fn min_copies(&self, live: impl Fn(u32) -> bool) -> Option<u32> {
+        let experts = self.layers.iter().flat_map(|layer| &layer.experts);
+        experts.map(|holders| holders.iter().filter(|holder| live(**holder)).count() as u32).min()
+    }
+
+    /// Whether it has all that the problem asks for: its layers and experts, its workers and no others, as many copies in
+    /// as many failure domains, each worker within its room. If not, it must be placed anew, whatever the load.
+    pub fn meets(&self, problem: &Problem<'_>) -> bool {
+        let numbers = problem.layers.iter().map(|layer| layer.layer);
+        let experts = problem.experts as usize;
+        let is_apart = |holders: &Vec<u32>| {
+            let domains = copies::Domains::of(problem);
+            let of: BTreeSet<usize> = holders.iter().filter_map(|h| domains.of.get(*h as usize).copied()).collect();
+            let workers: BTreeSet<&u32> = holders.iter().collect();
+            of.len() >= problem.copies() as usize && workers.len() == holders.len()
+        };
+        let within = |(held, room): (Bytes, &Bytes)| held <= *room;
+        self.shards == problem.shards
+            && self.layers.iter().map(|layer| layer.layer).eq(numbers)
+            && self.layers.iter().all(|layer| layer.experts.len() == experts && layer.experts.iter().all(is_apart))
+            && self.holders().into_iter().all(|holder| holder < self.shards)
+            && self.expert_bytes(problem.layers).into_iter().zip(problem.room.unwrap_or_default()).all(within)
     }
 
     /// The bytes that workers have to load which hold what is `before`.

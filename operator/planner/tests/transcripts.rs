@@ -1,21 +1,12 @@
 //! A rollout and an hour of scaling as text, one line a step, beside this file. `UPDATE=1 cargo test -p planner` writes
 //! them anew.
 
+#[path = "compare/transcript.rs"]
+mod transcript;
+
 use planner::Millis;
 use planner::autoscale::{self, History, Load, Policy};
 use planner::rollout::{Replica, State, Step, Wanted, next_step};
-
-fn compare(name: &str, text: &str) {
-    let path = format!("{}/tests/{name}.txt", env!("CARGO_MANIFEST_DIR"));
-    if std::env::var_os("UPDATE").is_some() {
-        std::fs::write(&path, text).expect("the transcript can be written");
-    }
-    let committed = std::fs::read_to_string(&path).unwrap_or_default();
-    assert!(
-        committed == text,
-        "operator/planner/tests/{name}.txt differs; run: UPDATE=1 cargo test -p planner\n{text}"
-    );
-}
 
 /// A fleet that does what it is told: a new replica takes 20 s to get ready, a draining one 10 s to get empty.
 struct Fleet {
@@ -124,7 +115,7 @@ fn rollouts_read_as_expected() {
     fleet.run(&Wanted { max_surge: 0, max_unavailable: 1, ..wanted("last", 1) }, 430);
     fleet.note("suspend");
     fleet.run(&wanted("last", 0), 460);
-    compare("rollout", &fleet.text);
+    transcript::compare("rollout", &fleet.text);
 }
 
 /// Waiting and running requests, minute by minute.
@@ -162,5 +153,5 @@ fn an_hour_of_scaling_reads_as_expected() {
         told = line;
         current = decision.to;
     }
-    compare("hour", &text);
+    transcript::compare("hour", &text);
 }

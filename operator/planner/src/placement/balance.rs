@@ -12,8 +12,9 @@ const HOTTER_EIGHTHS: u128 = 10;
 const LEVEL: u64 = 128;
 /// How often all splits are levelled, one after the other, before the loads are looked at.
 const SWEEPS: usize = 6;
-/// Exchanges of copies in a layer at most.
+/// Exchanges of copies in a layer at most, and with how many idle workers each is tried.
 const EXCHANGES: usize = 96;
+const TRIES: usize = 4;
 
 /// What is to be placed in a layer.
 pub(super) struct Task<'a> {
@@ -28,14 +29,30 @@ pub(super) struct Task<'a> {
 
 impl Task<'_> {
     /// The holders of each expert, near those of `before`. `None` if a copy that must be found no slot this way.
+    ///
+    /// What is complete and level stays as it is, and what is complete changes only for a lower peak.
     pub(super) fn place(&self, before: Holders) -> Option<Holders> {
         let counts = self.counts(&before);
-        let mut layer = Split::new(self, before);
-        layer.keep(&counts);
-        layer.fill(&counts)?;
-        layer.level(SWEEPS);
-        layer.improve();
-        Some(layer.holders)
+        let mut old = Split::new(self, before);
+        let is_complete = old.is_complete();
+        if is_complete {
+            old.level(SWEEPS);
+            if old.peak() <= old.level_mark() {
+                return Some(old.holders);
+            }
+        }
+        let mut new = Split::new(self, old.holders.clone());
+        new.keep(&counts);
+        new.fill(&counts)?;
+        new.level(SWEEPS);
+        new.improve();
+        new.holders.iter_mut().for_each(|holders| holders.sort_unstable());
+        if is_complete {
+            let mut placed = Split::new(self, new.holders);
+            placed.level(SWEEPS);
+            return Some(if placed.peak() + placed.mean() / LEVEL < old.peak() { placed } else { old }.holders);
+        }
+        Some(new.holders)
     }
 
     /// How many copies each expert gets: all slots are used, for the experts whose copies would be busiest. A copy that
@@ -219,31 +236,47 @@ impl<'a> Split<'a> {
         moved
     }
 
-    /// Moves a copy from the fullest worker to the idlest, or exchanges two, while that lowers the peak and the load is
-    /// not level.
+    /// Whether every worker has copies in all its slots and no more, and every expert in as many domains as it must.
+    fn is_complete(&self) -> bool {
+        let wanted = (0..self.holders.len()).filter(|expert| self.task.rows[*expert] > 0).count() * self.held.len();
+        let slots: usize = self.task.slots.iter().map(|slots| *slots as usize).sum();
+        let held: usize = self.held.iter().map(Vec::len).sum();
+        held >= slots.min(wanted)
+            && self.held.iter().zip(self.task.slots).all(|(held, slots)| held.len() as u32 <= *slots)
+            && (0..self.holders.len()).all(|expert| self.domains_without(expert, u32::MAX) >= self.task.copies)
+    }
+
+    /// Moves a copy from the fullest worker to an idle one, or exchanges two, while that brings the loads nearer to each
+    /// other and they are not level.
     fn improve(&mut self) {
-        let level = self.mean() + self.mean() / LEVEL;
         for _ in 0..EXCHANGES {
-            let peak = self.peak();
-            if peak <= level {
-                return;
-            }
-            let Some(exchange) = self.best_exchange() else { return };
-            self.apply(exchange);
-            self.level(SWEEPS);
-            if self.peak() >= peak {
-                self.apply(Exchange { from: exchange.to, to: exchange.from, ..exchange });
+            if self.peak() <= self.level_mark() || !self.improve_once() {
                 return;
             }
         }
     }
 
-    /// What moves the most of half the gap between the fullest and the idlest worker, rather a move than an exchange.
-    fn best_exchange(&self) -> Option<Exchange> {
-        let workers = 0..self.load.len();
-        let from = workers.clone().max_by_key(|worker| (self.load[*worker], Reverse(*worker)))?;
-        let to = workers.min_by_key(|worker| (self.load[*worker], *worker))?;
-        let gap = self.load[from] - self.load[to];
+    fn improve_once(&mut self) -> bool {
+        let squares = self.squares();
+        let mut idle: Vec<usize> = (0..self.load.len()).collect();
+        idle.sort_unstable_by_key(|worker| (self.load[*worker], *worker));
+        let Some(from) = idle.pop() else { return false };
+        for to in idle.into_iter().take(TRIES) {
+            let Some(exchange) = self.best_exchange(from, to) else { continue };
+            self.apply(exchange);
+            self.level(SWEEPS);
+            if self.squares() < squares {
+                return true;
+            }
+            self.apply(Exchange { from: exchange.to, to: exchange.from, ..exchange });
+            self.level(SWEEPS);
+        }
+        false
+    }
+
+    /// What moves the most of half the gap between two workers.
+    fn best_exchange(&self, from: usize, to: usize) -> Option<Exchange> {
+        let gap = self.load[from].saturating_sub(self.load[to]);
         let has_slot = (self.held[to].len() as u32) < self.task.slots[to];
         let mut best: Option<(u64, Exchange)> = None;
         for given in &self.held[from] {
@@ -344,6 +377,16 @@ impl<'a> Split<'a> {
 
     fn peak(&self) -> u64 {
         self.load.iter().max().copied().unwrap_or_default()
+    }
+
+    /// Below it the load counts as level.
+    fn level_mark(&self) -> u64 {
+        self.mean() + self.mean() / LEVEL
+    }
+
+    /// The sum of the squares of the loads: less means nearer to each other.
+    fn squares(&self) -> u128 {
+        self.load.iter().map(|load| u128::from(*load) * u128::from(*load)).sum()
     }
 
     fn mean(&self) -> u64 {

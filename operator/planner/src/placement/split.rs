@@ -3,7 +3,7 @@
 use std::cmp::Ordering;
 use std::collections::VecDeque;
 
-use super::{Placement, Problem};
+use super::{LayerPlacement, Placement};
 
 /// The load of the fullest worker of a layer, if the rows of each expert are split as well as can be: `rows` on
 /// `workers` of them, which hold all copies of the experts that those rows ask for.
@@ -44,25 +44,47 @@ impl Ord for Peak {
 /// set of workers `T`: begin with the mean; while a flow with that capacity leaves rows behind, its least cut is a `T`
 /// with a larger quotient. Integers only, so it is exact and the same everywhere.
 ///
-/// # Assumptions
-/// Every expert with rows has a holder below `shards`; the rows of all fit 2^63 / `shards`.
+/// Rows of experts without holders, or with one beyond `shards`, are left out.
+/// Exact while all rows together, times `shards`, are below 2^62; beyond, all are scaled down first.
 pub fn peak(loads: &[u64], holders: &[Vec<u32>], shards: u32) -> Peak {
-    let mut flow = Flow::new(loads, holders, shards as usize);
-    let mut peak = Peak { rows: loads.iter().sum(), workers: shards.max(1) };
+    let total: u128 = loads.iter().map(|rows| u128::from(*rows)).sum();
+    let shift = (128 - (total * u128::from(shards.max(1))).leading_zeros()).saturating_sub(62);
+    let mut flow = Flow::new(loads.iter().map(|rows| rows >> shift), holders, shards as usize);
+    let mut peak = Peak { rows: flow.rows(), workers: shards.max(1) };
     while let Some(tighter) = flow.tighter_than(peak) {
         debug_assert!(tighter > peak, "a cut below the flow is a larger quotient");
         peak = tighter;
     }
-    peak
+    Peak { rows: peak.rows.saturating_mul(1 << shift), ..peak }
 }
 
-/// The mean over the layers of `Peak::balance`: 1 if every worker can always have the same load.
-pub fn balance(problem: &Problem<'_>, placement: &Placement, loads: &[Vec<u64>]) -> f64 {
-    let of = |(layer, loads): (&super::LayerPlacement, &Vec<u64>)| {
-        peak(loads, &layer.experts, problem.shards).balance(loads.iter().sum(), problem.shards)
+/// The mean over the layers of [`Peak::balance`]: 1 if every worker can always have the same load. The loads are rows by
+/// layer, in the order of the placement's, and expert.
+pub fn balance(placement: &Placement, loads: &[Vec<u64>]) -> f64 {
+    let of = |(layer, rows): (&LayerPlacement, &Vec<u64>)| {
+        peak(rows, &layer.experts, placement.shards)
+            .balance(rows.iter().fold(0, |sum: u64, rows| sum.saturating_add(*rows)), placement.shards)
     };
     let all: Vec<f64> = placement.layers.iter().zip(loads).map(of).collect();
     if all.is_empty() { 1.0 } else { all.iter().sum::<f64>() / all.len() as f64 }
+}
+
+/// What all layers in a row cost the fullest workers, and would at best, in thousandths of a row.
+pub fn peaks(placement: &Placement, loads: &[Vec<u64>]) -> (u128, u128) {
+    let (mut peaks, mut best) = (0, 0);
+    for (layer, rows) in placement.layers.iter().zip(loads) {
+        let peak = peak(rows, &layer.experts, placement.shards);
+        peaks += u128::from(peak.rows) * 1000 / u128::from(peak.workers.max(1));
+        best += rows.iter().map(|rows| u128::from(*rows)).sum::<u128>() * 1000 / u128::from(placement.shards.max(1));
+    }
+    (peaks, best)
+}
+
+/// By how many percent the fullest worker has more than the mean, over all layers, if the rows are split as well as can
+/// be. `None` if no rows were measured.
+pub fn skew_percent(placement: &Placement, loads: &[Vec<u64>]) -> Option<u32> {
+    let (peaks, best) = peaks(placement, loads);
+    (best > 0).then(|| u32::try_from(peaks.saturating_sub(best) * 100 / best).unwrap_or(u32::MAX))
 }
 
 /// Rows on their way to workers. An expert with one holder is a fixed load; the others are nodes of a flow.
@@ -74,21 +96,26 @@ struct Flow<'a> {
 }
 
 impl<'a> Flow<'a> {
-    fn new(loads: &[u64], holders: &'a [Vec<u32>], shards: usize) -> Self {
+    fn new(loads: impl Iterator<Item = u64>, holders: &'a [Vec<u32>], shards: usize) -> Self {
         let mut flow = Flow { fixed: vec![0; shards], movable: Vec::new(), held: vec![Vec::new(); shards] };
-        for (load, holders) in loads.iter().zip(holders).filter(|(load, _)| **load > 0) {
+        for (load, holders) in loads.zip(holders).filter(|(load, _)| *load > 0) {
             match holders.as_slice() {
+                _ if holders.iter().any(|holder| *holder as usize >= shards) => {}
                 [] => {}
                 [holder] => flow.fixed[*holder as usize] += load,
                 several => {
                     for (place, holder) in several.iter().enumerate() {
                         flow.held[*holder as usize].push((flow.movable.len(), place));
                     }
-                    flow.movable.push((*load, several));
+                    flow.movable.push((load, several));
                 }
             }
         }
         flow
+    }
+
+    fn rows(&self) -> u64 {
+        self.fixed.iter().sum::<u64>() + self.movable.iter().map(|(rows, _)| rows).sum::<u64>()
     }
 
     /// A set of workers that `at` is too little for, as the peak of that set; `None` if all rows find room.
