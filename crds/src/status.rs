@@ -264,6 +264,7 @@ pub enum Reason {
     // Progressing
     RolledOut,
     RollingOut,
+    MovingExperts,
     Draining,
     ProgressDeadlineExceeded,
     // Degraded

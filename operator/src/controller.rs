@@ -236,7 +236,10 @@ async fn look_closer(
 
 /// When to look again, if nothing wakes us before.
 fn next(decision: &Decision, applied: Applied, written: StatusWrite) -> Result<Action, Error> {
-    let moving = decision.step.why != Why::Complete || decision.running.is_none() || decision.scaling.is_some();
+    let moving = decision.step.why != Why::Complete
+        || decision.moving.is_some()
+        || decision.running.is_none()
+        || decision.scaling.is_some();
     let pause = if applied.unconfirmed || written == StatusWrite::Postponed {
         CONFIRM
     } else if moving {

@@ -8,13 +8,14 @@ use std::fmt;
 use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt;
 use planner::{
-    Millis, ModelDescription, NoRoom, Outcome, Plan, autoscale,
+    Bytes, Millis, ModelDescription, NoRoom, Outcome, Plan, autoscale, live,
     rollout::{self, ReplicaId, State, Step, Wanted},
 };
 
 use crate::{
     control::LoadView,
     error::Error,
+    moving::{self, Move, Stuck},
     observe::Observed,
     render::{Install, Names, Record, Revision, Workload, template},
     replica::{Replica, replicas},
@@ -64,8 +65,26 @@ pub struct Target {
     pub index: u32,
     /// What it is made of.
     pub plan: Plan,
+    /// The plan whose experts its workers hold besides, while experts move.
+    pub also: Option<Plan>,
+    /// Its pods.
+    pub pods: u32,
+    /// What each pod asks of its node, if it was asked before the plan changed.
+    pub request: Option<Bytes>,
     /// Since when it drains.
     pub draining_since: Option<Timestamp>,
+}
+
+impl Target {
+    /// A replica that is new.
+    pub fn new(revision: Revision, index: u32, plan: Plan) -> Self {
+        Self { revision, index, pods: plan.shards, plan, also: None, request: None, draining_since: None }
+    }
+
+    /// What each pod asks of its node. It does not change while experts move, so that they can move back.
+    pub fn memory_request(&self) -> Bytes {
+        self.request.unwrap_or_else(|| self.plan.fullest().total())
+    }
 }
 
 /// What should be.
@@ -91,6 +110,10 @@ pub struct Decision {
     pub step: Step,
     /// The replicas that should exist.
     pub targets: Vec<Target>,
+    /// Why experts of a replica move, or wait to.
+    pub moving: Option<live::Why>,
+    /// Why copies of experts cannot be kept apart.
+    pub together: Option<NoRoom>,
     /// StatefulSets that stay as they are, because the record they were made from is lost.
     pub left_alone: Vec<String>,
 }
@@ -99,6 +122,40 @@ pub struct Decision {
 struct Basis {
     revision: Revision,
     plan: Plan,
+}
+
+/// How the experts of each replica move, if they can, in the order of the replicas.
+struct Moves(Vec<Result<Option<Move>, Stuck>>);
+
+impl Moves {
+    /// Those of the asked revision that stay come to its plan; others stay as they are.
+    fn of(
+        planning: &Planning,
+        revision: &Revision,
+        records: &[Record],
+        replicas: &[Replica],
+        model: &ValidModel,
+        seen: &Observed,
+    ) -> Self {
+        let record = records.iter().find(|record| record.revision == *revision);
+        let (Planning::Planned(plan), Some(record)) = (planning, record) else {
+            return Self(replicas.iter().map(|_| Ok(None)).collect());
+        };
+        let stays = |one: &Replica| one.revision == *revision && one.stands() && one.draining_since.is_none();
+        let next = |one: &Replica| moving::next(one, plan, &record.description, model, seen);
+        Self(replicas.iter().map(|one| if stays(one) { next(one) } else { Ok(None) }).collect())
+    }
+
+    fn why(&self) -> Option<live::Why> {
+        self.0.iter().find_map(|one| one.as_ref().ok()?.as_ref()?.why.clone())
+    }
+
+    fn together(&self) -> Option<NoRoom> {
+        self.0.iter().find_map(|one| match one {
+            Err(Stuck::Domains(why)) => Some(why.clone()),
+            _ => None,
+        })
+    }
 }
 
 /// Decides what should be.
@@ -136,12 +193,16 @@ pub fn decide(
         Planning::NotShared(_) => wanted.min(count(replicas.iter().filter(|replica| replica.stands()))),
         _ => wanted,
     };
-    let step = basis.as_ref().map(|basis| next_step(model, basis, &replicas, seen, made, now)).unwrap_or_default();
-    let targets = targets(&replicas, basis.as_ref(), &step, now);
+    let moves = Moves::of(&planning, &revision, &records, &replicas, model, seen);
+    let step = basis.as_ref().map(|basis| next_step(model, basis, &replicas, &moves, seen, made, now));
+    let step = step.unwrap_or_default();
+    let targets = targets(&replicas, basis.as_ref(), &moves, &step, seen, now);
     let has_record = |replica: &&Replica| records.iter().any(|record| record.revision == replica.revision);
     let left_alone = replicas.iter().filter(|replica| replica.set.is_some() && !has_record(replica));
     Ok(Decision {
         describe: planning == Planning::Describing && !described_in_vain(names, &revision, seen),
+        moving: moves.why(),
+        together: moves.together(),
         left_alone: left_alone.map(|replica| names.replica(&replica.revision, replica.index)).collect(),
         running: basis.map(|basis| basis.revision),
         revision,
@@ -267,28 +328,30 @@ fn next_step(
     model: &ValidModel,
     basis: &Basis,
     replicas: &[Replica],
+    moves: &Moves,
     seen: &Observed,
     replicas_wanted: u32,
     now: Timestamp,
 ) -> Step {
     let wanted = Wanted {
-        revision: kind(&basis.revision, basis.plan.shards),
+        revision: basis.revision.to_string(),
         replicas: replicas_wanted,
         max_surge: model.max_surge,
         max_unavailable: model.max_unavailable,
         drain_timeout: Millis(u64::try_from(model.drain_timeout.as_millis()).unwrap_or(u64::MAX)),
     };
-    let known: Vec<_> = replicas.iter().filter(|replica| replica.stands()).map(|one| of(one, seen)).collect();
+    let known = replicas.iter().zip(&moves.0).filter(|(replica, _)| replica.stands());
+    let known: Vec<_> = known.map(|(one, moves)| of(one, moves, seen)).collect();
     rollout::next_step(&wanted, &known, millis(now))
 }
 
-fn of(replica: &Replica, seen: &Observed) -> rollout::Replica {
+fn of(replica: &Replica, moves: &Result<Option<Move>, Stuck>, seen: &Observed) -> rollout::Replica {
     let state = match replica.draining_since {
         Some(since) => State::Draining { since: millis(since), empty: routers_know(seen) && replica.empty() },
         None if replica.ready() => State::Ready,
         None => State::Starting,
     };
-    rollout::Replica { id: id(replica), state, running: replica.running() }
+    rollout::Replica { id: id(replica, moves), state, running: replica.running() }
 }
 
 /// Every live router acts on the newest snapshot, so none sends anything to a replica that drains in it.
@@ -296,33 +359,42 @@ fn routers_know(seen: &Observed) -> bool {
     seen.fleet.version.is_some() && seen.fleet.routers.iter().all(|router| router.acknowledged == seen.fleet.version)
 }
 
-fn id(replica: &Replica) -> ReplicaId {
-    ReplicaId { revision: kind(&replica.revision, replica.shards()), index: replica.index }
-}
-
-/// What makes two replicas alike for a rollout: what their workers run, and how many there are.
-fn kind(revision: &Revision, shards: u32) -> String {
-    format!("{revision}x{shards}")
+/// For a rollout, one that has outgrown its pods is of another revision.
+fn id(replica: &Replica, moves: &Result<Option<Move>, Stuck>) -> ReplicaId {
+    let revision = match moves {
+        Err(Stuck::Outgrown) => format!("{} too small", replica.revision),
+        _ => replica.revision.to_string(),
+    };
+    ReplicaId { revision, index: replica.index }
 }
 
 /// The replicas that should exist after `step`.
-fn targets(replicas: &[Replica], basis: Option<&Basis>, step: &Step, now: Timestamp) -> Vec<Target> {
-    let mut targets: Vec<Target> = replicas.iter().filter_map(|replica| kept(replica, step, now)).collect();
+fn targets(
+    replicas: &[Replica],
+    basis: Option<&Basis>,
+    moves: &Moves,
+    step: &Step,
+    seen: &Observed,
+    now: Timestamp,
+) -> Vec<Target> {
+    let kept = replicas.iter().zip(&moves.0).filter_map(|(replica, moves)| kept(replica, moves, step, seen, now));
+    let mut targets: Vec<Target> = kept.collect();
     let Some(basis) = basis else { return targets };
     // An index is free once nothing of the replica that had it is left, its last pod included.
     let taken = |index: &u32| replicas.iter().any(|one| one.revision == basis.revision && one.index == *index);
     let free = (0..).filter(|index| !taken(index)).take(step.create.len());
-    targets.extend(free.map(|index| Target {
-        revision: basis.revision.clone(),
-        index,
-        plan: basis.plan.clone(),
-        draining_since: None,
-    }));
+    targets.extend(free.map(|index| Target::new(basis.revision.clone(), index, basis.plan.clone())));
     targets
 }
 
-fn kept(replica: &Replica, step: &Step, now: Timestamp) -> Option<Target> {
-    let id = id(replica);
+fn kept(
+    replica: &Replica,
+    moves: &Result<Option<Move>, Stuck>,
+    step: &Step,
+    seen: &Observed,
+    now: Timestamp,
+) -> Option<Target> {
+    let id = id(replica, moves);
     if !replica.stands() || step.delete.contains(&id) {
         return None;
     }
@@ -333,8 +405,17 @@ fn kept(replica: &Replica, step: &Step, now: Timestamp) -> Option<Target> {
     } else {
         replica.draining_since
     };
-    let (revision, index) = (replica.revision.clone(), replica.index);
-    Some(Target { revision, index, plan: replica.plan.clone()?, draining_since })
+    let as_it_is = || Some(Move { plan: replica.plan.clone()?, also: replica.also.clone(), why: None });
+    let next = moves.as_ref().ok().cloned().flatten().or_else(as_it_is)?;
+    Some(Target {
+        revision: replica.revision.clone(),
+        index: replica.index,
+        pods: moving::width(replica, &next, seen),
+        plan: next.plan,
+        also: next.also,
+        request: replica.memory_request(),
+        draining_since,
+    })
 }
 
 fn millis(time: Timestamp) -> Millis {

@@ -58,14 +58,15 @@ fn replica(names: &Names, replica: &Replica, decision: &Decision) -> Option<Repl
         revision: replica.revision.to_string(),
         content_hash: record.description.content_hash.clone(),
         placement: replica.plan.as_ref()?.placement.clone(),
-        also_hold: None,
+        also_hold: replica.also.as_ref().map(|also| also.placement.clone()),
         draining: target.is_none_or(|target| target.draining_since.is_some()),
-        workers: replica.workers.iter().filter_map(|one| worker(names, one)).collect(),
+        workers: replica.workers.iter().filter_map(|one| worker(names, replica, one)).collect(),
     })
 }
 
 /// A worker, once it has an address.
-fn worker(names: &Names, worker: &Worker) -> Option<WorkerFacts> {
+fn worker(names: &Names, replica: &Replica, worker: &Worker) -> Option<WorkerFacts> {
+    let pods = replica.also.as_ref().map_or(0, |also| also.shards).max(replica.shards());
     let ip: IpAddr = worker.pod.status.as_ref()?.pod_ip.as_ref()?.parse().ok()?;
     Some(WorkerFacts {
         id: worker.pod.uid()?,
@@ -73,5 +74,6 @@ fn worker(names: &Names, worker: &Worker) -> Option<WorkerFacts> {
         dns_name: format!("{}:{WORKER_PORT}", names.worker_host(&worker.pod.name_any())),
         ordinal: worker.ordinal,
         ready: worker.probed(),
+        leaves: worker.ordinal >= pods,
     })
 }

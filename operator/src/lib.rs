@@ -13,6 +13,7 @@ pub mod facts;
 pub mod launch;
 pub mod lease;
 pub mod local;
+pub mod moving;
 pub mod observe;
 pub mod preview;
 pub mod render;

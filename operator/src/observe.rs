@@ -31,6 +31,7 @@ use serde::de::DeserializeOwned;
 use tokio::{sync::mpsc, task::JoinSet};
 use tracing::warn;
 
+pub(crate) use self::look::node_of;
 pub use self::look::{Claim, Look, NodeView};
 use crate::{
     apply::owned_by,

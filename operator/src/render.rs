@@ -19,7 +19,7 @@ use planner::{ModelDescription, Plan};
 pub use self::{
     name::{DESCRIBE, MODEL, MODEL_NAME, Names, POD_INDEX, REPLICA, REVISION, Revision, WORKER},
     pod::{ROUTED, Workload, claim, template},
-    record::{Record, read_accepted, read_plan},
+    record::{Record, read_accepted, read_also, read_plan},
     set::DRAINING_SINCE,
 };
 use crate::{
@@ -89,12 +89,12 @@ pub fn objects(names: &Names, model: &ValidModel, install: &Install, decision: &
     for target in &decision.targets {
         let record = decision.records.iter().find(|record| record.revision == target.revision);
         if let Some(record) = record {
-            desired.replica(names, record, target);
+            desired.replica(names, model, record, target);
         }
     }
     let with_replicas = |record: &&Record| decision.targets.iter().any(|target| target.revision == record.revision);
     let revisions = decision.records.iter().filter(with_replicas).map(|record| &record.revision);
-    desired.budgets = revisions.map(|revision| set::budget(names, revision)).collect();
+    desired.budgets = revisions.map(|revision| set::budget(names, revision, model.redundancy)).collect();
     if decision.describe {
         desired.jobs.push(describe(&Workload { names, model, install, revision: &decision.revision }));
     }
@@ -115,10 +115,9 @@ pub fn fresh(
     let mut desired = around(names, model, install);
     desired.config_maps.push(record.render(names));
     for index in 0..model.replicas {
-        let target = Target { revision: record.revision.clone(), index, plan: plan.clone(), draining_since: None };
-        desired.replica(names, &record, &target);
+        desired.replica(names, model, &record, &Target::new(record.revision.clone(), index, plan.clone()));
     }
-    desired.budgets.push(set::budget(names, &record.revision));
+    desired.budgets.push(set::budget(names, &record.revision, model.redundancy));
     desired
 }
 
@@ -136,10 +135,10 @@ fn around(names: &Names, model: &ValidModel, install: &Install) -> Desired {
 }
 
 impl Desired {
-    fn replica(&mut self, names: &Names, record: &Record, target: &Target) {
-        self.config_maps.push(record::placement(names, &record.revision, target.index, &target.plan));
-        let set = set::replica(names, record, target.index, &target.plan, target.draining_since);
-        self.stateful_sets.push(set);
+    fn replica(&mut self, names: &Names, model: &ValidModel, record: &Record, target: &Target) {
+        let (plan, also) = (&target.plan, target.also.as_ref());
+        self.config_maps.push(record::placement(names, &record.revision, target.index, plan, also));
+        self.stateful_sets.push(set::replica(names, model, record, target));
     }
 }
 

@@ -17,7 +17,7 @@ use planner::Plan;
 use crate::{
     control::{FailureView, FetcherView, FleetView, WorkerPhase, WorkerView},
     observe::Observed,
-    render::{DRAINING_SINCE, Names, POD_INDEX, REPLICA, REVISION, ROUTED, Revision, WORKER, read_plan},
+    render::{DRAINING_SINCE, Names, POD_INDEX, REPLICA, REVISION, ROUTED, Revision, WORKER, read_also, read_plan},
 };
 
 /// One replica of one revision.
@@ -29,8 +29,10 @@ pub struct Replica {
     pub index: u32,
     /// Its StatefulSet; without one only pods are left, on their way out.
     pub set: Option<Arc<StatefulSet>>,
-    /// What it is made of, unless that record is lost.
+    /// What it is made of, unless that record is lost: by this its workers ask each other.
     pub plan: Option<Plan>,
+    /// The plan whose experts its workers hold besides, while experts move.
+    pub also: Option<Plan>,
     /// Since when it drains.
     pub draining_since: Option<Timestamp>,
     /// Its pods, by ordinal.
@@ -79,8 +81,7 @@ pub fn replicas(names: &Names, seen: &Observed) -> Vec<Replica> {
 impl Replica {
     /// Workers that it should have.
     pub fn shards(&self) -> u32 {
-        let sized = self.set.as_ref().and_then(|set| set.spec.as_ref()).and_then(|spec| spec.replicas);
-        self.plan.as_ref().map_or(sized.unwrap_or(0).max(0).unsigned_abs(), |plan| plan.shards)
+        self.plan.as_ref().map_or_else(|| self.pods(), |plan| plan.shards)
     }
 
     /// Its StatefulSet exists and is not being deleted.
@@ -90,7 +91,8 @@ impl Replica {
 
     /// All its workers are ready, and every router knows them.
     pub fn ready(&self) -> bool {
-        self.shards() > 0 && self.ready_workers() == self.shards()
+        let ready = |ordinal: u32| self.worker(ordinal).is_some_and(Worker::ready);
+        self.shards() > 0 && (0..self.shards()).all(ready)
     }
 
     /// Workers that are ready and that every router knows.
@@ -219,6 +221,7 @@ fn of_set(names: &Names, set: &Arc<StatefulSet>, seen: &Observed) -> Option<Repl
     let draining = set.annotations().get(DRAINING_SINCE);
     Some(Replica {
         plan: config.and_then(|config| read_plan(config).ok()),
+        also: config.and_then(|config| read_also(config).ok().flatten()),
         draining_since: draining.and_then(|since| since.parse().ok()),
         set: Some(set.clone()),
         workers: Vec::new(),
@@ -229,7 +232,7 @@ fn of_set(names: &Names, set: &Arc<StatefulSet>, seen: &Observed) -> Option<Repl
 
 fn left_over(revision: Revision, index: u32, worker: Worker) -> Replica {
     let draining_since = worker.pod.metadata.deletion_timestamp.as_ref().map(|time| time.0);
-    Replica { revision, index, set: None, plan: None, draining_since, workers: vec![worker] }
+    Replica { revision, index, set: None, plan: None, also: None, draining_since, workers: vec![worker] }
 }
 
 fn worker(pod: &Arc<Pod>, fleet: &FleetView) -> Option<Worker> {

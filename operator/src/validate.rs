@@ -22,6 +22,7 @@ use crds::{AutoscalingMode, Migration, MigrationMode, ModelDeployment, ModelDepl
 use k8s_openapi::api::core::v1::PodTemplateSpec;
 use planner::{Bytes, Millis, Tokens, autoscale};
 
+pub(crate) use quantity::memory_bytes;
 pub use revision::RESTARTED_AT;
 
 /// Where a model is to run.
@@ -101,11 +102,11 @@ impl ValidModel {
     pub fn request(&self, previous: Option<planner::Placement>) -> planner::Request {
         planner::Request {
             shards: self.shards,
+            redundancy: self.redundancy,
             worker_memory: self.worker_memory,
             kv_cache_tokens: self.kv_cache_tokens,
             max_context_tokens: self.max_context_tokens,
             previous,
-            ..planner::Request::default()
         }
     }
 }

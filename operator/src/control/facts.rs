@@ -71,4 +71,6 @@ pub struct WorkerFacts {
     /// Its own readiness probe succeeds. Counts as loaded until the worker has spoken to this operator, so that a
     /// restarted operator takes no worker from the routers.
     pub ready: bool,
+    /// It is about to go, because its replica becomes narrower: it takes no new requests.
+    pub leaves: bool,
 }

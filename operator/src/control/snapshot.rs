@@ -34,7 +34,7 @@ pub(super) fn for_routers(model: &str, facts: &ModelFacts, words: &Words) -> Mod
                 dns_name: worker.dns_name.clone(),
                 replica: replica.replica,
                 ordinal: worker.ordinal,
-                draining: !takes || phase(replica, worker, words) == WorkerPhase::Draining,
+                draining: !takes || worker.leaves || phase(replica, worker, words) == WorkerPhase::Draining,
                 content_hash: replica.content_hash.clone(),
                 revision: replica.revision.clone(),
             });

@@ -123,6 +123,7 @@ fn facts() -> ModelFacts {
         dns_name: String::new(),
         ordinal,
         ready: false,
+        leaves: false,
     };
     let layer = planner::placement::LayerPlacement { layer: 1, experts: vec![vec![0], vec![1]] };
     ModelFacts {

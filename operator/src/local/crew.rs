@@ -391,7 +391,7 @@ fn token() -> Result<String, Error> {
 
 fn worker_facts(token: &str, ordinal: u32) -> WorkerFacts {
     let (address, dns_name) = (String::new(), String::new()); // its hello says where it is
-    WorkerFacts { id: token.to_owned(), address, dns_name, ordinal, ready: false }
+    WorkerFacts { id: token.to_owned(), address, dns_name, ordinal, ready: false, leaves: false }
 }
 
 fn model_facts(planned: &Planned, replicas: Vec<ReplicaFacts>) -> ModelFacts {

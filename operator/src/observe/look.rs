@@ -35,11 +35,14 @@ pub struct NodeView {
     pub ready: bool,
 }
 
+/// Nodes by name, and when each was read; `None`: it is gone.
+type Nodes = HashMap<String, (Instant, Option<NodeView>)>;
+
 /// Reads single objects.
 #[derive(Clone)]
 pub struct Look {
     client: Client,
-    nodes: Arc<Mutex<HashMap<String, (Instant, Option<NodeView>)>>>,
+    nodes: Arc<Mutex<Nodes>>,
 }
 
 impl Look {
@@ -91,7 +94,7 @@ impl Look {
         Ok(node)
     }
 
-    fn known(&self) -> std::sync::MutexGuard<'_, HashMap<String, (Instant, Option<NodeView>)>> {
+    fn known(&self) -> std::sync::MutexGuard<'_, Nodes> {
         self.nodes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

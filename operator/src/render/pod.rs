@@ -6,9 +6,13 @@ use k8s_openapi::{
         Capabilities, ConfigMapVolumeSource, Container, ContainerPort, EmptyDirVolumeSource, EnvVar, EnvVarSource,
         HTTPGetAction, KeyToPath, LocalObjectReference, ObjectFieldSelector, PersistentVolumeClaimVolumeSource,
         PodReadinessGate, PodSecurityContext, PodSpec, PodTemplateSpec, Probe, ResourceRequirements, SeccompProfile,
-        SecretVolumeSource, SecurityContext, Toleration, Volume, VolumeMount,
+        SecretVolumeSource, SecurityContext, Toleration, TopologySpreadConstraint, Volume, VolumeMount,
     },
-    apimachinery::pkg::{api::resource::Quantity, apis::meta::v1::ObjectMeta, util::intstr::IntOrString},
+    apimachinery::pkg::{
+        api::resource::Quantity,
+        apis::meta::v1::{LabelSelector, ObjectMeta},
+        util::intstr::IntOrString,
+    },
 };
 use planner::{Bytes, ModelDescription, Plan};
 
@@ -18,6 +22,7 @@ use super::{
     record::{CERTIFICATES, PLACEMENT},
 };
 use crate::{
+    decide::Target,
     launch::{self, ADMIN_PORT, Hub, Launch, Site, Value},
     validate::ValidModel,
 };
@@ -81,7 +86,7 @@ pub fn template(workload: &Workload<'_>, description: &ModelDescription, plan: &
 }
 
 /// Makes the recorded pods those of the replica `set` with its plan.
-pub(super) fn place(template: &mut PodTemplateSpec, set: &str, plan: &Plan) {
+pub(super) fn place(template: &mut PodTemplateSpec, set: &str, target: &Target) {
     let Some(spec) = &mut template.spec else {
         return;
     };
@@ -91,8 +96,24 @@ pub(super) fn place(template: &mut PodTemplateSpec, set: &str, plan: &Plan) {
     }
     for worker in spec.containers.iter_mut().filter(|container| container.name == WORKER) {
         let requests = worker.resources.get_or_insert_default().requests.get_or_insert_default();
-        requests.entry("memory".to_owned()).or_insert_with(|| quantity(plan.fullest().total()));
+        requests.entry("memory".to_owned()).or_insert_with(|| quantity(target.memory_request()));
     }
+}
+
+/// Keeps the copies of an expert apart: the pods of a replica are spread evenly over the failure domains that there are.
+pub(super) fn spread(template: &mut PodTemplateSpec, model: &ValidModel, pods: &LabelSelector) {
+    let Some(spec) = template.spec.as_mut().filter(|_| model.redundancy > 0) else {
+        return;
+    };
+    spec.topology_spread_constraints.get_or_insert_default().push(TopologySpreadConstraint {
+        label_selector: Some(pods.clone()),
+        max_skew: 1,
+        topology_key: model.spread_across.clone(),
+        when_unsatisfiable: "DoNotSchedule".to_owned(),
+        // a node that is gone is no domain that must be filled first
+        node_taints_policy: Some("Honor".to_owned()),
+        ..TopologySpreadConstraint::default()
+    });
 }
 
 /// The pod that reads what the model weighs.

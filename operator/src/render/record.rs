@@ -15,6 +15,7 @@ use crate::{error::Error, launch};
 const DESCRIPTION: &str = "description.json";
 const TEMPLATE: &str = "template.json";
 const PLAN: &str = "plan.json";
+const ALSO: &str = "also.json";
 const SPEC: &str = "spec.json";
 /// The file that a worker reads when no operator tells it its placement.
 pub(super) const PLACEMENT: &str = "placement.json";
@@ -76,13 +77,24 @@ impl Record {
     }
 }
 
-/// The ConfigMap `NAME-REV-I`: the plan of one replica, and the placement file of its workers.
-pub(super) fn placement(names: &Names, revision: &Revision, index: u32, plan: &Plan) -> ConfigMap {
+/// The ConfigMap `NAME-REV-I`: the plan of one replica, the one that it comes from or goes to while experts move, and
+/// the placement file of its workers.
+pub(super) fn placement(names: &Names, revision: &Revision, index: u32, plan: &Plan, also: Option<&Plan>) -> ConfigMap {
     let mut metadata = names.metadata_of(names.replica(revision, index), WORKER, revision);
     metadata.labels.get_or_insert_default().insert(REPLICA.to_owned(), index.to_string());
     let file = launch::placement_json(&plan.placement);
-    let data = [(PLAN.to_owned(), json(plan)), (PLACEMENT.to_owned(), file)];
-    ConfigMap { metadata, data: Some(data.into()), ..ConfigMap::default() }
+    let mut data = BTreeMap::from([(PLAN.to_owned(), json(plan)), (PLACEMENT.to_owned(), file)]);
+    data.extend(also.map(|also| (ALSO.to_owned(), json(also))));
+    ConfigMap { metadata, data: Some(data), ..ConfigMap::default() }
+}
+
+/// Reads back the plan whose experts a replica holds besides.
+///
+/// # Errors
+/// If the ConfigMap is not what `placement` makes.
+pub fn read_also(config: &ConfigMap) -> Result<Option<Plan>, Error> {
+    let there = config.data.as_ref().is_some_and(|data| data.contains_key(ALSO));
+    if there { field(config, ALSO).map(Some) } else { Ok(None) }
 }
 
 /// Reads the plan of a replica back.

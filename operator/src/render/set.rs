@@ -7,44 +7,40 @@ use k8s_openapi::{
         policy::v1::{PodDisruptionBudget, PodDisruptionBudgetSpec},
     },
     apimachinery::pkg::{apis::meta::v1::LabelSelector, util::intstr::IntOrString},
-    jiff::Timestamp,
 };
-use planner::Plan;
 
 use super::{
     name::{MODEL, Names, REPLICA, REVISION, Revision, WORKER},
     pod,
     record::Record,
 };
-use crate::launch::{ADMIN_PORT, WORKER_PORT};
+use crate::{
+    decide::Target,
+    launch::{ADMIN_PORT, WORKER_PORT},
+    validate::ValidModel,
+};
 
 /// Annotation of a StatefulSet: since when its replica drains.
 pub const DRAINING_SINCE: &str = "modelfleet.io/draining-since";
 
 /// The StatefulSet `NAME-REV-I`: pods are shards.
-pub(super) fn replica(
-    names: &Names,
-    record: &Record,
-    index: u32,
-    plan: &Plan,
-    draining_since: Option<Timestamp>,
-) -> StatefulSet {
-    let name = names.replica(&record.revision, index);
+pub(super) fn replica(names: &Names, model: &ValidModel, record: &Record, target: &Target) -> StatefulSet {
+    let name = names.replica(&record.revision, target.index);
     let mut metadata = names.metadata_of(name, WORKER, &record.revision);
     let labels = metadata.labels.get_or_insert_default();
-    labels.insert(REPLICA.to_owned(), index.to_string());
+    labels.insert(REPLICA.to_owned(), target.index.to_string());
     let selector = [MODEL, REVISION, REPLICA, "app.kubernetes.io/component"];
     let selector = selector.into_iter().filter_map(|key| labels.get(key).map(|value| (key.to_owned(), value.clone())));
     let selector = LabelSelector { match_labels: Some(selector.collect()), match_expressions: None };
-    metadata.annotations = draining_since.map(|since| [(DRAINING_SINCE.to_owned(), since.to_string())].into());
+    metadata.annotations = target.draining_since.map(|since| [(DRAINING_SINCE.to_owned(), since.to_string())].into());
     StatefulSet {
         metadata,
         spec: Some(StatefulSetSpec {
             pod_management_policy: Some("Parallel".to_owned()),
-            replicas: Some(i32::try_from(plan.shards).unwrap_or(i32::MAX)),
+            replicas: Some(i32::try_from(target.pods).unwrap_or(i32::MAX)),
+            template: template(names, model, record, target, &selector),
             selector,
             service_name: Some(names.workers()),
-            template: template(names, record, index, plan),
             // A template that an upgrade changes must restart nothing; a new revision is a new StatefulSet.
             update_strategy: Some(StatefulSetUpdateStrategy {
                 type_: Some("OnDelete".to_owned()),
@@ -57,11 +53,18 @@ pub(super) fn replica(
 }
 
 /// The recorded pods, made those of one replica.
-fn template(names: &Names, record: &Record, index: u32, plan: &Plan) -> PodTemplateSpec {
+fn template(
+    names: &Names,
+    model: &ValidModel,
+    record: &Record,
+    target: &Target,
+    pods: &LabelSelector,
+) -> PodTemplateSpec {
     let mut template = record.template.clone();
     let metadata = template.metadata.get_or_insert_default();
-    metadata.labels.get_or_insert_default().insert(REPLICA.to_owned(), index.to_string());
-    pod::place(&mut template, &names.replica(&record.revision, index), plan);
+    metadata.labels.get_or_insert_default().insert(REPLICA.to_owned(), target.index.to_string());
+    pod::place(&mut template, &names.replica(&record.revision, target.index), target);
+    pod::spread(&mut template, model, pods);
     template
 }
 
@@ -97,8 +100,9 @@ pub(super) fn service_account(names: &Names) -> ServiceAccount {
     }
 }
 
-/// The disruption budget `NAME-REV`: one worker of a revision at a time, and ones that are broken always.
-pub(super) fn budget(names: &Names, revision: &Revision) -> PodDisruptionBudget {
+/// The disruption budget `NAME-REV`: as many workers of a revision at a time as copies can be spared, at least one, and
+/// ones that are broken always.
+pub(super) fn budget(names: &Names, revision: &Revision, redundancy: u32) -> PodDisruptionBudget {
     let selector = [
         (MODEL, names.stem().to_owned()),
         (REVISION, revision.to_string()),
@@ -107,7 +111,7 @@ pub(super) fn budget(names: &Names, revision: &Revision) -> PodDisruptionBudget 
     PodDisruptionBudget {
         metadata: names.metadata_of(names.revision(revision), WORKER, revision),
         spec: Some(PodDisruptionBudgetSpec {
-            max_unavailable: Some(IntOrString::Int(1)),
+            max_unavailable: Some(IntOrString::Int(i32::try_from(redundancy.max(1)).unwrap_or(1))),
             min_available: None,
             selector: Some(LabelSelector {
                 match_labels: Some(selector.into_iter().map(|(key, value)| (key.to_owned(), value)).collect()),

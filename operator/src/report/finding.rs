@@ -148,6 +148,9 @@ fn available(case: &Case<'_>, counts: &Counts<'_>, trouble: &Trouble) -> Finding
 
 fn progressing(case: &Case<'_>, rollout: Option<&RolloutStatus>) -> Finding {
     let kind = ConditionType::Progressing;
+    if let Some(why) = &case.decision.moving {
+        return Finding::yes(kind, Reason::MovingExperts, why.to_string());
+    }
     if case.decision.step.why == Why::Complete && matches!(case.decision.planning, Planning::Planned(_)) {
         return Finding::yes(kind, Reason::RolledOut, format!("revision {} runs", case.decision.revision));
     }
@@ -188,7 +191,11 @@ fn degraded(case: &Case<'_>, counts: &Counts<'_>, trouble: &Trouble) -> Finding 
         return Finding::yes(kind, Reason::WorkerCrashing, crash.clone());
     }
     if !trouble.lost.is_empty() {
-        return Finding::yes(kind, Reason::WorkerLost, super::summary::lost(&trouble.lost, counts.experts.as_ref()));
+        return Finding::yes(
+            kind,
+            Reason::WorkerLost,
+            super::summary::lost(&trouble.lost, counts.experts.as_ref(), case.model.redundancy),
+        );
     }
     Finding::no(kind, Reason::AsDesired, "nothing is broken".to_owned())
 }

@@ -29,15 +29,16 @@ pub(super) fn line(text: &str) -> String {
     format!("{}...", cut.trim_end())
 }
 
-/// `worker 2 lost, experts 12/16 covered`
-pub(super) fn lost(lost: &[u32], experts: Option<&ExpertCounts>) -> String {
+/// `worker 2 lost, experts 16/16 covered, minimum copies 1`; of copies only where there are.
+pub(super) fn lost(lost: &[u32], experts: Option<&ExpertCounts>, redundancy: u32) -> String {
     let names: Vec<String> = lost.iter().map(u32::to_string).collect();
     let workers = match names.as_slice() {
         [one] => format!("worker {one}"),
         many => format!("workers {}", many.join(", ")),
     };
     let covered = experts.map(|experts| format!(", experts {}/{} covered", experts.covered, experts.total));
-    format!("{workers} lost{}", covered.unwrap_or_default())
+    let copies = experts.filter(|_| redundancy > 0).map(|experts| format!(", minimum copies {}", experts.min_copies));
+    format!("{workers} lost{}{}", covered.unwrap_or_default(), copies.unwrap_or_default())
 }
 
 fn refused(case: &Case<'_>, _: &Counts<'_>, _: &Trouble) -> Option<String> {
@@ -76,7 +77,7 @@ fn unplanned(case: &Case<'_>, _: &Counts<'_>, trouble: &Trouble) -> Option<Strin
     }
 }
 
-fn broken(_: &Case<'_>, counts: &Counts<'_>, trouble: &Trouble) -> Option<String> {
+fn broken(case: &Case<'_>, counts: &Counts<'_>, trouble: &Trouble) -> Option<String> {
     if let Some(image) = &trouble.image {
         return Some(image.clone());
     }
@@ -89,7 +90,8 @@ fn broken(_: &Case<'_>, counts: &Counts<'_>, trouble: &Trouble) -> Option<String
     if let Some(crash) = &trouble.crash {
         return Some(crash.clone());
     }
-    (!trouble.lost.is_empty()).then(|| format!("Degraded: {}", lost(&trouble.lost, counts.experts.as_ref())))
+    (!trouble.lost.is_empty())
+        .then(|| format!("Degraded: {}", lost(&trouble.lost, counts.experts.as_ref(), case.model.redundancy)))
 }
 
 fn moving(case: &Case<'_>, counts: &Counts<'_>, trouble: &Trouble) -> Option<String> {
@@ -98,6 +100,9 @@ fn moving(case: &Case<'_>, counts: &Counts<'_>, trouble: &Trouble) -> Option<Str
     if others {
         let done = counts.current.iter().filter(|one| one.ready()).count();
         return Some(format!("Rolling out {}: {done}/{} replicas", decision.revision, decision.wanted));
+    }
+    if let Some(why) = &decision.moving {
+        return Some(format!("Moving experts: {why}"));
     }
     if trouble.fetching.workers > 0 {
         return Some(format!("Downloading {}%", trouble.fetching.tens()));

@@ -67,7 +67,7 @@ impl Trouble {
         for replica in case.decision.replicas.iter().filter(stays) {
             trouble.not_made = trouble.not_made.take().or_else(|| not_made(replica, case));
             trouble.lost.extend(replica.lost());
-            for ordinal in 0..replica.shards() {
+            for ordinal in 0..replica.shards().max(replica.pods()) {
                 match replica.worker(ordinal) {
                     Some(worker) => trouble.add(worker, case),
                     None => trouble.pending += 1,
@@ -78,6 +78,8 @@ impl Trouble {
         for pod in &case.seen.pods {
             trouble.image = trouble.image.take().or_else(|| image(&Worker::bare(pod)));
         }
+        let together = case.decision.together.as_ref().map(ToString::to_string);
+        trouble.unschedulable = together.or(trouble.unschedulable.take());
         trouble.lost.sort_unstable();
         trouble.lost.dedup();
         trouble
@@ -150,7 +152,7 @@ fn of(failure: &FailureView, case: &Case<'_>) -> (Reason, String) {
 /// Why a pod of a replica is not made: a refusal that is younger than every pod that was.
 fn not_made(replica: &Replica, case: &Case<'_>) -> Option<(Reason, String)> {
     let set = replica.set.as_ref()?;
-    if (0..replica.shards()).all(|ordinal| replica.worker(ordinal).is_some()) {
+    if (0..replica.pods()).all(|ordinal| replica.worker(ordinal).is_some()) {
         return None;
     }
     let pods = replica.workers.iter().map(|worker| worker.pod.as_ref());

@@ -69,8 +69,12 @@ pub(super) fn within_limits(input: &Input<'_>) -> Vec<Refusal> {
 
 /// The memory limit of a worker, in whole bytes.
 pub(super) fn memory_limit(spec: &ModelDeploymentSpec) -> Option<Bytes> {
-    let limit = spec.resources.as_ref()?.limits.as_ref()?.get("memory")?;
-    u64::try_from(parse(&limit.0)? / ONE).ok().map(Bytes)
+    memory_bytes(spec.resources.as_ref()?.limits.as_ref()?.get("memory")?)
+}
+
+/// What a quantity of memory says, in whole bytes.
+pub(crate) fn memory_bytes(quantity: &Quantity) -> Option<Bytes> {
+    u64::try_from(parse(&quantity.0)? / ONE).ok().map(Bytes)
 }
 
 /// The amount that a quantity says, in billionths; a larger one than Kubernetes can hold counts as the largest.

@@ -30,6 +30,7 @@ pub struct Cluster {
     pub stage: Shared,
     /// While set, no pod is made.
     pub no_pods: Arc<AtomicBool>,
+    description: Arc<Mutex<Value>>,
     _tasks: JoinSet<()>,
 }
 
@@ -43,6 +44,7 @@ impl Cluster {
                 "app.kubernetes.io/name": "modelfleet", "app.kubernetes.io/component": "router"}},
         }));
         assert!(api.edit("pods", "router", |pod| pod["status"] = json!({"podIP": "127.0.0.1"})));
+        let description = Arc::new(Mutex::new(description));
         let mut tasks = JoinSet::new();
         let id = text(&api.get("pods", "router").unwrap()["metadata"]["uid"]);
         process::router(&operators, &id, &stage, &mut tasks);
@@ -51,7 +53,7 @@ impl Cluster {
             stage: stage.clone(),
             no_pods: no_pods.clone(),
             operators,
-            description,
+            description: description.clone(),
             running: Mutex::default(),
         };
         tasks.spawn(async move {
@@ -60,7 +62,12 @@ impl Cluster {
                 tokio::time::sleep(Duration::from_millis(20)).await; // polls, as a controller would be woken
             }
         });
-        Self { api, stage, no_pods, _tasks: tasks }
+        Self { api, stage, no_pods, description, _tasks: tasks }
+    }
+
+    /// Changes what describers tell.
+    pub fn describe(&self, edit: impl FnOnce(&mut Value)) {
+        edit(&mut self.description.lock().unwrap());
     }
 }
 
@@ -69,7 +76,7 @@ struct Node {
     stage: Shared,
     no_pods: Arc<AtomicBool>,
     operators: Vec<String>,
-    description: Value,
+    description: Arc<Mutex<Value>>,
     /// Processes by pod UID.
     running: Mutex<BTreeMap<String, JoinSet<()>>>,
 }
@@ -100,9 +107,14 @@ impl Node {
 
     fn make_pods(&self) {
         for set in self.api.list("statefulsets") {
-            for ordinal in 0..set["spec"]["replicas"].as_u64().unwrap_or(0) {
+            let pods = set["spec"]["replicas"].as_u64().unwrap_or(0);
+            for ordinal in 0..pods {
                 let name = format!("{}-{ordinal}", text(&set["metadata"]["name"]));
                 self.make_pod(&set, "StatefulSet", &name, Some(ordinal));
+            }
+            let last = format!("{}-{pods}", text(&set["metadata"]["name"]));
+            if self.api.get("pods", &last).is_some() {
+                self.api.delete("pods", &last);
             }
         }
         for job in self.api.list("jobs") {
@@ -149,7 +161,7 @@ impl Node {
         let mut tasks = JoinSet::new();
         match pod["metadata"]["labels"]["app.kubernetes.io/component"].as_str() {
             Some("worker") => process::worker(&self.operators, place, &self.stage, &mut tasks),
-            _ => process::describer(&self.operators, place, self.description.to_string(), &mut tasks),
+            _ => process::describer(&self.operators, place, self.description.lock().unwrap().to_string(), &mut tasks),
         }
         tasks
     }

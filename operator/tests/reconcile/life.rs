@@ -3,6 +3,7 @@
 use std::sync::atomic::Ordering;
 
 use serde_json::json;
+use wire::proto;
 
 use crate::world::{MODEL, World, model};
 
@@ -83,14 +84,80 @@ async fn rolls_replica_by_replica_and_never_leaves_the_routers_without() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn another_number_of_shards_rolls_within_the_revision() {
-    let (world, _operator) = World::installed().await;
-    let revision = world.status()["plan"]["revision"].clone();
-    world.edit(|spec| spec["parallelism"]["expert"]["shards"] = json!(4));
-    world.until("four shards", |world| world.status()["printed"]["shards"] == "4/4").await;
-    world.until("one replica", |world| world.names("statefulsets").len() == 1).await;
+async fn another_number_of_shards_moves_experts_and_replaces_no_worker() {
+    let world = World::with(1).await;
+    let _operator = world.operator(0).await;
+    let mut model = model();
+    model["spec"]["resources"] = json!({"requests": {"memory": "256Mi"}});
+    world.api().apply(model);
     world.ready().await;
+    let (revision, before) = (world.status()["plan"]["revision"].clone(), world.uids("pods"));
+    for (shards, workers) in [(4, "4/4"), (3, "3/3"), (2, "2/2")] {
+        world.edit(|spec| spec["parallelism"]["expert"]["shards"] = json!(shards));
+        world.until(workers, |world| world.status()["printed"]["shards"] == workers).await;
+        world.ready().await;
+        world.until("as many pods", |world| world.names("pods").len() == shards + 1).await;
+    }
     assert_eq!(world.status()["plan"]["revision"], revision);
+    assert_eq!(world.uids("pods"), before, "the workers that stayed were never replaced");
+    let stage = world.cluster.stage.lock().unwrap();
+    assert!(stage.held.iter().all(|held| *held), "an expert was asked for that its holder had not loaded");
+    let taking = |snapshot: &proto::ModelSnapshot| snapshot.workers.iter().filter(|worker| !worker.draining).count();
+    let served = stage.seen.iter().skip_while(|snapshot| taking(snapshot) < 2);
+    assert!(served.map(taking).all(|taking| taking >= 2));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_too_small_for_fewer_shards_is_replaced_by_the_rollout() {
+    let world = World::with(1).await;
+    world.cluster.describe(|description| description["moeLayers"][0]["expertBytes"] = json!(50_000_000));
+    let _operator = world.operator(0).await;
+    let mut model = model();
+    model["spec"]["parallelism"]["expert"]["shards"] = json!(4);
+    world.api().apply(model);
+    world.ready().await;
+    let before = world.names("statefulsets");
+    world.edit(|spec| spec["parallelism"]["expert"]["shards"] = json!(2));
+    world.until("two shards", |world| world.status()["printed"]["shards"] == "2/2").await;
+    world.until("another replica", |world| world.names("statefulsets").len() == 1).await;
+    world.ready().await;
+    assert_ne!(world.names("statefulsets"), before);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn copies_are_placed_over_the_domains_and_a_lost_worker_leaves_all_experts_covered() {
+    let world = World::with(1).await;
+    let _operator = world.operator(0).await;
+    let mut model = model();
+    model["spec"]["parallelism"]["expert"] = json!({"shards": 4, "redundancy": 1});
+    world.api().apply(model);
+    world.ready().await;
+    assert_eq!(world.status()["experts"], json!({"total": 4, "covered": 4, "minCopies": 2}));
+    let template = &world.api().list("statefulsets")[0]["spec"]["template"]["spec"];
+    assert_eq!(template["topologySpreadConstraints"][0]["topologyKey"], "kubernetes.io/hostname");
+    world.cluster.no_pods.store(true, Ordering::Relaxed);
+    let pod = world.names("pods").into_iter().find(|name| name.ends_with("-0-2")).unwrap();
+    world.api().delete("pods", &pod);
+    world.says("Degraded: worker 2 lost, experts 4/4 covered, minimum copies 1").await;
+    world.cluster.no_pods.store(false, Ordering::Relaxed);
+    world.ready().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn copies_come_and_go_while_workers_run() {
+    let world = World::with(1).await;
+    let _operator = world.operator(0).await;
+    let mut model = model();
+    model["spec"]["resources"] = json!({"requests": {"memory": "256Mi"}});
+    world.api().apply(model);
+    world.ready().await;
+    let before = world.uids("pods");
+    for (redundancy, copies) in [(1, 2), (0, 1)] {
+        world.edit(|spec| spec["parallelism"]["expert"]["redundancy"] = json!(redundancy));
+        world.until("copies", |world| world.status()["experts"]["minCopies"] == copies).await;
+        world.ready().await;
+    }
+    assert_eq!(world.uids("pods"), before);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

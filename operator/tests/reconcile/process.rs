@@ -2,7 +2,7 @@
 //! once what they are told.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{Arc, Mutex},
 };
 
@@ -24,6 +24,8 @@ pub struct Stage {
     pub phases: BTreeMap<String, Phase>,
     /// Requests that wait at the router, by model.
     pub queued: BTreeMap<String, u64>,
+    /// For each mesh that a worker got: it had loaded what this one makes it answer for.
+    pub held: Vec<bool>,
     /// Workers that do not load, by revision.
     pub stuck: Vec<String>,
 }
@@ -123,10 +125,15 @@ pub fn worker(operators: &[String], place: Place, stage: &Shared, tasks: &mut Jo
     };
     let (mut process, stage) = (Process::connect(operators, hello), stage.clone());
     tasks.spawn(async move {
+        let mut loaded = None;
         while let Some(told) = process.told.next().await {
             let Some(Told::Mesh(mesh)) = told.instruction else {
                 continue;
             };
+            let asked = experts(mesh.placement.as_ref(), place.ordinal);
+            let held = loaded.as_ref().is_none_or(|loaded| asked.is_subset(loaded));
+            stage.lock().unwrap().held.push(held);
+            loaded = Some(asked.into_iter().chain(experts(mesh.also_hold.as_ref(), place.ordinal)).collect());
             let stuck = stage.lock().unwrap().stuck.contains(&place.revision);
             let phase = match (stuck, mesh.drain) {
                 (true, _) => Phase::Loading,
@@ -140,6 +147,17 @@ pub fn worker(operators: &[String], place: Place, stage: &Shared, tasks: &mut Jo
             process.acknowledge(mesh.model, mesh.version).await;
         }
     });
+}
+
+/// Layer and expert of each that this ordinal holds.
+fn experts(placement: Option<&proto::Placement>, ordinal: u32) -> BTreeSet<(u32, usize)> {
+    let layers = placement.into_iter().flat_map(|placement| &placement.layers);
+    let of = |layer: &proto::LayerPlacement| {
+        let experts = layer.experts.iter().enumerate();
+        let held = experts.filter(|(_, holders)| holders.ordinals.contains(&ordinal));
+        held.map(|(expert, _)| (layer.layer, expert)).collect::<Vec<_>>()
+    };
+    layers.flat_map(of).collect()
 }
 
 /// A describer: tells what the model weighs.

@@ -159,6 +159,12 @@ impl World {
         self.api().list(plural).iter().map(name).collect()
     }
 
+    /// `NAME UID` of the objects of a kind.
+    pub fn uids(&self, plural: &str) -> Vec<String> {
+        let line = |object: &Value| format!("{} {}", object["metadata"]["name"], object["metadata"]["uid"]);
+        self.api().list(plural).iter().map(line).collect()
+    }
+
     /// Everything that the operator owns, without what each run numbers anew.
     pub fn objects(&self) -> Value {
         let kinds = ["statefulsets", "services", "serviceaccounts", "configmaps", "poddisruptionbudgets", "jobs"];

@@ -66,6 +66,7 @@ fn facts(workers: [u16; 2]) -> ModelFacts {
         dns_name: String::new(),
         ordinal,
         ready: true,
+        leaves: false,
     };
     ModelFacts {
         served_names: vec!["bench".to_owned()],

@@ -206,6 +206,7 @@ fn facts(replicas: u32) -> ModelFacts {
         dns_name: String::new(),
         ordinal: 0,
         ready: false,
+        leaves: false,
     };
     let replica = |replica| ReplicaFacts {
         replica,

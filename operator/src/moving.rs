@@ -1,0 +1,232 @@
+//! Experts that move while requests run: what a replica's placement should be, and the next version on the way there.
+//!
+//! Pure. The planner places and says in which steps a placement changes; this file knows which workers there are, in
+//! which failure domains, and what they said.
+//!
+//! 1. A placement that still is what the spec asks for stays; else the planner makes another from it.
+//! 2. A worker that would need more memory than its pod asked for cannot get it while it runs: then the rollout
+//!    replaces the replica instead.
+//! 3. Each version is kept in the ConfigMap of the replica before it is published, so that whoever leads goes on from it.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use planner::{
+    Bytes, ModelDescription, NoRoom, Placement, Plan,
+    live::{self, Published, Step, Why, Workers},
+    placement::{Problem, place},
+};
+
+use crate::{
+    observe::{Observed, node_of},
+    replica::{Replica, Worker},
+    validate::{ValidModel, memory_bytes},
+};
+
+/// Where a replica is on the way to the plan that is wanted of it.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Move {
+    /// What to keep from now on: the plan by which workers ask, and the one whose experts they hold besides.
+    pub plan: Plan,
+    /// See `plan`.
+    pub also: Option<Plan>,
+    /// What is done or waited for; `None`: nothing moves.
+    pub why: Option<Why>,
+}
+
+/// Why a replica cannot come to the wanted plan where it is.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Stuck {
+    /// Its pods are too small, so others must take its place.
+    Outgrown,
+    /// Its pods are in too few failure domains.
+    Domains(NoRoom),
+}
+
+/// The next version of a replica's placement, if `wanted` is what the spec asks for now.
+///
+/// # Errors
+/// [`Stuck`], if it cannot be reached by moving experts.
+pub fn next(
+    replica: &Replica,
+    wanted: &Plan,
+    description: &ModelDescription,
+    model: &ValidModel,
+    seen: &Observed,
+) -> Result<Option<Move>, Stuck> {
+    let Some(plan) = &replica.plan else {
+        return Ok(None);
+    };
+    let domains = domains(replica, wanted.shards, model, seen);
+    let target = target(replica, plan, wanted, description, model, domains.as_deref())?;
+    if target.placement != plan.placement && !has_room(replica, plan, &target, description, model) {
+        return Err(Stuck::Outgrown);
+    }
+    let published = Published {
+        placement: plan.placement.clone(),
+        also_hold: replica.also.as_ref().map(|also| also.placement.clone()),
+    };
+    let step = live::next_step(&published, &target.placement, &workers(replica, published.pods()));
+    let known = [Some(&target), Some(plan), replica.also.as_ref()];
+    let named = |placement: &Placement| known.into_iter().flatten().find(|plan| plan.placement == *placement).cloned();
+    let (published, why) = match step {
+        Step::Publish(next, why) => (next, Some(why)),
+        Step::Wait(why) => (published, Some(why)),
+        Step::Complete => (published, None),
+    };
+    let also = published.also_hold.as_ref().and_then(named);
+    Ok(named(&published.placement).map(|plan| Move { plan, also, why }))
+}
+
+/// How many pods the StatefulSet has while `next` is the next version. It grows before a wider placement is published,
+/// and shrinks after a narrower one is and the routers know that the last ordinals take no more requests.
+pub fn width(replica: &Replica, next: &Move, seen: &Observed) -> u32 {
+    let pods = |plan: &Plan, also: Option<&Plan>| also.map_or(0, |also| also.shards).max(plan.shards);
+    let needed = pods(&next.plan, next.also.as_ref());
+    let kept = replica.plan.as_ref().map_or(0, |plan| pods(plan, replica.also.as_ref()));
+    let leaving = replica.workers.iter().filter(|worker| worker.ordinal >= kept);
+    let routed = |worker: &Worker| worker.view.as_ref().is_some_and(|view| view.routed);
+    let version = seen.fleet.version;
+    let told = version.is_some() && seen.fleet.routers.iter().all(|router| router.acknowledged == version);
+    let free = told && !leaving.clone().any(routed);
+    needed.max(if free { kept } else { kept.max(replica.pods()) })
+}
+
+/// The plan that a replica should come to: its own while that is what the spec asks for.
+fn target(
+    replica: &Replica,
+    plan: &Plan,
+    wanted: &Plan,
+    description: &ModelDescription,
+    model: &ValidModel,
+    domains: Option<&[u32]>,
+) -> Result<Plan, Stuck> {
+    let copies = model.redundancy.saturating_add(1);
+    let fits = |plan: &&Plan| satisfies(&plan.placement, wanted.shards, copies, domains);
+    if let Some(plan) = [Some(plan), replica.also.as_ref()].into_iter().flatten().find(fits) {
+        return Ok(plan.clone());
+    }
+    let problem = Problem {
+        layers: &description.moe_layers,
+        experts: description.experts,
+        shards: wanted.shards,
+        redundancy: model.redundancy,
+        domains,
+        ..Problem::default()
+    };
+    let placement = place(&problem, Some(&plan.placement)).map_err(|why| {
+        let apart = domains.map_or(wanted.shards, |domains| count(domains.iter().collect::<BTreeSet<_>>().len()));
+        let domains = wanted.spread_over(model.redundancy, domain_name(&model.spread_across), apart);
+        Stuck::Domains(domains.unwrap_or(NoRoom::Copies(why)))
+    })?;
+    let experts = placement.expert_bytes(&description.moe_layers);
+    let base = wanted.fullest();
+    let workers =
+        experts.into_iter().map(|experts| planner::Need { experts, kv_cache: plan.fullest().kv_cache, ..base });
+    let workers = workers.collect();
+    let (kv_cache_tokens, max_context_tokens) = (plan.kv_cache_tokens, plan.max_context_tokens);
+    Ok(Plan { shards: wanted.shards, placement, workers, kv_cache_tokens, max_context_tokens })
+}
+
+/// Every expert has its copies, no two in one domain, on the workers that there are to be. More copies than asked for are
+/// there because of the load; they stay unless copies are no longer asked for at all.
+fn satisfies(placement: &Placement, shards: u32, copies: u32, domains: Option<&[u32]>) -> bool {
+    let domain = |ordinal: &u32| domains.and_then(|domains| domains.get(*ordinal as usize)).copied();
+    let apart = |holders: &Vec<u32>| {
+        let of: BTreeSet<u32> = holders.iter().map(|ordinal| domain(ordinal).unwrap_or(*ordinal)).collect();
+        of.len() >= copies as usize
+    };
+    let all = || placement.layers.iter().flat_map(|layer| &layer.experts);
+    let fewest = all().map(Vec::len).min().unwrap_or(copies as usize);
+    placement.shards == shards && fewest == copies as usize && all().all(apart)
+}
+
+/// The failure domain of each ordinal; `None` until all of its pods have a node, and where there are no copies.
+fn domains(replica: &Replica, shards: u32, model: &ValidModel, seen: &Observed) -> Option<Vec<u32>> {
+    if model.redundancy == 0 {
+        return None;
+    }
+    let mut numbers = BTreeMap::new();
+    let domain = |ordinal: u32| {
+        let node = node_of(replica.worker(ordinal)?.pod.as_ref())?;
+        // a node without the label is a domain of its own
+        let label = seen.nodes.get(node).and_then(|view| view.labels.get(&model.spread_across));
+        Some(label.map_or_else(|| format!("node {node}"), Clone::clone))
+    };
+    let names: Vec<String> = (0..shards).map(domain).collect::<Option<_>>()?;
+    let next = names.into_iter().map(|name| {
+        let new = count(numbers.len());
+        *numbers.entry(name).or_insert(new)
+    });
+    Some(next.collect())
+}
+
+/// Tells whether the workers have room for the target, and for what both plans hold while experts move.
+fn has_room(replica: &Replica, plan: &Plan, target: &Plan, description: &ModelDescription, model: &ValidModel) -> bool {
+    let asked = replica.memory_request();
+    if asked.is_some_and(|asked| target.fullest().total() > asked) {
+        return false;
+    }
+    let Some(limit) = model.worker_memory else { return true };
+    let (before, after) = (&plan.placement, &target.placement);
+    let weights: BTreeMap<u32, Bytes> =
+        description.moe_layers.iter().map(|layer| (layer.layer, layer.expert_bytes)).collect();
+    (0..plan.shards.max(target.shards)).all(|ordinal| {
+        let mut held: BTreeSet<(u32, u32)> = BTreeSet::new();
+        for placement in [before, after] {
+            let experts = placement.held_by(ordinal).into_iter();
+            held.extend(experts.flat_map(|(layer, experts)| experts.into_iter().map(move |expert| (layer, expert))));
+        }
+        let bytes: Bytes = held.iter().map(|(layer, _)| weights.get(layer).copied().unwrap_or_default()).sum();
+        let rest = target.fullest();
+        rest.total().minus(rest.experts).plus(bytes) <= limit
+    })
+}
+
+/// What the workers said of the published version.
+fn workers(replica: &Replica, pods: u32) -> Workers {
+    let mut workers = Workers::default();
+    for ordinal in 0..pods {
+        match replica.worker(ordinal).map(|worker| worker.view.as_ref()) {
+            None => {
+                workers.gone.insert(ordinal);
+            }
+            Some(None) => {}
+            Some(Some(view)) => {
+                if view.placement_loaded {
+                    workers.loaded.insert(ordinal);
+                }
+                if view.switched {
+                    workers.acknowledged.insert(ordinal);
+                }
+            }
+        }
+    }
+    workers
+}
+
+/// `zone` of `topology.kubernetes.io/zone`, `node` of a host name.
+fn domain_name(label: &str) -> &str {
+    match label.rsplit('/').next() {
+        Some("hostname") | None => "node",
+        Some(name) => name,
+    }
+}
+
+fn count(number: usize) -> u32 {
+    u32::try_from(number).unwrap_or(u32::MAX)
+}
+
+impl Replica {
+    /// Pods that its StatefulSet makes.
+    pub fn pods(&self) -> u32 {
+        let sized = self.set.as_ref().and_then(|set| set.spec.as_ref()).and_then(|spec| spec.replicas);
+        sized.unwrap_or(0).max(0).unsigned_abs()
+    }
+
+    /// What each of its pods asks of its node, as they were made.
+    pub fn memory_request(&self) -> Option<Bytes> {
+        let template = &self.set.as_ref()?.spec.as_ref()?.template;
+        let container = template.spec.as_ref()?.containers.iter().find(|one| one.name == crate::render::WORKER)?;
+        memory_bytes(container.resources.as_ref()?.requests.as_ref()?.get("memory")?)
+    }
+}
