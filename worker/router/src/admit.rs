@@ -11,10 +11,13 @@ use serde::{
 };
 use wire::openai::{MAX_CHOICES, MAX_MESSAGES, MAX_STOPS};
 
-use crate::refusal::Refusal;
+use crate::{pick::SEQUENCES_PER_WORKER, refusal::Refusal};
 
 /// The largest body, in bytes.
 pub const BODY_BYTES: usize = 4 << 20;
+/// The most that several prompts of one request weigh, so that a batch does not hold up the line until a worker has
+/// nothing else; it lets them in by and by.
+pub const BATCH: u32 = SEQUENCES_PER_WORKER / 4;
 /// The deepest nesting of arrays and objects.
 pub const DEPTH: usize = 64;
 
@@ -27,7 +30,7 @@ pub struct Scan<'a> {
     pub stream: bool,
     /// `stream_options.include_usage`.
     pub include_usage: bool,
-    /// `n`, at least 1.
+    /// What it weighs, in sequences: `n`, and for several prompts up to [`BATCH`] of them together.
     pub choices: u32,
 }
 
@@ -87,6 +90,7 @@ struct Keys<'a> {
     stop: Option<Kind<'a>>,
     messages: Option<Kind<'a>>,
     stream_options: Option<Kind<'a>>,
+    prompt: Option<Kind<'a>>,
 }
 
 impl<'a> Keys<'a> {
@@ -98,7 +102,7 @@ impl<'a> Keys<'a> {
             }
             Some(other) => return Err(wrong("model", &other, "a string that is not empty")),
         };
-        let choices = match self.n {
+        let n = match self.n {
             None => 1,
             Some(Kind::Whole(n)) if (1..=u64::from(MAX_CHOICES)).contains(&n) => n as u32,
             Some(other) => {
@@ -106,24 +110,29 @@ impl<'a> Keys<'a> {
             }
         };
         match self.stop {
-            Some(Kind::List(stops)) if stops > MAX_STOPS => {
+            Some(Kind::List { length: stops, .. }) if stops > MAX_STOPS => {
                 let message = format!("stop has {stops} entries; use at most {MAX_STOPS}");
                 return Err(Refusal::invalid(Some("stop"), message));
             }
-            None | Some(Kind::List(_) | Kind::Text(_)) => {}
+            None | Some(Kind::List { .. } | Kind::Text(_)) => {}
             Some(other) => return Err(wrong("stop", &other, "a string or a list of strings")),
         }
         match self.messages {
-            Some(Kind::List(messages)) if messages > MAX_MESSAGES => {
+            Some(Kind::List { length: messages, .. }) if messages > MAX_MESSAGES => {
                 let message = format!("messages has {messages} entries; use at most {MAX_MESSAGES}");
                 return Err(Refusal::invalid(Some("messages"), message));
             }
-            None | Some(Kind::List(_)) => {}
+            None | Some(Kind::List { .. }) => {}
             Some(other) => return Err(wrong("messages", &other, "a list")),
         }
         if let Some(other) = self.stream_options.filter(|options| !matches!(options, Kind::Object)) {
             return Err(wrong("stream_options", &other, "an object"));
         }
+        let prompts = match self.prompt {
+            Some(Kind::List { length, has_numbers: false }) => u32::try_from(length.max(1)).unwrap_or(u32::MAX),
+            _ => 1, // one text, or the tokens of one
+        };
+        let choices = n.max(n.saturating_mul(prompts).min(BATCH));
         let stream = flag("stream", self.stream)?;
         let include_usage = flag("stream_options.include_usage", self.include_usage)?;
         Ok(Scan { model, stream, include_usage, choices })
@@ -159,7 +168,7 @@ impl<'de: 'a, 'a> Visitor<'de> for KeysVisitor<'a> {
     }
 
     fn visit_map<M: MapAccess<'de>>(mut self, mut map: M) -> Result<Self::Value, M::Error> {
-        let mut seen = [false; 6];
+        let mut seen = [false; 7];
         while let Some(Name(name)) = map.next_key()? {
             let keys = &mut self.0;
             let (index, slot) = match &*name {
@@ -169,6 +178,7 @@ impl<'de: 'a, 'a> Visitor<'de> for KeysVisitor<'a> {
                 "stop" => (3, &mut keys.stop),
                 "messages" => (4, &mut keys.messages),
                 "stream_options" => (5, &mut keys.stream_options),
+                "prompt" => (6, &mut keys.prompt),
                 _ => {
                     map.next_value::<IgnoredAny>()?;
                     continue;
@@ -198,7 +208,7 @@ enum Kind<'a> {
     Flag(bool),
     Whole(u64),
     OtherNumber(String),
-    List(usize),
+    List { length: usize, has_numbers: bool },
     Object,
 }
 
@@ -210,7 +220,7 @@ impl fmt::Display for Kind<'_> {
             Self::Flag(flag) => flag.fmt(f),
             Self::Whole(number) => number.fmt(f),
             Self::OtherNumber(number) => f.write_str(number),
-            Self::List(_) => f.write_str("a list"),
+            Self::List { .. } => f.write_str("a list"),
             Self::Object => f.write_str("an object"),
         }
     }
@@ -263,11 +273,12 @@ impl<'de> Visitor<'de> for KindVisitor {
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Self::Value, A::Error> {
-        let mut length = 0;
-        while list.next_element::<IgnoredAny>()?.is_some() {
+        let (mut length, mut has_numbers) = (0, false);
+        while let Some(item) = list.next_element::<Found<'_>>()? {
             length += 1;
+            has_numbers |= matches!(item.0, Some(Kind::Whole(_) | Kind::OtherNumber(_)));
         }
-        Ok(Some(Kind::List(length)))
+        Ok(Some(Kind::List { length, has_numbers }))
     }
 
     fn visit_map<M: MapAccess<'de>>(self, mut map: M) -> Result<Self::Value, M::Error> {

@@ -27,6 +27,26 @@ fn what_is_absent_or_null_has_its_default() {
 }
 
 #[test]
+fn every_prompt_counts() {
+    let table = [
+        (r#""a""#, 3),
+        (r#"["a"]"#, 3),
+        (r#"["a","b"]"#, 6),
+        ("[1,2,3,4]", 3),
+        ("[[1,2],[3],[4]]", 9),
+        (r#"["a",[1]]"#, 6),
+        (r#"["a","b","c","d","e","f","g"]"#, 16),
+        ("[]", 3),
+        ("7", 3),
+        ("null", 3),
+    ];
+    for (prompt, choices) in table {
+        let body = format!(r#"{{"model":"m","n":3,"prompt":{prompt}}}"#);
+        assert_eq!(scan(body.as_bytes()).unwrap().choices, choices, "{prompt}");
+    }
+}
+
+#[test]
 fn each_refusal_names_the_field_and_its_range() {
     let list = |n: usize| format!("[{}]", vec!["\"x\""; n].join(","));
     let table = [
