@@ -239,7 +239,12 @@ async fn hub_options(source: &Source, reporter: &Reporter) -> Result<fetch::hub:
         (None, Some(path)) => Some(fetch::report::token(Path::new(&path), reporter).await?),
         (None, None) => None,
     };
-    let certificates = variable("SSL_CERT_FILE").and_then(|path| fs::read(path).ok()).unwrap_or_default();
+    let certificates = match variable("SSL_CERT_FILE") {
+        Some(path) if matches!(source, Source::Hub(_)) => {
+            fs::read(&path).map_err(|source| fetch::Error::File { path, source })?
+        }
+        _ => Vec::new(),
+    };
     let endpoint = variable("HF_ENDPOINT").unwrap_or_default();
     Ok(fetch::hub::Options { endpoint, token, certificates, pause: None })
 }

@@ -94,7 +94,7 @@ impl Hub {
     /// A client of the hub that `options` name. Nothing is sent yet.
     ///
     /// # Errors
-    /// If the endpoint is no URL, or the certificates are none.
+    /// If the endpoint is no URL, the certificates are none, or no header can have the token.
     pub fn new(options: &Options) -> Result<Self, Error> {
         let text = if options.endpoint.is_empty() { "https://huggingface.co" } else { &options.endpoint };
         let unusable = |reason: String| Error::HubUnreachable { endpoint: text.to_owned(), reason };
@@ -117,11 +117,12 @@ impl Hub {
             .build()
             .map_err(|error| unusable(error.to_string()))?;
         let bearer = |token: &String| {
-            let mut value = HeaderValue::try_from(format!("Bearer {}", token.trim())).ok()?;
+            let mut value = HeaderValue::try_from(format!("Bearer {}", token.trim()))
+                .map_err(|_| unusable("the token has a character that no header can have".into()))?;
             value.set_sensitive(true);
-            Some(value)
+            Ok::<_, Error>(value)
         };
-        let authorization = options.token.as_ref().and_then(bearer);
+        let authorization = options.token.as_ref().map(bearer).transpose()?;
         Ok(Self { client, endpoint, authorization, pause: options.pause.unwrap_or(FIRST_PAUSE) })
     }
 

@@ -378,3 +378,12 @@ fn only_what_a_model_needs_is_fetched() {
         assert!(!is_needed(not), "{not}");
     }
 }
+
+#[test]
+fn a_token_that_no_header_can_have_is_not_left_out() {
+    let options = |token: &str| hub::Options { token: Some(token.into()), ..hub::Options::default() };
+    let error = Hub::new(&options("two\nlines")).err().unwrap().to_string();
+    assert!(error.ends_with("the token has a character that no header can have"), "{error}");
+    assert!(!error.contains("lines"));
+    assert!(Hub::new(&options("good\n")).is_ok(), "a file ends with a line end");
+}
