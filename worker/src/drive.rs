@@ -296,11 +296,11 @@ impl<E: Engine, X: Peers> Steps<E, X> {
 
     /// Notes which sequences left the step for want of experts.
     fn note_away(&mut self) {
-        let left = self.engine.left();
+        let away = self.engine.away();
         for (id, entry) in &mut self.sequences {
-            entry.away_since = left.contains(id).then(|| entry.away_since.unwrap_or_else(Instant::now));
+            entry.away_since = away.contains(id).then(|| entry.away_since.unwrap_or_else(Instant::now));
         }
-        self.metrics.stalled(left.len());
+        self.metrics.stalled(away.len());
     }
 
     fn fail_stalled(&mut self, missing: &Missing) {

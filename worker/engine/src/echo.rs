@@ -74,7 +74,7 @@ impl Engine for Echo {
         self.sequences.is_empty()
     }
 
-    fn left(&self) -> &[SequenceId] {
+    fn away(&self) -> &[SequenceId] {
         &[]
     }
 

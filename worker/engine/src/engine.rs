@@ -168,9 +168,9 @@ pub trait Engine {
     /// Whether a step would have nothing to do.
     fn is_idle(&self) -> bool;
 
-    /// The sequences that left the last step because the answer of an expert was missing: they wait, and nothing of
-    /// that step counts for them.
-    fn left(&self) -> &[SequenceId];
+    /// The sequences that left the last step they were in because the answer of an expert was missing: they wait, and
+    /// nothing of that step counts for them.
+    fn away(&self) -> &[SequenceId];
 
     /// What there is to do.
     fn load(&self) -> Load;

@@ -151,11 +151,14 @@ impl Schedule {
     }
 
     /// The tokens of the next step: one for each sequence that generates, and of those that still
-    /// read, in the order they came, `prefill_chunk` together.
-    pub(crate) fn slices(&self) -> Vec<Slice<'_>> {
+    /// read, in the order they came, `prefill_chunk` together. Those of `last` come after the others,
+    /// so that what cannot go on does not keep others from reading.
+    pub(crate) fn slices(&self, last: &[SequenceId]) -> Vec<Slice<'_>> {
         let mut budget = self.prefill_chunk;
         let mut slices = Vec::with_capacity(self.running.len());
-        for (index, sequence) in self.running.iter().enumerate() {
+        let mut order: Vec<(usize, &Sequence)> = self.running.iter().enumerate().collect();
+        order.sort_by_key(|(_, sequence)| last.contains(&sequence.id));
+        for (index, sequence) in order {
             let unread = &sequence.tokens[sequence.cached..];
             let generates = sequence.cached >= sequence.given();
             let tokens = if generates { unread } else { &unread[..unread.len().min(budget)] };
@@ -232,7 +235,7 @@ mod tests {
 
     fn spans(schedule: &Schedule) -> Vec<(usize, usize, usize)> {
         let span = |slice: &Slice<'_>| (slice.sequence, slice.start, slice.tokens.len());
-        schedule.slices().iter().map(span).collect()
+        schedule.slices(&[]).iter().map(span).collect()
     }
 
     #[test]
@@ -265,6 +268,17 @@ mod tests {
         schedule.commit(2, 4);
         schedule.running[1].tokens.push(7);
         assert_eq!(spans(&schedule), [(0, 12, 1), (1, 4, 1), (2, 4, 10)]);
+    }
+
+    #[test]
+    fn who_left_the_last_step_leaves_the_chunk_to_others_first() {
+        let mut schedule = schedule(99);
+        let first = schedule.push(request(40, 5));
+        schedule.push(request(7, 5));
+        schedule.admit();
+        let span = |slice: &Slice<'_>| (slice.sequence, slice.start, slice.tokens.len());
+        assert_eq!(schedule.slices(&[]).iter().map(span).collect::<Vec<_>>(), [(0, 0, 10)]);
+        assert_eq!(schedule.slices(&[first]).iter().map(span).collect::<Vec<_>>(), [(1, 0, 7), (0, 0, 3)]);
     }
 
     #[test]

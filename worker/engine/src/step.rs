@@ -69,7 +69,9 @@ pub struct ModelEngine {
     cache: Cache,
     schedule: Schedule,
     limits: Limits,
+    /// Those that left the last step, and those whose last step was left by them.
     left: Vec<SequenceId>,
+    away: Vec<SequenceId>,
 }
 
 impl ModelEngine {
@@ -86,6 +88,7 @@ impl ModelEngine {
                 vocab_size: shape.vocab_size,
             },
             left: Vec::new(),
+            away: Vec::new(),
         }
     }
 
@@ -112,12 +115,13 @@ impl Engine for ModelEngine {
 
     fn cancel(&mut self, sequence: SequenceId) {
         self.schedule.remove(sequence);
+        self.away.retain(|&id| id != sequence);
     }
 
     async fn step<E: Exchange>(&mut self, exchange: &mut E) -> Result<Vec<Event>, Error> {
         self.schedule.admit();
+        let mut slices = self.schedule.slices(&self.left);
         self.left.clear();
-        let mut slices = self.schedule.slices();
         if slices.is_empty() {
             return Ok(Vec::new());
         }
@@ -126,7 +130,9 @@ impl Engine for ModelEngine {
         let hidden = self.model.forward(&mut slices, &mut self.cache, &self.experts, exchange).await?;
 
         let ended: BTreeSet<SequenceId> = slices.iter().map(id).collect();
+        self.away.retain(|id| !begun.contains(id));
         self.left = begun.into_iter().filter(|id| !ended.contains(id)).collect();
+        self.away.extend(&self.left);
 
         // from here on nothing waits, so a step that was given up has changed nothing
         let wanted = self.schedule.wanted(&slices);
@@ -149,8 +155,8 @@ impl Engine for ModelEngine {
         self.schedule.waiting.is_empty() && self.schedule.running.is_empty()
     }
 
-    fn left(&self) -> &[SequenceId] {
-        &self.left
+    fn away(&self) -> &[SequenceId] {
+        &self.away
     }
 
     fn load(&self) -> Load {

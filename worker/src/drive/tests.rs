@@ -105,7 +105,7 @@ impl Engine for Stalled {
     fn is_idle(&self) -> bool {
         self.0.is_idle()
     }
-    fn left(&self) -> &[SequenceId] {
+    fn away(&self) -> &[SequenceId] {
         &self.1
     }
     fn load(&self) -> Load {
@@ -167,8 +167,8 @@ impl Engine for Superstitious {
     fn is_idle(&self) -> bool {
         self.0.is_idle()
     }
-    fn left(&self) -> &[SequenceId] {
-        self.0.left()
+    fn away(&self) -> &[SequenceId] {
+        self.0.away()
     }
     fn load(&self) -> Load {
         self.0.load()

@@ -186,7 +186,7 @@ fn a_sequence_whose_experts_are_nowhere_waits_unharmed() {
         crate::support::step(&mut engine, &mut engine::NoPeers, &mut answers);
     }
     assert!(answers.is_empty());
-    assert_eq!(engine.left(), [id]);
+    assert_eq!(engine.away(), [id]);
     assert_eq!(engine::Engine::load(&engine).running, 1);
     engine::Engine::cancel(&mut engine, id);
     assert!(engine::Engine::is_idle(&engine));
