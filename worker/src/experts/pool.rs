@@ -219,3 +219,6 @@ pub(super) fn refuse(call: &RunCall, reason: Reason, message: &str) -> RunReply 
     let refusal = Refusal { reason: reason.into(), message: message.to_owned() };
     RunReply { sequence: call.sequence, layer: call.layer, rows: Default::default(), refusal: Some(refusal) }
 }
+
+#[cfg(test)]
+mod tests;

@@ -7,8 +7,8 @@
 //! For a given `T` holder `h` has room for `floor((T - start_h) / row_h)` rows, and whether all rows find room is a
 //! question of flow from experts to holders, which has an answer in whole numbers. `T` is found by bisection.
 //!
-//! **Phases.** [`split`]: 1. each expert whole to whoever is done first, which bounds `T` from above; 2. bisection, down
-//! to half a percent; 3. holders that nobody needs at one percent more are left out, since each is a message.
+//! **Phases.** [`split`]: 1. each expert whole to whoever is done first, which bounds `T` from above, and experts with one
+//! holder, which bound it from below; 2. bisection, down to half a percent; 3. holders that nobody needs at one percent more are left out, since each is a message.
 //!
 //! **Guarantees.** Within 2 % of the optimum; the same for the same values. Who computes a row never changes its bits, so
 //! nothing but time depends on what is decided here.
@@ -40,8 +40,10 @@ const SPARED: f64 = 1.01;
 pub(super) fn split(groups: &[Group], holders: &[Holder]) -> Vec<Vec<u32>> {
     let total: u64 = groups.iter().map(|group| u64::from(group.rows)).sum();
     let room = |by: f64| holders.iter().map(|holder| holder.room(by, total)).collect::<Vec<u64>>();
+    let alone = groups.iter().map(|group| if group.holders.len() == 1 { group.clone() } else { group.without_rows() });
+    let mut low = greedy(&alone.collect::<Vec<Group>>(), holders).finish(holders);
     let mut best = greedy(groups, holders);
-    let (mut low, mut high) = (0.0, best.finish(holders));
+    let mut high = best.finish(holders);
     let together = |by: f64| room(by).iter().sum::<u64>() >= total;
     while high > low * CLOSE {
         let middle = (low + high) / 2.0;
@@ -52,6 +54,12 @@ pub(super) fn split(groups: &[Group], holders: &[Holder]) -> Vec<Vec<u32>> {
     }
     thin(groups, holders, room(high * SPARED), &mut best);
     best.rows
+}
+
+impl Group {
+    fn without_rows(&self) -> Self {
+        Self { rows: 0, ..self.clone() }
+    }
 }
 
 impl Holder {

@@ -259,3 +259,70 @@ async fn calls_that_cannot_be_computed_are_refused_each_with_its_reason() {
         assert_eq!(reply.rows.len(), if wanted.is_none() { 512 } else { 0 });
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_caller_that_does_not_read_harms_nobody_else() {
+    let placement = placement(2);
+    let worker = Worker::start(&placement, 1, HASH).await;
+    let call = |sequence| RunCall {
+        sequence,
+        layer: 1,
+        content_hash: HASH.into(),
+        dtype: proto::Dtype::Bf16.into(),
+        rows: vec![0; 512].into(),
+        pair_rows: vec![0; 2048],
+        pair_experts: vec![1; 2048],
+        ..RunCall::default()
+    };
+    let (hung, receiver) = mpsc::channel(1);
+    let mut client = ExpertsClient::new(wire::connect(&worker.address));
+    let _unread = client.run(ReceiverStream::new(receiver)).await.unwrap();
+    let sent = async {
+        for sequence in 0..1000 {
+            hung.send(call(sequence)).await.unwrap(); // a megabyte of reply each
+        }
+    };
+    let stuck = tokio::time::timeout(Duration::from_millis(500), sent).await;
+    assert!(stuck.is_err(), "a gigabyte of replies that nobody reads is kept somewhere");
+    let (calls, receiver) = mpsc::channel(1);
+    let mut client = ExpertsClient::new(wire::connect(&worker.address)).max_decoding_message_size(4 << 20);
+    let mut replies = client.run(ReceiverStream::new(receiver)).await.unwrap().into_inner();
+    for sequence in 0..4 {
+        calls.send(call(sequence)).await.unwrap();
+        let reply = tokio::time::timeout(Duration::from_secs(20), replies.message()).await.expect("it is answered");
+        assert_eq!(reply.unwrap().unwrap().rows.len(), 512 * 2048);
+    }
+}
+
+/// Two copies of each expert, at the workers 1 and 2, none here.
+fn copies() -> proto::Placement {
+    let experts = || (0..16).map(|_| proto::Holders { ordinals: vec![1, 2] }).collect();
+    let layers = (1..4).map(|layer| proto::LayerPlacement { layer, experts: experts() }).collect();
+    proto::Placement { shards: 3, layers }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_holder_with_a_copy_is_not_missed_and_is_a_suspect() {
+    let wanted = alone(requests(2, 30)).await;
+    let placement = copies();
+    let mut workers = Vec::new();
+    for ordinal in 0..3 {
+        workers.push(Worker::start(&placement, ordinal, HASH).await);
+    }
+    let addresses: Vec<String> = workers.iter().map(|worker| worker.address.clone()).collect();
+    let meshes = following(mesh(&placement, &addresses, 1));
+    let own = Own { replica: 0, ordinal: 0, content_hash: HASH.into(), hidden: 256, dtype: engine::WireDtype::Bf16 };
+    let board = Board::new(metrics());
+    let mut suspects = board.suspects();
+    let exchange = MeshExchange::new(own, meshes.clone(), board, None, metrics());
+    let driver = Driver::start(workers[0].engine.take().unwrap(), exchange, metrics()).unwrap();
+    let mut sequences = driver.submit(requests(2, 30), Span::none()).await.unwrap();
+    let mut first = vec![sequences[0].recv().await.unwrap(), sequences[0].recv().await.unwrap()];
+    workers[2].server.abort();
+    let mut answers = all(sequences).await;
+    first.append(&mut answers[0]);
+    answers[0] = first;
+    assert_eq!(answers, wanted);
+    let lost = suspects.wait_for(|suspects| suspects.contains("id-2"));
+    tokio::time::timeout(Duration::from_secs(20), lost).await.expect("the operator hears of it").unwrap();
+}
