@@ -34,6 +34,8 @@ pub fn dtype(dtype: engine::WireDtype) -> proto::Dtype {
 #[cfg(test)]
 mod faults;
 #[cfg(test)]
+mod moves;
+#[cfg(test)]
 mod sim;
 #[cfg(test)]
 mod tests;

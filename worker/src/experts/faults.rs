@@ -23,7 +23,7 @@ use super::{
     standing::Board,
 };
 use crate::{
-    drive::{Driver, Progress},
+    drive::{Driver, Progress, Sequence},
     mesh::{Mesh, Meshes, Placement},
     metrics::Metrics,
 };
@@ -31,7 +31,7 @@ use crate::{
 /// The caller is ordinal 0 of replica 0; the holders are ordinals 1 and 2, and one worker of replica 1 that holds all.
 const HOLDERS: [&str; 3] = ["one:1", "two:1", "other:1"];
 
-fn metrics() -> Arc<Metrics> {
+pub(super) fn metrics() -> Arc<Metrics> {
     Metrics::new(&opentelemetry::metrics::noop::NoopMeterProvider::new().meter("test"))
 }
 
@@ -39,7 +39,7 @@ fn folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../manifests/models/tiny-r1")
 }
 
-fn load(held: &Held) -> (engine::ModelEngine, Arc<Experts>) {
+pub(super) fn load(held: &Held) -> (engine::ModelEngine, Arc<Experts>) {
     let options =
         engine::Options { kv_cache_tokens: 512, max_context_tokens: None, max_sequences: 8, prefill_chunk: 12 };
     engine::load(&folder(), held, &options, &mut |_, _| {}).unwrap()
@@ -104,7 +104,7 @@ fn holders(copies: Copies) -> Vec<(&'static str, Arc<Experts>)> {
     HOLDERS.into_iter().zip(all[&copies.own].iter().cloned()).collect()
 }
 
-fn requests() -> Vec<Request> {
+pub(super) fn requests() -> Vec<Request> {
     let prompt = |seed: u32, length: u32| (0..length).map(|at| (at * 37 + seed * 11 + 3) % 500).collect();
     let request = |seed: u32, length, max_tokens| Request {
         prompt: prompt(seed, length),
@@ -118,10 +118,28 @@ fn requests() -> Vec<Request> {
     vec![request(0, 3, 6), request(1, 15, 4), request(2, 1, 5)]
 }
 
-struct Run {
-    answers: Vec<Vec<Progress>>,
+pub(super) struct Run {
+    pub(super) answers: Vec<Vec<Progress>>,
     net: Net,
     took: Duration,
+}
+
+/// Who the caller is that holds these experts.
+pub(super) fn own(experts: &Experts) -> Own {
+    Own { replica: 0, ordinal: 0, content_hash: "content".into(), hidden: experts.hidden(), dtype: experts.dtype() }
+}
+
+/// All that happens to sequences, until they end.
+pub(super) async fn gather(sequences: Vec<Sequence>) -> Vec<Vec<Progress>> {
+    let mut answers = Vec::new();
+    for mut sequence in sequences {
+        let mut answer = Vec::new();
+        while let Some(progress) = sequence.recv().await {
+            answer.push(progress);
+        }
+        answers.push(answer);
+    }
+    answers
 }
 
 /// One generation of three sequences, in virtual time.
@@ -133,28 +151,12 @@ fn run(copies: Copies, max_wait_ms: u64, plan: Plan) -> Run {
         let snapshot = mesh(copies, max_wait_ms);
         let (engine, experts) = load(&Placement::from(snapshot.placement.as_ref().unwrap()).held(0));
         meshes.take(snapshot).unwrap();
-        let own = Own {
-            replica: 0,
-            ordinal: 0,
-            content_hash: "content".into(),
-            hidden: experts.hidden(),
-            dtype: experts.dtype(),
-        };
+        let own = own(&experts);
         let board = Board::new(metrics());
         let exchange = MeshExchange::over(Arc::new(net.clone()), own, meshes, board, None, metrics());
         let (driver, steps) = Driver::apart(engine, exchange, metrics());
         let begun = tokio::time::Instant::now();
-        let asked = async {
-            let mut answers = Vec::new();
-            for mut sequence in driver.submit(requests(), Span::none()).await.unwrap() {
-                let mut answer = Vec::new();
-                while let Some(progress) = sequence.recv().await {
-                    answer.push(progress);
-                }
-                answers.push(answer);
-            }
-            answers
-        };
+        let asked = async { gather(driver.submit(requests(), Span::none()).await.unwrap()).await };
         let answers = tokio::select! {
             biased;
             answers = asked => answers,
@@ -164,7 +166,7 @@ fn run(copies: Copies, max_wait_ms: u64, plan: Plan) -> Run {
     })
 }
 
-fn undisturbed() -> &'static Run {
+pub(super) fn undisturbed() -> &'static Run {
     static RUN: OnceLock<Run> = OnceLock::new();
     RUN.get_or_init(|| {
         let run = run(TWO, 0, Box::new(|_| None));
@@ -206,17 +208,7 @@ fn where_experts_are_changes_no_bit() {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
         runtime.block_on(async {
             let (driver, steps) = Driver::apart(load(&Held::all()).0, engine::NoPeers, metrics());
-            let asked = async {
-                let mut answers = Vec::new();
-                for mut sequence in driver.submit(requests(), Span::none()).await.unwrap() {
-                    let mut answer = Vec::new();
-                    while let Some(progress) = sequence.recv().await {
-                        answer.push(progress);
-                    }
-                    answers.push(answer);
-                }
-                answers
-            };
+            let asked = async { gather(driver.submit(requests(), Span::none()).await.unwrap()).await };
             tokio::select! {
                 answers = asked => answers,
                 () = steps.run() => panic!("the engine ended"),
