@@ -47,7 +47,7 @@ fn output(program: &str, arguments: &[&str]) -> String {
 }
 
 fn tracked() -> Vec<String> {
-    let listing = output("git", &["ls-files", "--cached", "--others", "--exclude-standard"]);
+    let listing = output("git", &["-c", "safe.directory=*", "ls-files", "--cached", "--others", "--exclude-standard"]);
     let files: Vec<String> =
         listing.lines().filter(|path| tests::root().join(path).exists()).map(str::to_owned).collect();
     assert!(files.len() > 20, "git lists the repository");
@@ -67,7 +67,8 @@ fn program_text(text: &str) -> &str {
 
 #[test]
 fn crate_borders_hold() {
-    let metadata: Value = serde_json::from_str(&output("cargo", &["metadata", "--format-version=1"])).unwrap();
+    let metadata: Value =
+        serde_json::from_str(&output("cargo", &["metadata", "--format-version=1", "--locked"])).unwrap();
     let name_of: BTreeMap<&str, &str> = metadata["packages"]
         .as_array()
         .unwrap()
@@ -97,7 +98,10 @@ fn crate_borders_hold() {
             assert!(may_use.contains(&used), "{name} uses {used}; of ours it may use {may_use:?}");
         }
         // cargo metadata unites the features of the whole workspace; what a crate alone brings in is cargo tree's to say
-        let tree = output("cargo", &["tree", "--package", name, "--edges=normal", "--prefix=none", "--format={p}"]);
+        let tree = output(
+            "cargo",
+            &["tree", "--package", name, "--edges=normal", "--prefix=none", "--format={p}", "--color=never"],
+        );
         let reached: BTreeSet<&str> = tree.lines().filter_map(|line| line.split(' ').next()).collect();
         assert!(reached.contains(name), "cargo tree lists {name}");
         for banned in never {

@@ -49,7 +49,8 @@ async fn the_openai_package_gets_what_it_knows() {
     let served = Served::start(2).await;
     let script = tests::root().join("tests/cluster/ask.py");
     let url = format!("{}/v1", served.url);
-    let run = Command::new(python).arg(script).args([&url, "tiny"]).env("NO_PROXY", "127.0.0.1").output().unwrap();
+    let direct = [("NO_PROXY", "127.0.0.1"), ("no_proxy", "127.0.0.1")];
+    let run = Command::new(python).arg(script).args([&url, "tiny"]).envs(direct).output().unwrap();
     let said = String::from_utf8_lossy(&run.stderr);
     assert!(run.status.success(), "{}: {said}", run.status);
     served.end().await;

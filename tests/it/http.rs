@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 pub(crate) fn client() -> reqwest::Client {
     // A second call finds the first one's provider in place, which is the same.
     let _ = rustls::crypto::ring::default_provider().install_default();
-    reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(60)).build().expect("plain settings")
+    reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(180)).build().expect("plain settings")
 }
 
 /// What came back for a chat: the thought, the answer, and how many tokens it took.

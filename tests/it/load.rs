@@ -20,7 +20,7 @@ use crate::{
 };
 
 const SEED: u64 = 20_260_101;
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(180);
 /// How much this process, clients included, may grow over 5,000 requests: far below 5,000 of anything that is kept.
 const GROWTH_BYTES: u64 = 32 << 20;
 

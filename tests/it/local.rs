@@ -48,9 +48,9 @@ pub(crate) fn started(shards: u32) -> (tempfile::TempDir, Fleet, String) {
 }
 
 fn until(what: &str, mut condition: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(30);
+    let deadline = Instant::now() + Duration::from_secs(120);
     while !condition() {
-        assert!(Instant::now() < deadline, "not within 30 s: {what}");
+        assert!(Instant::now() < deadline, "not within two minutes: {what}");
         std::thread::sleep(Duration::from_millis(20)); // polls
     }
 }
@@ -118,7 +118,7 @@ async fn a_worker_that_dies_comes_back_and_no_answer_is_wrong() {
     until("the worker is back under another process id", || {
         fleet.workers().iter().any(|worker| worker.name == victim.name && worker.pid != victim.pid)
     });
-    let deadline = Instant::now() + Duration::from_secs(30);
+    let deadline = Instant::now() + Duration::from_secs(120);
     let after = loop {
         match chat(&url, "tiny", "What is 318 + 475?").await {
             Ok(answer) => break answer,

@@ -42,7 +42,7 @@ async fn traced(besides: &[(&str, &str)]) -> (tempfile::TempDir, Fleet, Collecto
 }
 
 async fn eventually(what: &str, mut holds: impl FnMut() -> anyhow::Result<()>) {
-    let deadline = Instant::now() + Duration::from_secs(30);
+    let deadline = Instant::now() + Duration::from_secs(120);
     while let Err(error) = holds() {
         assert!(Instant::now() < deadline, "{what}: {error:#}");
         tokio::time::sleep(Duration::from_millis(50)).await; // polls

@@ -26,15 +26,14 @@ pub fn program(name: &str) -> PathBuf {
     path
 }
 
-/// A call of a program of ours that heeds nothing of how the machine that tests tells its own telemetry.
+/// A call of a program of ours that heeds nothing of how the machine that tests is set up: its telemetry, logs, proxies
+/// and hubs are those of others.
 ///
 /// # Panics
 /// As [`program`].
 pub fn command(name: &str) -> Command {
     let mut command = Command::new(program(name));
-    let telemetry = |name: &String| name.starts_with("OTEL_") || name == "RUST_LOG";
-    env::vars_os().filter_map(|(name, _)| name.into_string().ok()).filter(telemetry).for_each(|name| {
-        command.env_remove(name);
-    });
+    let kept = ["PATH", "HOME", "TMPDIR"].into_iter().filter_map(|name| Some((name, env::var_os(name)?)));
+    command.env_clear().envs(kept);
     command
 }

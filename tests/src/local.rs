@@ -62,7 +62,7 @@ impl Process {
 pub async fn metrics(address: &str) -> anyhow::Result<String> {
     // A second call finds the first one's provider in place, which is the same.
     let _ = rustls::crypto::ring::default_provider().install_default();
-    let client = reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(5)).build()?;
+    let client = reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(30)).build()?;
     Ok(client.get(format!("http://{address}/metrics")).send().await?.error_for_status()?.text().await?)
 }
 
@@ -96,9 +96,9 @@ impl Fleet {
     /// Waits until the fleet says `ready`.
     ///
     /// # Errors
-    /// If it ends or a minute passes before, with all that it printed.
+    /// If it ends or three minutes pass before, with all that it printed.
     pub fn ready(&mut self) -> anyhow::Result<()> {
-        let deadline = Instant::now() + Duration::from_secs(60);
+        let deadline = Instant::now() + Duration::from_secs(180);
         while !self.printed().iter().any(|line| line == "ready") {
             ensure!(self.child.try_wait()?.is_none(), "the fleet ended: {:#?}", self.printed());
             ensure!(Instant::now() < deadline, "the fleet is not ready: {:#?}", self.printed());
@@ -153,13 +153,13 @@ impl Fleet {
         self.child.id()
     }
 
-    /// Asks it to stop (SIGTERM) and waits until it has ended, at most a minute.
+    /// Asks it to stop (SIGTERM) and waits until it has ended, at most three minutes.
     ///
     /// # Errors
     /// If it does not end, or not well.
     pub fn stop(mut self) -> anyhow::Result<()> {
         signal(self.pid(), "TERM")?;
-        let deadline = Instant::now() + Duration::from_secs(60);
+        let deadline = Instant::now() + Duration::from_secs(180);
         loop {
             if let Some(status) = self.child.try_wait()? {
                 ensure!(status.success(), "ended with {status}: {:#?}", self.printed());

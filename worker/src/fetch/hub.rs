@@ -16,7 +16,7 @@ use tracing::{debug, warn};
 
 use super::{
     Error,
-    address::{Forbidden, Guard, may_visit, own_class},
+    address::{Class, Forbidden, Guard, may_visit, own_class},
     check_listing, is_needed,
 };
 
@@ -107,7 +107,11 @@ impl Hub {
         let resolver = Guard { trusted: endpoint.host_str().unwrap_or_default().to_owned(), own: own_class(&endpoint) };
         let bundled = webpki_root_certs::TLS_SERVER_ROOT_CERTS.iter().filter_map(|der| Certificate::from_der(der).ok());
         let more = Certificate::from_pem_bundle(&options.certificates).map_err(|error| unusable(error.to_string()))?;
-        let client = Client::builder()
+        let mut client = Client::builder();
+        if own_class(&endpoint) == Class::Loopback {
+            client = client.no_proxy(); // a proxy is elsewhere, and means itself by this address
+        }
+        let client = client
             .user_agent(concat!("modelfleet/", env!("CARGO_PKG_VERSION")))
             .redirect(redirect::Policy::none())
             .connect_timeout(CONNECT_WAIT)

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use opentelemetry::trace::{TraceContextExt as _, TracerProvider as _};
-use opentelemetry_sdk::trace::{InMemorySpanExporter, SdkTracerProvider, SpanData};
+use opentelemetry_sdk::trace::{InMemorySpanExporter, Sampler, SdkTracerProvider, SpanData};
 use router::control;
 use tokio::sync::mpsc;
 use tracing_subscriber::{
@@ -67,7 +67,8 @@ async fn snapshots_are_acknowledged_load_is_pushed_and_serving_outlives_the_oper
 #[tokio::test]
 async fn one_trace_goes_from_the_client_to_the_worker_and_holds_no_words() {
     let exporter = InMemorySpanExporter::default();
-    let provider = SdkTracerProvider::builder().with_simple_exporter(exporter.clone()).build();
+    let provider =
+        SdkTracerProvider::builder().with_sampler(Sampler::AlwaysOn).with_simple_exporter(exporter.clone()).build();
     let ours = Targets::new().with_target("router", LevelFilter::INFO);
     let layer = tracing_opentelemetry::layer().with_tracer(provider.tracer("test")).with_filter(ours);
     let _guard = tracing::subscriber::set_default(tracing_subscriber::registry().with(layer));

@@ -69,6 +69,9 @@ fn http<B: WithHttpConfig>(builder: B, settings: &Settings, signal: Signal) -> R
     };
     let mut client =
         Client::builder().timeout(settings.timeout(signal)).redirect(redirect::Policy::none()).tls_certs_only(trusted);
+    if settings.is_local(signal) {
+        client = client.no_proxy(); // a proxy is elsewhere, and means itself by this address
+    }
     if let Some(Identity { certificate, key }) = identity(settings, signal)? {
         let pem = [certificate, key].concat();
         client = client.identity(reqwest::Identity::from_pem(&pem).map_err(Error::Client)?);

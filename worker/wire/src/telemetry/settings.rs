@@ -3,8 +3,9 @@
 //! As OpenTelemetry specifies, an empty value is none, a signal's own variable goes before the common one, and a value
 //! that cannot be honoured is told and passed over.
 
-use std::{env, fmt, path::PathBuf, time::Duration};
+use std::{env, fmt, net::IpAddr, path::PathBuf, time::Duration};
 
+use http::Uri;
 use tracing::warn;
 
 /// What the specification gives an export.
@@ -57,6 +58,14 @@ impl<F: Fn(&str) -> Option<String>> Settings<F> {
             _ => named.iter().any(|name| name == "otlp"),
         };
         asked.then(|| self.protocol(signal))
+    }
+
+    /// Whether the collector is on this machine, by its address or as `localhost`.
+    pub(super) fn is_local(&self, signal: Signal) -> bool {
+        let endpoint = self.either(signal, "ENDPOINT").and_then(|endpoint| endpoint.parse::<Uri>().ok());
+        let host = endpoint.as_ref().and_then(Uri::host).unwrap_or("localhost");
+        let address = host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
+        address.map_or(host == "localhost", |address| address.is_loopback())
     }
 
     /// How long one export may take.
@@ -192,6 +201,22 @@ mod tests {
             let variables: Vec<_> = variables.iter().copied().chain([ENDPOINT]).collect();
             assert_eq!(settings(&variables).export(Traces), Some(protocol), "{variables:?}");
         }
+    }
+
+    #[test]
+    fn a_collector_on_this_machine_is_known_as_one() {
+        let cases = [
+            ("http://localhost:4318", true),
+            ("http://127.0.0.2:4318/v1/traces", true),
+            ("http://[::1]:4318", true),
+            ("http://collector:4318", false),
+            ("https://10.0.0.1", false),
+        ];
+        for (endpoint, local) in cases {
+            let variables = [("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", endpoint), ENDPOINT];
+            assert_eq!(settings(&variables).is_local(Traces), local, "{endpoint}");
+        }
+        assert!(settings(&[]).is_local(Traces), "the default is localhost");
     }
 
     #[test]
