@@ -130,13 +130,18 @@ async fn a_worker_that_dies_comes_back_and_no_answer_is_wrong() {
 }
 
 #[test]
-fn children_die_with_their_parent_even_if_it_is_killed() {
-    let (_folder, mut fleet, _url) = started(2);
+fn a_parent_that_is_killed_leaves_no_child_and_no_file() {
+    let (folder, file) = deployment(2);
+    let temporary = folder.path().join("temporary");
+    std::fs::create_dir(&temporary).unwrap();
+    let mut fleet = Fleet::start(&file, &[("TMPDIR", temporary.to_str().unwrap())]).unwrap();
+    fleet.ready().unwrap();
     let children: Vec<u32> = fleet.processes().iter().map(|process| process.pid).collect();
     assert_eq!(children.len(), 3);
     assert!(children.iter().all(|pid| runs(*pid)));
     fleet.kill().unwrap();
     until("all children are gone", || children.iter().all(|pid| !runs(*pid)));
+    assert_eq!(std::fs::read_dir(&temporary).unwrap().count(), 0);
 }
 
 #[tokio::test]

@@ -5,6 +5,7 @@
 mod clients;
 mod contract;
 mod http;
+mod hub;
 mod load;
 mod local;
 mod soak;

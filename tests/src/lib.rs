@@ -1,6 +1,7 @@
-//! What the integration tests share: where the repository and its programs are, a fleet, a collector.
+//! What the integration tests share: where the repository and its programs are, a fleet, a collector, a hub.
 
 pub mod collector;
+pub mod hub;
 pub mod local;
 
 use std::{

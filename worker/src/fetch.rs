@@ -6,12 +6,14 @@
 //! Architecture Invariant: only data is fetched, never code or pickles, and a token goes to the hub's own address only.
 
 use std::{
+    fs::{File, TryLockError},
     io,
     path::{Component, Path, PathBuf},
     sync::Arc,
 };
 
 use engine::{DescribedFile, Description};
+use tracing::{info, warn};
 
 mod address;
 pub mod describe;
@@ -191,8 +193,8 @@ fn check_listing(what: &str, paths: &[&str]) -> Result<(), Error> {
 
 /// Brings a model's files to `to`, verified, and records what they are.
 ///
-/// 1. Lists what is needed. 2. Downloads what is not there yet, resuming what was cut. 3. Checks size and digest of each
-///    file. 4. Writes the record, last.
+/// 1. Waits for another process that does the same. 2. Lists what is needed. 3. Downloads what is not there yet, resuming
+///    what was cut. 4. Checks size and digest of each file. 5. Writes the record, last.
 ///
 /// Files of a folder are linked, those of a claim copied.
 ///
@@ -206,6 +208,7 @@ pub async fn fetch(
     progress: OnProgress,
 ) -> Result<Vec<DescribedFile>, Error> {
     std::fs::create_dir_all(to).map_err(|error| Error::file(to.display().to_string(), error))?;
+    let _lock = alone(to).await?;
     let files = match source {
         Source::Hub(repository) => {
             let listing = hub.list(repository, revision).await?;
@@ -218,6 +221,23 @@ pub async fn fetch(
     };
     record::write(to, &files)?;
     Ok(files)
+}
+
+/// Waits until no other process brings files to this folder. The lock ends with the file, however the process ends.
+async fn alone(to: &Path) -> Result<File, Error> {
+    let path = to.join(".lock");
+    let file = File::create(&path).map_err(|error| Error::file(path.display().to_string(), error))?;
+    match file.try_lock() {
+        Ok(()) => return Ok(file),
+        Err(TryLockError::WouldBlock) => info!(folder = %to.display(), "another process brings files here; waiting"),
+        Err(TryLockError::Error(error)) => {
+            warn!(%error, folder = %to.display(), "this volume knows no locks");
+            return Ok(file);
+        }
+    }
+    let wait = move || file.lock().map(|()| file);
+    let locked = tokio::task::spawn_blocking(wait).await.unwrap_or_else(|error| Err(io::Error::other(error)));
+    locked.map_err(|error| Error::file(path.display().to_string(), error))
 }
 
 /// Removes what an earlier fetch left of other files, or the loader would find them.

@@ -1,7 +1,8 @@
 //! The program `modelfleet-worker`: `serve`, `fetch` or `describe`. Knows arguments, environment and signals.
 
 use std::{
-    env, fs, io,
+    env, fs,
+    io::{self, BufRead as _},
     net::SocketAddr,
     path::{Path, PathBuf},
     process::ExitCode,
@@ -65,7 +66,7 @@ struct ServeArguments {
     /// Index of this worker in its replica
     #[arg(long, env = "MODELFLEET_ORDINAL", default_value_t = 0)]
     ordinal: u32,
-    /// File that says which ordinals hold which experts
+    /// File that says which ordinals hold which experts; `-`: the first line of standard input
     #[arg(long)]
     placement: PathBuf,
     /// Tokens of KV cache
@@ -180,7 +181,7 @@ async fn serve(arguments: ServeArguments, telemetry: &Telemetry) -> anyhow::Resu
         content_hash: arguments.content_hash,
         replica: arguments.replica,
         ordinal: arguments.ordinal,
-        placement: arguments.placement,
+        placement: placement(&arguments.placement)?,
         kv_cache_tokens: arguments.kv_cache_tokens,
         max_context_tokens: Some(arguments.max_context_tokens).filter(|&tokens| tokens > 0),
         max_sequences: arguments.max_sequences,
@@ -192,6 +193,16 @@ async fn serve(arguments: ServeArguments, telemetry: &Telemetry) -> anyhow::Resu
     let metrics = Metrics::new(&telemetry.meter());
     let shutdown = shutdown(arguments.exit_with_stdin)?;
     Ok(serve::serve(options, listeners, telemetry.registry(), metrics, shutdown).await?)
+}
+
+/// The placement file, or what a parent says instead, which keeps standard input open and leaves no file behind.
+fn placement(path: &Path) -> anyhow::Result<Vec<u8>> {
+    if path != Path::new("-") {
+        return fs::read(path).with_context(|| format!("cannot read the placement file {}", path.display()));
+    }
+    let mut line = Vec::new();
+    io::stdin().lock().read_until(b'\n', &mut line).context("cannot read the placement from standard input")?;
+    Ok(line)
 }
 
 /// Fetches to a folder, or describes on standard output if there is none.

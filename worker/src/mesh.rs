@@ -2,8 +2,6 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs, io,
-    path::Path,
     sync::Arc,
     time::Duration,
 };
@@ -22,17 +20,6 @@ pub struct Placement {
     /// Workers of a replica.
     pub shards: u32,
     layers: BTreeMap<u32, Vec<Vec<u32>>>,
-}
-
-/// Why a placement file cannot be used.
-#[derive(Debug, thiserror::Error)]
-pub enum PlacementError {
-    /// The file cannot be read.
-    #[error("cannot read the placement file")]
-    Read(#[from] io::Error),
-    /// The file is no placement.
-    #[error("the placement file is not a placement")]
-    Parse(#[from] serde_json::Error),
 }
 
 /// What a worker knows of its mesh.
@@ -111,15 +98,11 @@ impl From<&proto::Placement> for Placement {
 }
 
 impl Mesh {
-    /// What the placement file says, which a worker uses until its first snapshot.
+    /// What a placement file says, which a worker uses until its first snapshot.
     ///
     /// # Errors
-    /// If the file cannot be read or is no placement.
-    pub fn from_file(path: &Path) -> Result<Self, PlacementError> {
-        Ok(Self::from_json(&fs::read(path)?)?)
-    }
-
-    fn from_json(json: &[u8]) -> Result<Self, serde_json::Error> {
+    /// If it is no placement.
+    pub fn from_json(json: &[u8]) -> Result<Self, serde_json::Error> {
         let file: File = serde_json::from_slice(json)?;
         let layers = file.layers.into_iter().map(|layer| (layer.layer, layer.experts)).collect();
         Ok(Self {

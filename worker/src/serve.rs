@@ -34,7 +34,7 @@ use crate::{
         standing::Board,
     },
     fetch::record,
-    mesh::{Mesh, PlacementError},
+    mesh::Mesh,
     metrics::Metrics,
     prepare::{self, Model},
 };
@@ -70,8 +70,8 @@ pub struct Options {
     pub replica: u32,
     /// Index in the replica.
     pub ordinal: u32,
-    /// The placement file.
-    pub placement: PathBuf,
+    /// What the placement file says.
+    pub placement: Vec<u8>,
     /// Tokens of KV cache.
     pub kv_cache_tokens: usize,
     /// `None`: the model's.
@@ -91,9 +91,9 @@ pub struct Options {
 /// Why a worker does not serve.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The placement file.
+    /// The placement is none.
     #[error("cannot use the placement")]
-    Placement(#[from] PlacementError),
+    Placement(#[from] serde_json::Error),
     /// What `fetch` wrote beside the model's files.
     #[error("cannot use the model's files")]
     Files(#[from] record::Error),
@@ -158,7 +158,7 @@ pub async fn serve(
     metrics: Arc<Metrics>,
     shutdown: impl Future<Output = Shutdown>,
 ) -> Result<(), Error> {
-    let mesh = Mesh::from_file(&options.placement)?;
+    let mesh = Mesh::from_json(&options.placement)?;
     let state = State::new(mesh, &options);
     let (reports, receiver) = mpsc::channel(256);
     tokio::spawn(control::follow(control::stream(&options, receiver), state.clone(), reports.clone()));

@@ -1,7 +1,7 @@
 //! Child processes: started from a [`Launch`], kept alive, and ended with their parent.
 //!
-//! Every child holds the reading end of a pipe as its standard input. The parent never writes to it; that it closes,
-//! whatever the parent died of, tells the child to end.
+//! Every child holds the reading end of a pipe as its standard input. What it is to read comes on that, so nothing lies
+//! on the disk that a killed parent would leave. That it closes, whatever the parent died of, tells the child to end.
 
 use std::{
     io,
@@ -11,7 +11,8 @@ use std::{
 };
 
 use tokio::{
-    process::{self, Command},
+    io::AsyncWriteExt as _,
+    process::{ChildStdin, Command},
     sync::{mpsc, watch},
     task::JoinHandle,
     time::Instant,
@@ -24,6 +25,9 @@ const FIRST_PAUSE: Duration = Duration::from_millis(250);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 /// A child that lived so long had started well.
 const LIVED: Duration = Duration::from_secs(5);
+
+/// The path of a file that is handed over on standard input.
+pub(super) const STANDARD_INPUT: &str = "-";
 
 /// What becomes of a child.
 #[derive(Debug)]
@@ -93,16 +97,16 @@ impl Keeper {
 
     /// Runs the child once. Returns how it died, or nothing if it was told to end.
     async fn live(&self, mut stopped: watch::Receiver<bool>) -> Option<String> {
-        let mut child = match self.spawn() {
+        let mut child = match command(&self.programs, &self.launch).stdout(Stdio::null()).spawn() {
             Ok(child) => child,
             Err(error) => return Some(format!("could not be started: {error}")),
         };
-        let pipe = child.stdin.take();
+        let mut pipe = child.stdin.take();
         if let Some(pid) = child.id() {
             drop(self.events.send(Event::Started { name: self.name.clone(), pid }).await);
         }
         tokio::select! {
-            status = child.wait() => Some(match status {
+            (status, ()) = async { tokio::join!(child.wait(), self.hand_over(pipe.as_mut())) } => Some(match status {
                 Ok(status) => format!("died ({status})"),
                 Err(error) => format!("is lost: {error}"),
             }),
@@ -114,11 +118,13 @@ impl Keeper {
         }
     }
 
-    fn spawn(&self) -> io::Result<process::Child> {
-        for file in &self.launch.files {
-            std::fs::write(&file.path, &file.content)?;
+    /// Writes the files of the launch to the child's standard input, each a line.
+    async fn hand_over(&self, pipe: Option<&mut ChildStdin>) {
+        let Some(pipe) = pipe else { return };
+        for file in self.launch.files.iter().filter(|file| file.path == STANDARD_INPUT) {
+            // a child that does not read it says why
+            drop(pipe.write_all(format!("{}\n", file.content).as_bytes()).await);
         }
-        command(&self.programs, &self.launch).stdout(Stdio::null()).spawn()
     }
 }
 
@@ -153,6 +159,7 @@ pub(super) async fn run_once(programs: &Path, launch: &Launch) -> io::Result<Out
 /// In a process group of its own: Ctrl-C is for the parent, which ends its children in order.
 fn command(programs: &Path, launch: &Launch) -> Command {
     let mut command = Command::new(programs.join(launch.program.file_name()));
+    command.env_remove("OTEL_SERVICE_NAME"); // who the parent is
     command.args(&launch.arguments).stdin(Stdio::piped()).kill_on_drop(true).process_group(0);
     if std::env::var_os("RUST_LOG").is_none() {
         command.env("RUST_LOG", "warn");

@@ -10,13 +10,12 @@ use std::{
 };
 
 use futures::{StreamExt as _, future::join_all, stream::BoxStream};
-use tempfile::TempDir;
 use tokio::{net::TcpListener, sync::mpsc};
 
 use super::{
     Error, Options, Output, Planned, Tools,
     ask::ask,
-    child::{Child, Event},
+    child::{Child, Event, STANDARD_INPUT},
     prepare,
 };
 use crate::{
@@ -47,7 +46,6 @@ pub(super) struct Crew<'a> {
     heard: BoxStream<'static, String>,
     events: mpsc::Receiver<Event>,
     report: mpsc::Sender<Event>,
-    folder: TempDir,
     router: Option<Member>,
     workers: Vec<Member>,
     pids: BTreeMap<String, u32>,
@@ -83,7 +81,6 @@ impl<'a> Crew<'a> {
                 return Err(Error::NoProgram(path));
             }
         }
-        let folder = tempfile::Builder::new().prefix("modelfleet-").tempdir();
         let (report, events) = mpsc::channel(64);
         fleet.lead(1);
         Ok(Self {
@@ -94,7 +91,6 @@ impl<'a> Crew<'a> {
             output,
             events,
             report,
-            folder: folder.map_err(|source| Error::Own { what: "make a temporary folder", source })?,
             router: None,
             workers: Vec::new(),
             pids: BTreeMap::new(),
@@ -174,7 +170,6 @@ impl<'a> Crew<'a> {
             let mut workers = Vec::new();
             for ordinal in 0..plan.shards {
                 let token = token()?;
-                let placement_path = self.folder.path().join(format!("{token}.json"));
                 let launch = launch::serve(&Serve {
                     site: Site::Child { id: &token },
                     model: &accepted.name,
@@ -183,7 +178,7 @@ impl<'a> Crew<'a> {
                     content_hash: &description.content_hash,
                     replica,
                     ordinal,
-                    placement_path: &placement_path.to_string_lossy(),
+                    placement_path: STANDARD_INPUT,
                     placement: &plan.placement,
                     kv_cache_tokens: plan.kv_cache_tokens.0,
                     max_context_tokens: plan.max_context_tokens.0,

@@ -3,12 +3,10 @@
 //! `surroundings hub FOLDER` serves FOLDER/OWNER/NAME as repositories; `surroundings collector` takes OTLP and tells what
 //! it got.
 
-mod hub;
-
 use std::path::Path;
 
 use anyhow::bail;
-use tests::collector;
+use tests::{collector, hub};
 use tokio::net::TcpListener;
 
 #[tokio::main]

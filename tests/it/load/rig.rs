@@ -73,7 +73,7 @@ impl EchoWorker {
             content_hash: HASH.into(),
             replica,
             ordinal: 0,
-            placement: "none".into(),
+            placement: Vec::new(),
             kv_cache_tokens: 0,
             max_context_tokens: None,
             max_sequences: SLOTS,

@@ -139,8 +139,7 @@ impl Hub {
         let mut url = self.url(&["api", "models"], repository);
         self.extend(&mut url, &["revision", revision]);
         url.set_query(Some("blobs=true"));
-        let what = What { repository, revision };
-        let body = self.bytes(&url, None, LISTING_BYTES, what).await?;
+        let body = self.bytes(&Ask { url, range: None, repository, revision }, LISTING_BYTES).await?;
         let listed: Repository =
             serde_json::from_slice(&body).map_err(|error| self.unreachable(format!("its listing: {error}")))?;
         let mut files = listed
@@ -163,10 +162,9 @@ impl Hub {
     /// # Errors
     /// [`Error`], after a bounded number of attempts where another one could help.
     pub async fn read(&self, repository: &str, commit: &str, path: &str, range: Range<u64>) -> Result<Vec<u8>, Error> {
-        let url = self.file(repository, commit, path);
         let want = usize::try_from(range.end - range.start).unwrap_or(usize::MAX);
-        let what = What { repository, revision: commit };
-        let bytes = self.bytes(&url, Some(&range), want, what).await?;
+        let url = self.file(repository, commit, path);
+        let bytes = self.bytes(&Ask { url, range: Some(range), repository, revision: commit }, want).await?;
         if bytes.len() != want {
             return Err(self.unreachable(format!("{path}: {} of {want} bytes came", bytes.len())));
         }
@@ -182,8 +180,8 @@ impl Hub {
         offset: u64,
     ) -> Result<Response, Error> {
         let range = (offset > 0).then_some(offset..u64::MAX);
-        let what = What { repository, revision: commit };
-        self.get(&self.file(repository, commit, path), range.as_ref(), what).await.map_err(|attempt| match attempt {
+        let ask = Ask { url: self.file(repository, commit, path), range, repository, revision: commit };
+        self.get(&ask).await.map_err(|attempt| match attempt {
             Attempt::Again(error) | Attempt::Final(error) => error,
         })
     }
@@ -198,17 +196,11 @@ impl Hub {
     }
 
     /// GET with attempts; the body up to `limit` bytes.
-    async fn bytes(
-        &self,
-        url: &Url,
-        range: Option<&Range<u64>>,
-        limit: usize,
-        what: What<'_>,
-    ) -> Result<Vec<u8>, Error> {
+    async fn bytes(&self, ask: &Ask<'_>, limit: usize) -> Result<Vec<u8>, Error> {
         let mut attempt = 0;
         loop {
             attempt += 1;
-            let error = match self.bytes_once(url, range, limit, what).await {
+            let error = match self.bytes_once(ask, limit).await {
                 Ok(bytes) => return Ok(bytes),
                 Err(Attempt::Final(error)) => return Err(error),
                 Err(Attempt::Again(error)) => error,
@@ -221,21 +213,15 @@ impl Hub {
         }
     }
 
-    async fn bytes_once(
-        &self,
-        url: &Url,
-        range: Option<&Range<u64>>,
-        limit: usize,
-        what: What<'_>,
-    ) -> Result<Vec<u8>, Attempt> {
-        let mut response = self.get(url, range, what).await?;
-        if range.is_some_and(|range| range.start > 0) && response.status() != StatusCode::PARTIAL_CONTENT {
+    async fn bytes_once(&self, ask: &Ask<'_>, limit: usize) -> Result<Vec<u8>, Attempt> {
+        let mut response = self.get(ask).await?;
+        if ask.range.as_ref().is_some_and(|range| range.start > 0) && response.status() != StatusCode::PARTIAL_CONTENT {
             return Err(Attempt::Final(self.unreachable("it does not answer byte ranges".into())));
         }
         let mut bytes = Vec::new();
         while let Some(piece) = response.chunk().await.map_err(|error| self.again(&error))? {
             if bytes.len() + piece.len() > limit {
-                if range.is_some() {
+                if ask.range.is_some() {
                     // a hub that ignores ranges sends the whole file; its beginning is what was asked for
                     bytes.extend_from_slice(&piece[..limit - bytes.len()]);
                     return Ok(bytes);
@@ -248,8 +234,8 @@ impl Hub {
     }
 
     /// One GET, redirects followed.
-    async fn get(&self, url: &Url, range: Option<&Range<u64>>, what: What<'_>) -> Result<Response, Attempt> {
-        let mut url = url.clone();
+    async fn get(&self, ask: &Ask<'_>) -> Result<Response, Attempt> {
+        let mut url = ask.url.clone();
         for _ in 0..=REDIRECTS {
             self.check(&url).map_err(Attempt::Final)?;
             let mut request = self.client.get(url.clone());
@@ -257,14 +243,14 @@ impl Hub {
             {
                 request = request.header(AUTHORIZATION, authorization);
             }
-            match range {
+            match &ask.range {
                 Some(Range { start, end: u64::MAX }) => request = request.header(RANGE, format!("bytes={start}-")),
                 Some(Range { start, end }) => request = request.header(RANGE, format!("bytes={start}-{}", end - 1)),
                 None => {}
             }
             let response = request.send().await.map_err(|error| self.again(&error))?;
             if !response.status().is_redirection() {
-                return self.judge(response, what);
+                return self.judge(response, ask);
             }
             let location = response.headers().get(LOCATION).and_then(|value| value.to_str().ok());
             let next = location.and_then(|location| url.join(location).ok());
@@ -288,25 +274,27 @@ impl Hub {
         Ok(())
     }
 
-    fn judge(&self, response: Response, what: What<'_>) -> Result<Response, Attempt> {
+    fn judge(&self, response: Response, ask: &Ask<'_>) -> Result<Response, Attempt> {
         let status = response.status();
         let word = response.headers().get("x-error-code").and_then(|value| value.to_str().ok()).unwrap_or_default();
-        let missing = || Error::SourceNotFound(format!("{} at {}", what.repository, self.endpoint));
+        let missing = || Error::SourceNotFound(format!("{} at {}", ask.repository, self.endpoint));
         match status.as_u16() {
             200 | 206 => Ok(response),
             404 if word == "RevisionNotFound" => Err(Attempt::Final(Error::RevisionNotFound {
-                repository: what.repository.to_owned(),
-                revision: what.revision.to_owned(),
+                repository: ask.repository.to_owned(),
+                revision: ask.revision.to_owned(),
             })),
             404 | 410 => Err(Attempt::Final(missing())),
             401 if word == "RepoNotFound" && self.authorization.is_some() => Err(Attempt::Final(missing())),
             code @ (401 | 403) => Err(Attempt::Final(Error::GatedModel {
-                what: what.repository.to_owned(),
+                what: ask.repository.to_owned(),
                 status: code,
                 hint: match self.authorization {
-                    None => "it is gated, private or missing; give a token in spec.model.credentialsRef",
+                    None => {
+                        "it is gated, private or missing; give a token in spec.model.credentialsRef, or as HF_TOKEN in local mode"
+                    }
                     Some(_) => {
-                        "the token has no access; ask for it on the model's page, or give another one in spec.model.credentialsRef"
+                        "the token has no access; ask for it on the model's page, or give another one in spec.model.credentialsRef, or as HF_TOKEN in local mode"
                     }
                 },
             })),
@@ -347,9 +335,10 @@ impl Hub {
     }
 }
 
-/// What a request is about, for its errors.
-#[derive(Clone, Copy)]
-struct What<'a> {
+/// What is asked for; the repository and its revision are for errors.
+struct Ask<'a> {
+    url: Url,
+    range: Option<Range<u64>>,
     repository: &'a str,
     revision: &'a str,
 }

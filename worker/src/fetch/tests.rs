@@ -191,6 +191,16 @@ async fn what_an_earlier_process_left_is_resumed_or_thrown_away() {
 }
 
 #[tokio::test]
+async fn two_that_fetch_one_model_at_once_download_it_once() {
+    let (endpoint, fake) = hub(Fake::with_model()).await;
+    let dir = tempfile::tempdir().unwrap();
+    let hub = client(&endpoint, None);
+    let both = futures::future::join(fetched(&hub, dir.path()), fetched(&hub, dir.path())).await;
+    assert_eq!(both.0.unwrap().len(), both.1.unwrap().len());
+    assert_eq!(ranges(&fake), [None], "the other one finds it whole");
+}
+
+#[tokio::test]
 async fn a_file_with_another_digest_is_refused_and_not_kept() {
     for name in ["model.safetensors", "config.json"] {
         let digits = if name == "config.json" { 40 } else { 64 };

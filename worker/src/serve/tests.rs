@@ -24,8 +24,6 @@ struct Running {
 impl Running {
     async fn start(max_sequences: usize) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let placement = dir.path().join("placement.json");
-        std::fs::write(&placement, r#"{"version":{"epoch":0,"sequence":0},"shards":1,"layers":[]}"#).unwrap();
         let bind = || TcpListener::bind("127.0.0.1:0");
         let listeners = Listeners { grpc: bind().await.unwrap(), admin: bind().await.unwrap() };
         let address = listeners.grpc.local_addr().unwrap().to_string();
@@ -36,7 +34,7 @@ impl Running {
             content_hash: "hash".into(),
             replica: 0,
             ordinal: 0,
-            placement,
+            placement: br#"{"version":{"epoch":0,"sequence":0},"shards":1,"layers":[]}"#.to_vec(),
             kv_cache_tokens: 8192,
             max_context_tokens: None,
             max_sequences,

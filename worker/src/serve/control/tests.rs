@@ -15,7 +15,7 @@ fn options() -> Options {
         content_hash: String::new(),
         replica: 0,
         ordinal: 0,
-        placement: PathBuf::new(),
+        placement: Vec::new(),
         kv_cache_tokens: 16,
         max_context_tokens: None,
         max_sequences: 1,

@@ -18,7 +18,8 @@ use ring::digest::{SHA1_FOR_LEGACY_USE_ONLY, digest};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
-const TOKEN: &str = "hf_cluster_tests";
+/// What repositories that are gated want.
+pub const TOKEN: &str = "hf_cluster_tests";
 
 /// A file: its content, the SHA-256 of it, and its id as a blob of git, both in hex.
 struct File {
@@ -34,7 +35,7 @@ type Repositories = BTreeMap<String, BTreeMap<String, File>>;
 ///
 /// # Errors
 /// If a folder or file cannot be read.
-pub(crate) fn routes(folder: &Path) -> anyhow::Result<Router> {
+pub fn routes(folder: &Path) -> anyhow::Result<Router> {
     let mut repositories = Repositories::new();
     for owner in children(folder)? {
         for name in children(&folder.join(&owner))? {
