@@ -6,6 +6,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use wire::proto::MeshSnapshot;
 
 use super::*;
+use crate::serve::state::Serving;
 
 fn options() -> Options {
     Options {
@@ -23,6 +24,45 @@ fn options() -> Options {
         operators: Vec::new(),
         id: "me".into(),
         drain_timeout: Duration::ZERO,
+    }
+}
+
+async fn until<T>(heard: &mut mpsc::Receiver<Report>, mut wanted: impl FnMut(report::Report) -> Option<T>) -> T {
+    loop {
+        let report =
+            tokio::time::timeout(Duration::from_secs(20), heard.recv()).await.expect("it is reported").unwrap();
+        if let Some(found) = report.report.and_then(&mut wanted) {
+            return found;
+        }
+    }
+}
+
+#[tokio::test]
+async fn suspects_are_told_at_each_change_and_the_load_of_each_expert_again_and_again() {
+    let state = State::new(Mesh::default(), &options());
+    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../manifests/models/tiny-r1");
+    let engine = engine::Options { kv_cache_tokens: 64, max_context_tokens: None, max_sequences: 1, prefill_chunk: 16 };
+    let (engine, experts) = engine::load(&folder, &engine::Held::all(), &engine, &mut |_, _| {}).unwrap();
+    let metrics = crate::metrics::Metrics::new(&opentelemetry::global::meter("test"));
+    let (suspects, doubted) = tokio::sync::watch::channel(std::collections::BTreeSet::new());
+    let driver = crate::drive::Driver::start(engine, engine::NoPeers, metrics).unwrap();
+    state.serving(Serving { driver, experts: Some(experts), dense_bytes: 1, suspects: doubted });
+    let (_instructions, incoming) = mpsc::channel(8);
+    let (reports, mut heard) = mpsc::channel(64);
+    tokio::spawn(follow(ReceiverStream::new(incoming), state.clone(), reports));
+    let load = until(&mut heard, |report| match report {
+        report::Report::ExpertLoad(load) => Some(load),
+        _ => None,
+    });
+    let layers: Vec<(u32, usize)> = load.await.layers.iter().map(|layer| (layer.layer, layer.rows.len())).collect();
+    assert_eq!(layers, [(1, 16), (2, 16), (3, 16)]);
+    let of_suspects = |report| match report {
+        report::Report::Suspects(suspects) => Some(suspects.ids),
+        _ => None,
+    };
+    for ids in [vec![String::from("a"), String::from("b")], vec![String::from("b")], Vec::new()] {
+        suspects.send_replace(ids.iter().cloned().collect());
+        assert_eq!(until(&mut heard, of_suspects).await, ids);
     }
 }
 
