@@ -24,7 +24,7 @@ const SETTINGS: [(&str, &[&str]); 14] = [
             "hub.noProxy=.svc\\,10.0.0.0/8",
         ],
     ),
-    ("telemetry", &["telemetry.endpoint=http://collector.example:4317"]),
+    ("telemetry", &["telemetry.endpoint=http://collector.example:4318", "telemetry.protocol=http/protobuf"]),
     ("load balancer", &["router.service.type=LoadBalancer", "router.service.annotations.example\\.com/internal=yes"]),
     ("one of each", &["router.replicas=1", "operator.replicas=1"]),
     (
@@ -60,7 +60,7 @@ const SETTINGS: [(&str, &[&str]); 14] = [
 ];
 
 /// Settings that the schema refuses, and the value that its words name.
-const REFUSED: [(&str, &str); 14] = [
+const REFUSED: [(&str, &str); 15] = [
     ("router.replica=3", "router"),
     ("nonsense=1", "nonsense"),
     ("router.replicas=0", "replicas"),
@@ -72,6 +72,7 @@ const REFUSED: [(&str, &str); 14] = [
     ("watchNamespaces={Team_A}", "watchNamespaces"),
     ("hub.endpoint=huggingface.co", "endpoint"),
     ("hub.token=secret", "token"),
+    ("telemetry.protocol=http/json", "protocol"),
     ("hub.caBundle=nonsense", "caBundle"),
     ("router.resources.limits=null", "limits"),
     ("httpRoute.enabled=true", "parentRefs"),

@@ -39,6 +39,8 @@ modelfleet-operator.{{ .Release.Namespace }}.svc:9100
 {{- with .Values.telemetry.endpoint }}
 - name: OTEL_EXPORTER_OTLP_ENDPOINT
   value: {{ . | quote }}
+- name: OTEL_EXPORTER_OTLP_PROTOCOL
+  value: {{ $.Values.telemetry.protocol }}
 - name: OTEL_RESOURCE_ATTRIBUTES
   value: service.instance.id=$(MODELFLEET_ID),k8s.namespace.name=$(POD_NAMESPACE),k8s.pod.name=$(POD_NAME)
 {{- end }}
