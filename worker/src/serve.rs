@@ -143,6 +143,19 @@ pub enum Shutdown {
     Within(Duration),
 }
 
+impl Shutdown {
+    /// How long requests may go on, and then how long connections may take to close.
+    fn times(self, drain_timeout: Duration) -> (Duration, Duration) {
+        match self {
+            Self::Drain => (drain_timeout, wire::connections::GRACE),
+            Self::Within(within) => {
+                let running = within.mul_f64(0.7);
+                (running, within.saturating_sub(running))
+            }
+        }
+    }
+}
+
 /// Serves until `shutdown`, then drains.
 ///
 /// 1. Health and metrics are there at once; ready means that this worker's experts are in memory.
@@ -235,16 +248,16 @@ async fn run(
         let _ = stopped.wait_for(Option::is_some).await;
     };
     let server = tokio::spawn(wire::serve(listener, routes, closing));
-    let ended = tokio::select! {
+    let (ended, grace) = tokio::select! {
         how = shutdown => {
             health.set_not_serving::<WorkerServer<GenerateService>>().await;
-            drain(state, options.drain_timeout, how).await;
-            Ok(())
+            let (running, closing) = how.times(options.drain_timeout);
+            drain(state, running, how).await;
+            (Ok(()), closing)
         }
-        () = driver.ended() => Err(Error::Engine),
+        () = driver.ended() => (Err(Error::Engine), Duration::ZERO),
     };
     stop.send_replace(Some(()));
-    let grace = if ended.is_ok() { wire::connections::GRACE } else { Duration::ZERO };
     let _ = tokio::time::timeout(grace, server).await; // what is open then is closed with the process
     ended
 }
@@ -310,10 +323,6 @@ fn loading_report(done_bytes: u64, total_bytes: u64) -> Report {
 /// 2. Running ones finish, or are cut when the time is over.
 /// 3. Experts are served until no peer of the mesh runs, or the time is over.
 async fn drain(state: &State, timeout: Duration, how: Shutdown) {
-    let timeout = match how {
-        Shutdown::Drain => timeout,
-        Shutdown::Within(within) => within.mul_f64(0.7), // the rest is for closing connections
-    };
     let deadline = tokio::time::Instant::now() + timeout;
     state.drain();
     info!(seconds = timeout.as_secs(), "draining");
