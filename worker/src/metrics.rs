@@ -116,11 +116,10 @@ impl Metrics {
                 "modelfleet_worker_expert_rows",
                 "Rows sent to holders of experts, and rows computed for peers",
             ),
-            bytes: meter
-                .u64_counter("modelfleet_worker_expert_bytes")
-                .with_unit("By")
-                .with_description("Bytes of rows sent to holders of experts, and received from them")
-                .build(),
+            bytes: counter(
+                "modelfleet_worker_expert_bytes",
+                "Bytes of rows sent to holders of experts, and received from them",
+            ),
             resent: counter("modelfleet_worker_expert_resent_rows", "Rows sent again to another holder, by reason"),
             suspected: counter(
                 "modelfleet_worker_peer_suspicions",

@@ -144,6 +144,11 @@ pub(super) async fn gather(sequences: Vec<Sequence>) -> Vec<Vec<Progress>> {
 
 /// One generation of three sequences, in virtual time.
 fn run(copies: Copies, max_wait_ms: u64, plan: Plan) -> Run {
+    run_seen(copies, max_wait_ms, plan, metrics(), Span::none())
+}
+
+/// As [`run`], counted by `metrics` and traced below `span`.
+fn run_seen(copies: Copies, max_wait_ms: u64, plan: Plan, metrics: Arc<Metrics>, span: Span) -> Run {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
     runtime.block_on(async {
         let net = Net::new(&holders(copies), plan);
@@ -152,11 +157,12 @@ fn run(copies: Copies, max_wait_ms: u64, plan: Plan) -> Run {
         let (engine, experts) = load(&Placement::from(snapshot.placement.as_ref().unwrap()).held(0));
         meshes.take(snapshot).unwrap();
         let own = own(&experts);
-        let board = Board::new(metrics());
-        let exchange = MeshExchange::over(Arc::new(net.clone()), own, meshes, board, None, metrics());
-        let (driver, steps) = Driver::apart(engine, exchange, metrics());
+        metrics.routed(&experts);
+        let board = Board::new(metrics.clone());
+        let exchange = MeshExchange::over(Arc::new(net.clone()), own, meshes, board, None, metrics.clone());
+        let (driver, steps) = Driver::apart(engine, exchange, metrics);
         let begun = tokio::time::Instant::now();
-        let asked = async { gather(driver.submit(requests(), Span::none()).await.unwrap()).await };
+        let asked = async { gather(driver.submit(requests(), span).await.unwrap()).await };
         let answers = tokio::select! {
             biased;
             answers = asked => answers,
@@ -365,4 +371,76 @@ fn a_seed_gives_the_same_run_again() {
         let (one, other) = (one_seed(seed), one_seed(seed));
         assert_eq!((one.net.calls(), one.net.bitten(), one.took), (other.net.calls(), other.net.bitten(), other.took));
     }
+}
+
+#[test]
+fn what_goes_wrong_is_counted() {
+    let registry = prometheus::Registry::new();
+    let exporter = opentelemetry_prometheus::exporter().with_registry(registry.clone()).build().unwrap();
+    let provider = opentelemetry_sdk::metrics::SdkMeterProvider::builder().with_reader(exporter).build();
+    let metrics = Metrics::new(&provider.meter("test"));
+    let plan: Plan = Box::new(|call| match call {
+        1 => Some(Fault::Busy),
+        5 => Some(Fault::KillBefore(60_000)),
+        _ => None,
+    });
+    let run = run_seen(OTHER, 0, plan, metrics, Span::none());
+    assert_eq!(run.net.bitten().len(), 2);
+    let text = prometheus::TextEncoder::new().encode_to_string(&registry.gather()).unwrap();
+    let value = |name: &str, label: &str| -> f64 {
+        let lines = text.lines().filter(|line| line.starts_with(name) && line.contains(label));
+        lines.filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok()).sum()
+    };
+    for (name, label) in [
+        ("modelfleet_worker_expert_resent_rows_total{", "reason=\"lost\""),
+        ("modelfleet_worker_expert_resent_rows_total{", "reason=\"busy\""),
+        ("modelfleet_worker_expert_bytes_total{", "direction=\"sent\""),
+        ("modelfleet_worker_expert_bytes_total{", "direction=\"received\""),
+        ("modelfleet_worker_expert_wait_duration_seconds_count", ""),
+        ("modelfleet_worker_routed_rows_total{", "layer=\"1\""),
+        ("modelfleet_worker_busiest_expert_rows_total{", "layer=\"3\""),
+    ] {
+        assert!(value(name, label) > 0.0, "{name} {label} is not counted in\n{text}");
+    }
+    assert_eq!(value("modelfleet_worker_peer_suspicions_total", ""), 1.0);
+    assert_eq!(value("modelfleet_worker_suspect_peers", ""), 0.0, "who is gone from the mesh is no suspect");
+}
+
+/// The names of the spans around each event that was seen.
+#[derive(Clone, Default)]
+struct Seen(Arc<std::sync::Mutex<Vec<(String, Vec<&'static str>)>>>);
+
+impl<S> tracing_subscriber::Layer<S> for Seen
+where
+    S: tracing::Subscriber + for<'a> tracing_subscriber::registry::LookupSpan<'a>,
+{
+    fn on_event(&self, event: &tracing::Event<'_>, context: tracing_subscriber::layer::Context<'_, S>) {
+        struct Message(String);
+        impl tracing::field::Visit for Message {
+            fn record_debug(&mut self, field: &tracing::field::Field, value: &dyn std::fmt::Debug) {
+                if field.name() == "message" {
+                    self.0 = format!("{value:?}");
+                }
+            }
+        }
+        let mut message = Message(String::new());
+        event.record(&mut message);
+        let spans = context.event_scope(event).into_iter().flatten().map(|span| span.name()).collect();
+        self.0.lock().unwrap().push((message.0, spans));
+    }
+}
+
+#[test]
+fn rows_that_are_sent_again_are_an_event_of_their_call() {
+    use tracing_subscriber::layer::SubscriberExt as _;
+    let seen = Seen::default();
+    let run = tracing::subscriber::with_default(tracing_subscriber::registry().with(seen.clone()), || {
+        let plan: Plan = Box::new(|call| (call == 2).then_some(Fault::Reset));
+        run_seen(TWO, 0, plan, metrics(), tracing::info_span!("request"))
+    });
+    assert!(run.answers == undisturbed().answers);
+    let events = seen.0.lock().unwrap();
+    let again: Vec<_> = events.iter().filter(|(message, _)| message == "sent again").collect();
+    assert!(!again.is_empty(), "{events:?}");
+    assert!(again.iter().all(|(_, spans)| spans == &["experts.run", "request"]), "{again:?}");
 }
