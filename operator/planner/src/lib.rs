@@ -18,6 +18,11 @@
 //! 3. [`rollout::next_step`] with every replica that exists, of all revisions. It is asked again after each change,
 //!    and says what it waits for.
 //!
+//! 4. [`placement::place`] once the pods of a replica are bound, with their domains, the room of
+//!    [`Plan::expert_room`] and the loads that were measured; it is wanted at once where what runs does not
+//!    [`Placement::meets`] the problem. Else [`rebalance::decide`] says whether it is worth it.
+//! 5. [`live::next_step`] on each pass, with what is published and what is wanted. Nothing else is to be kept.
+//!
 //! `README.md` states the problems as mathematics, with invariants and phases.
 
 pub mod autoscale;

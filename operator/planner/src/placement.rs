@@ -9,9 +9,9 @@ use crate::units::Bytes;
 
 mod balance;
 mod copies;
-mod split;
+mod peak;
 
-pub use split::{Peak, balance, peak, peaks, skew_percent};
+pub use peak::{Peak, balance, peak, peaks, skew_percent};
 
 /// What is to be placed: every expert of every layer, `redundancy + 1` times, on `shards` workers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -143,7 +143,7 @@ fn weigh(
     if let Some(left) = running.changed.map(|changed| policy.horizon.since(changed)).filter(|left| left.0 > 0) {
         return Err(Why::TooSoon { left });
     }
-    let next = place(problem, Some(running.placement)).map_err(Why::Unplaceable)?;
+    let next = settled(problem, running.placement).map_err(Why::Unplaceable)?;
     let (then, _) = peaks(&next, loads);
     let to_load = next.loads_from(running.placement, problem.layers);
     let slowest = to_load.iter().max().copied().unwrap_or_default();
@@ -158,6 +158,21 @@ fn weigh(
     let cost = part(figures.takes, policy.slowdown_permille);
     let won = part(policy.horizon, figures.gain_permille);
     if won <= cost { Err(Why::MoveCostsMore { cost, won }) } else { Ok(next) }
+}
+
+/// The placement at which planning comes to rest, so that the next decision for the same load does not find a better one.
+fn settled(problem: &Problem<'_>, running: &Placement) -> Result<Placement, Unplaceable> {
+    /// Each round lowers a peak by a part of the mean; what is left after so many is far below any policy's gain.
+    const ROUNDS: usize = 8;
+    let mut next = place(problem, Some(running))?;
+    for _ in 1..ROUNDS {
+        let again = place(problem, Some(&next))?;
+        if again == next {
+            break;
+        }
+        next = again;
+    }
+    Ok(next)
 }
 
 /// The loads, if every layer has seen enough.

@@ -111,6 +111,62 @@ fn what_does_not_fit_is_told_with_numbers() {
 }
 
 #[test]
+fn copies_need_workers_and_memory_and_are_refused_with_what_would_do() {
+    let with = |redundancy, shards| Request { redundancy, shards, ..Request::default() };
+    assert_eq!(planned(&tiny(), &with(1, None)).shards, 2);
+    let four = planned(&tiny(), &with(1, Some(4)));
+    assert_eq!(four.workers[0].experts, Bytes(2 * 12 * 98_304));
+    assert_eq!(four.placement.min_copies(|_| true), Some(2));
+    let cases = [
+        (
+            with(2, Some(2)),
+            "spec.parallelism.expert.redundancy is 2; spec.parallelism.expert.shards is 2, so use at most 1, or at least 3 \
+             shards",
+        ),
+        (
+            with(16, None),
+            "spec.parallelism.expert.redundancy is 16; the model has 16 experts a layer, so at most 16 shards, so use at \
+             most 15",
+        ),
+    ];
+    for (request, text) in cases {
+        assert_eq!(refused(&tiny(), &request), text);
+    }
+    let dense = ModelDescription { experts: 0, moe_layers: Vec::new(), ..tiny() };
+    let text = "spec.parallelism.expert.redundancy is 1; the model has no routed experts, so use 0";
+    assert_eq!(refused(&dense, &with(1, None)), text);
+}
+
+#[test]
+fn the_fewest_workers_hold_all_copies() {
+    let two = planned(&tiny(), &Request { shards: Some(2), kv_cache_tokens: Some(Tokens(1024)), ..Request::default() });
+    let limit = Some(two.fullest().total());
+    let request = Request { redundancy: 1, worker_memory: limit, ..Request::default() };
+    assert_eq!(planned(&tiny(), &request).shards, 4, "twice the copies in the same memory");
+}
+
+#[test]
+fn too_few_domains_are_told_with_what_the_workers_need() {
+    let plan = planned(&tiny(), &Request { redundancy: 1, shards: Some(3), ..Request::default() });
+    let told = plan.spread_over(1, "zone", 1).map(|why| why.to_string());
+    let memory = plan.fullest().total();
+    let text = format!("2 copies of 16 experts need 3 workers of {memory} on 2 zones, 1 zone has room");
+    assert_eq!(told.as_deref(), Some(text.as_str()));
+    assert_eq!(plan.spread_over(1, "zone", 2), None);
+}
+
+#[test]
+fn an_eighth_of_the_room_stays_free_for_experts_on_the_move() {
+    let plan = planned(&tiny(), &Request { redundancy: 1, shards: Some(4), ..Request::default() });
+    let fullest = plan.fullest();
+    let room = plan.expert_room(fullest.total().plus(Bytes(80 << 20)));
+    assert_eq!(room.moving, fullest.experts.plus(Bytes(80 << 20)));
+    assert_eq!(room.steady, Bytes(room.moving.0 - room.moving.0.div_ceil(8)));
+    let tight = plan.expert_room(fullest.total());
+    assert_eq!((tight.steady, tight.moving), (fullest.experts, fullest.experts));
+}
+
+#[test]
 fn a_limit_that_never_fits_names_the_widest_try() {
     let request = Request { worker_memory: Some(Bytes(1 << 20)), ..Request::default() };
     let Outcome::NoRoom(NoRoom::MemoryTooSmall { shards, .. }) = plan(&tiny(), &request) else { panic!() };

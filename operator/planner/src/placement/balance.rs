@@ -6,15 +6,13 @@ use std::collections::BinaryHeap;
 
 use super::copies::{Domains, Holders};
 
+mod fill;
+mod level;
+
 /// A copy changes its expert only if the new one's copies are busier than this many eighths of the old one's.
 const HOTTER_EIGHTHS: u128 = 10;
 /// The load is level if no worker has more than the mean and this part of it.
 const LEVEL: u64 = 128;
-/// How often all splits are levelled, one after the other, before the loads are looked at.
-const SWEEPS: usize = 6;
-/// Exchanges of copies in a layer at most, and with how many idle workers each is tried.
-const EXCHANGES: usize = 96;
-const TRIES: usize = 4;
 
 /// What is to be placed in a layer.
 pub(super) struct Task<'a> {
@@ -30,29 +28,35 @@ pub(super) struct Task<'a> {
 impl Task<'_> {
     /// The holders of each expert, near those of `before`. `None` if a copy that must be found no slot this way.
     ///
-    /// What is complete and level stays as it is, and what is complete changes only for a lower peak.
+    /// What fits, is full and level stays as it is; what fits changes only for more copies or a lower peak, so planning
+    /// again and again comes to rest.
     pub(super) fn place(&self, before: Holders) -> Option<Holders> {
         let counts = self.counts(&before);
         let mut old = Split::new(self, before);
-        let is_complete = old.is_complete();
-        if is_complete {
-            old.level(SWEEPS);
-            if old.peak() <= old.level_mark() {
+        let fits = old.fits();
+        if fits {
+            old.level();
+            if old.is_full() && old.peak() <= old.level_mark() {
                 return Some(old.holders);
             }
         }
         let mut new = Split::new(self, old.holders.clone());
         new.keep(&counts);
-        new.fill(&counts)?;
-        new.level(SWEEPS);
+        if new.fill(&counts).is_none() {
+            return fits.then_some(old.holders);
+        }
+        new.level();
         new.improve();
         new.holders.iter_mut().for_each(|holders| holders.sort_unstable());
-        if is_complete {
-            let mut placed = Split::new(self, new.holders);
-            placed.level(SWEEPS);
-            return Some(if placed.peak() + placed.mean() / LEVEL < old.peak() { placed } else { old }.holders);
+        if !fits {
+            return Some(new.holders);
         }
-        Some(new.holders)
+        // judged from the same start as the old one
+        let mut new = Split::new(self, new.holders);
+        new.level();
+        let is_lower = new.peak() + new.mean() / LEVEL < old.peak();
+        let has_more = new.copies() > old.copies() && new.peak() <= old.peak();
+        Some(if is_lower || has_more { new } else { old }.holders)
     }
 
     /// How many copies each expert gets: all slots are used, for the experts whose copies would be busiest. A copy that
@@ -110,7 +114,7 @@ impl Task<'_> {
 struct Split<'a> {
     task: &'a Task<'a>,
     holders: Holders,
-    /// Rows of an expert on each of its holders, in their order.
+    /// Rows of an expert on each of its holders, in their order; empty where it has one.
     parts: Vec<Vec<u64>>,
     held: Vec<Vec<usize>>,
     load: Vec<u64>,
@@ -125,7 +129,7 @@ impl<'a> Split<'a> {
                 held[*holder as usize].push(expert);
             }
         }
-        let parts = holders.iter().map(|of_expert| vec![0; of_expert.len()]).collect();
+        let parts = vec![Vec::new(); holders.len()];
         let mut split = Split { task, holders, parts, held, load: vec![0; workers] };
         for expert in 0..split.holders.len() {
             split.part_evenly(expert);
@@ -133,181 +137,28 @@ impl<'a> Split<'a> {
         split
     }
 
-    /// Takes copies away: those beyond an expert's count from its fullest holder, and what a worker has no slot for, the
-    /// idlest first.
-    fn keep(&mut self, counts: &[usize]) {
-        for (expert, count) in counts.iter().enumerate() {
-            while self.holders[expert].len() > *count {
-                let spare = |holder: &&u32| self.domains_without(expert, **holder) >= self.task.copies;
-                let rank = |holder: &&u32| {
-                    let worker = **holder as usize;
-                    (self.held[worker].len() as u32 > self.task.slots[worker], self.load[worker], **holder)
-                };
-                let Some(gone) = self.holders[expert].iter().filter(spare).max_by_key(rank).copied() else { break };
-                self.drop_copy(expert, gone);
-            }
-        }
-        for worker in 0..self.held.len() {
-            while self.held[worker].len() as u32 > self.task.slots[worker] {
-                let idlest =
-                    self.held[worker].iter().copied().min_by_key(|expert| (self.task.rows[*expert], Reverse(*expert)));
-                self.drop_copy(idlest.expect("it holds more than its slots"), worker as u32);
-            }
-        }
-    }
-
-    /// Gives the experts the copies that they lack. Those with extra copies first, to workers that no split connects
-    /// yet, so that load can flow from any worker to any other; then the busiest, to the idlest worker.
-    fn fill(&mut self, counts: &[usize]) -> Option<()> {
-        let mut connected = Components::new(self.held.len());
-        for holders in &self.holders {
-            connected.join(holders);
-        }
-        let mut order: Vec<usize> = (0..counts.len()).filter(|e| self.holders[*e].len() < counts[*e]).collect();
-        order.sort_unstable_by_key(|e| (counts[*e] == self.task.copies, Reverse(self.task.rows[*e]), *e));
-        for expert in order {
-            while self.holders[expert].len() < counts[expert] {
-                let left = counts[expert] - self.holders[expert].len();
-                let is_hot = counts[expert] > self.task.copies;
-                let own: Vec<usize> = self.holders[expert].iter().map(|holder| connected.root(*holder)).collect();
-                let mut best = None;
-                for worker in 0..self.held.len() {
-                    let held = self.held[worker].len();
-                    if held as u32 >= self.task.slots[worker] || !self.can_add(expert, worker as u32, left) {
-                        continue;
-                    }
-                    let joins = !is_hot || own.contains(&connected.root(worker as u32));
-                    let rank = (joins, if is_hot { held } else { 0 }, self.load[worker], worker);
-                    if best.is_none_or(|best| rank < best) {
-                        best = Some(rank);
-                    }
-                }
-                match best {
-                    Some((_, _, _, worker)) => self.add_copy(expert, worker as u32),
-                    None if self.holders[expert].len() >= self.task.copies => break,
-                    None => return None,
-                }
-                connected.join(&self.holders[expert]);
-            }
-        }
-        Some(())
-    }
-
-    /// Splits the rows of each expert with several copies so that its holders come out level, as far as they can.
-    fn level(&mut self, sweeps: usize) {
-        for _ in 0..sweeps {
-            let mut moved = 0;
-            for expert in 0..self.holders.len() {
-                if self.holders[expert].len() > 1 {
-                    moved += self.level_one(expert);
-                }
-            }
-            if moved <= self.mean() / LEVEL {
-                return;
-            }
-        }
-    }
-
-    /// Fills the holders of an expert like connected vessels; returns the rows that changed their holder.
-    fn level_one(&mut self, expert: usize) -> u64 {
-        let (holders, parts) = (&self.holders[expert], &mut self.parts[expert]);
-        let mut others: Vec<(u64, usize)> = Vec::with_capacity(holders.len());
-        for (place, holder) in holders.iter().enumerate() {
-            others.push((self.load[*holder as usize] - parts[place], place));
-        }
-        others.sort_unstable();
-        let (mut below, mut wet) = (0, 0);
-        let rows = self.task.rows[expert];
-        while wet < others.len() && others[wet].0 * wet as u64 <= below + rows {
-            below += others[wet].0;
-            wet += 1;
-        }
-        let (water, mut rest) = ((below + rows) / wet as u64, (below + rows) % wet as u64);
-        let mut moved = 0;
-        for (rank, (other, place)) in others.iter().enumerate() {
-            let odd = u64::from(rest > 0 && rank < wet);
-            rest -= odd;
-            let part = if rank < wet { water + odd - other } else { 0 };
-            moved += part.saturating_sub(parts[*place]);
-            let load = &mut self.load[holders[*place] as usize];
-            *load = *load - parts[*place] + part;
-            parts[*place] = part;
-        }
-        moved
-    }
-
-    /// Whether every worker has copies in all its slots and no more, and every expert in as many domains as it must.
-    fn is_complete(&self) -> bool {
-        let wanted = (0..self.holders.len()).filter(|expert| self.task.rows[*expert] > 0).count() * self.held.len();
-        let slots: usize = self.task.slots.iter().map(|slots| *slots as usize).sum();
-        let held: usize = self.held.iter().map(Vec::len).sum();
-        held >= slots.min(wanted)
-            && self.held.iter().zip(self.task.slots).all(|(held, slots)| held.len() as u32 <= *slots)
+    /// Whether no worker has more copies than slots, and every expert is in as many domains as it must.
+    fn fits(&self) -> bool {
+        self.held.iter().zip(self.task.slots).all(|(held, slots)| held.len() as u32 <= *slots)
             && (0..self.holders.len()).all(|expert| self.domains_without(expert, u32::MAX) >= self.task.copies)
     }
 
-    /// Moves a copy from the fullest worker to an idle one, or exchanges two, while that brings the loads nearer to each
-    /// other and they are not level.
-    fn improve(&mut self) {
-        for _ in 0..EXCHANGES {
-            if self.peak() <= self.level_mark() || !self.improve_once() {
-                return;
-            }
-        }
+    /// Whether no expert with rows could have another copy.
+    fn is_full(&self) -> bool {
+        let slots: usize = self.task.slots.iter().map(|slots| *slots as usize).sum();
+        let wanted = self.task.rows.iter().filter(|rows| **rows > 0).count() * self.held.len();
+        self.copies() >= slots.min(wanted)
     }
 
-    fn improve_once(&mut self) -> bool {
-        let squares = self.squares();
-        let mut idle: Vec<usize> = (0..self.load.len()).collect();
-        idle.sort_unstable_by_key(|worker| (self.load[*worker], *worker));
-        let Some(from) = idle.pop() else { return false };
-        for to in idle.into_iter().take(TRIES) {
-            let Some(exchange) = self.best_exchange(from, to) else { continue };
-            self.apply(exchange);
-            self.level(SWEEPS);
-            if self.squares() < squares {
-                return true;
-            }
-            self.apply(Exchange { from: exchange.to, to: exchange.from, ..exchange });
-            self.level(SWEEPS);
-        }
-        false
+    fn copies(&self) -> usize {
+        self.held.iter().map(Vec::len).sum()
     }
 
-    /// What moves the most of half the gap between two workers.
-    fn best_exchange(&self, from: usize, to: usize) -> Option<Exchange> {
-        let gap = self.load[from].saturating_sub(self.load[to]);
-        let has_slot = (self.held[to].len() as u32) < self.task.slots[to];
-        let mut best: Option<(u64, Exchange)> = None;
-        for given in &self.held[from] {
-            let rows = self.part(*given, from);
-            if rows == 0 || !self.can_replace(*given, from, to) {
-                continue;
-            }
-            if has_slot {
-                offer(&mut best, rows, gap, Exchange { from, to, given: *given, taken: None });
-            }
-            for taken in &self.held[to] {
-                let back = self.part(*taken, to);
-                if back < rows && self.can_replace(*taken, to, from) {
-                    offer(&mut best, rows - back, gap, Exchange { from, to, given: *given, taken: Some(*taken) });
-                }
-            }
-        }
-        best.map(|(_, exchange)| exchange)
-    }
-
-    fn apply(&mut self, exchange: Exchange) {
-        let Exchange { from, to, given, taken } = exchange;
-        self.drop_copy(given, from as u32);
-        if let Some(taken) = taken {
-            self.drop_copy(taken, to as u32);
-            self.add_copy(taken, from as u32);
-        }
-        self.add_copy(given, to as u32);
-    }
-
+    /// Rows of an expert on one of its holders.
     fn part(&self, expert: usize, worker: usize) -> u64 {
+        if self.holders[expert].len() == 1 {
+            return self.task.rows[expert];
+        }
         let place = self.holders[expert].iter().position(|holder| *holder as usize == worker);
         place.map_or(0, |place| self.parts[expert][place])
     }
@@ -359,6 +210,9 @@ impl<'a> Split<'a> {
     }
 
     fn take_rows(&mut self, expert: usize) {
+        if let [only] = self.holders[expert][..] {
+            self.load[only as usize] -= self.task.rows[expert];
+        }
         for (holder, part) in self.holders[expert].iter().zip(&self.parts[expert]) {
             self.load[*holder as usize] -= part;
         }
@@ -366,8 +220,13 @@ impl<'a> Split<'a> {
 
     /// Gives each holder the same; those that come first one row more, if it does not come out even.
     fn part_evenly(&mut self, expert: usize) {
-        let (count, rows) = (self.holders[expert].len() as u64, self.task.rows[expert]);
+        let rows = self.task.rows[expert];
         self.parts[expert].clear();
+        if let [only] = self.holders[expert][..] {
+            self.load[only as usize] += rows;
+            return;
+        }
+        let count = self.holders[expert].len() as u64;
         for (place, holder) in (0..).zip(&self.holders[expert]) {
             let part = rows / count + u64::from(place < rows % count);
             self.load[*holder as usize] += part;
@@ -391,49 +250,5 @@ impl<'a> Split<'a> {
 
     fn mean(&self) -> u64 {
         self.load.iter().sum::<u64>() / self.load.len().max(1) as u64
-    }
-}
-
-/// A copy of `given` goes from one worker to another, perhaps for one of `taken`.
-#[derive(Clone, Copy)]
-struct Exchange {
-    from: usize,
-    to: usize,
-    given: usize,
-    taken: Option<usize>,
-}
-
-/// Keeps the offer that brings two workers nearest to each other.
-fn offer(best: &mut Option<(u64, Exchange)>, moved: u64, gap: u64, exchange: Exchange) {
-    let after = gap.abs_diff(moved.saturating_mul(2));
-    if moved < gap && best.is_none_or(|(found, _)| after < found) {
-        *best = Some((after, exchange));
-    }
-}
-
-/// Which workers are connected by experts that they both hold.
-struct Components {
-    parents: Vec<u32>,
-}
-
-impl Components {
-    fn new(workers: usize) -> Self {
-        Components { parents: (0..workers as u32).collect() }
-    }
-
-    fn root(&mut self, worker: u32) -> usize {
-        let mut at = worker;
-        while self.parents[at as usize] != at {
-            self.parents[at as usize] = self.parents[self.parents[at as usize] as usize];
-            at = self.parents[at as usize];
-        }
-        at as usize
-    }
-
-    fn join(&mut self, holders: &[u32]) {
-        for pair in holders.windows(2) {
-            let (one, other) = (self.root(pair[0]), self.root(pair[1]));
-            self.parents[one.max(other)] = one.min(other) as u32;
-        }
     }
 }

@@ -19,8 +19,11 @@ pub(super) fn place(problem: &Problem<'_>, previous: Option<&Placement>) -> Resu
     }
     let mut bytes = vec![Bytes(0); problem.workers()];
     let mut layers = Vec::with_capacity(problem.layers.len());
+    let weight = |layers: &[MoeLayer]| layers.iter().map(|l| u128::from(l.expert_bytes.0)).sum::<u128>();
+    let (mut upto, all) = (0, weight(problem.layers));
     for index in 0..problem.layers.len() {
-        let layer = Layer { problem, index, domains: &domains };
+        upto += weight(&problem.layers[index..=index]);
+        let layer = Layer { problem, index, domains: &domains, weights: (upto, all) };
         let experts = layer.place(&mut bytes, previous).ok_or_else(|| no_room(problem, &domains))?;
         layers.push(LayerPlacement { layer: problem.layers[index].layer, experts });
     }
@@ -88,6 +91,8 @@ struct Layer<'a> {
     problem: &'a Problem<'a>,
     index: usize,
     domains: &'a Domains,
+    /// Bytes of an expert of each layer up to this one, added up, and of all layers.
+    weights: (u128, u128),
 }
 
 impl Layer<'_> {
@@ -196,14 +201,19 @@ impl Layer<'_> {
         let most: Vec<u32> = (0..bytes.len()).map(|worker| self.part_of_room(worker, bytes[worker]).1).collect();
         let is_within = even.iter().zip(&most).all(|(share, most)| share <= most)
             && self.by_domain(&even).iter().all(|share| *share <= self.problem.experts);
-        if is_within { Some(even) } else { self.capped_shares(copies, &held, bytes, &most) }
+        if is_within {
+            return Some(even);
+        }
+        // Where domains or room bind there is no even share, so what fits stays.
+        let stays = before.iter().all(|holders| holders.len() == self.problem.copies() as usize)
+            && held.iter().zip(&most).all(|(held, most)| held <= most);
+        if stays { Some(held) } else { self.capped_shares(copies, &held, bytes, &most) }
     }
 
     /// How many copies fit a worker's part of its room for all layers up to this one: for certain, and at most.
     fn part_of_room(&self, worker: usize, has: Bytes) -> (u32, u32) {
         let Some(room) = self.problem.room.and_then(|room| room.get(worker)) else { return (u32::MAX, u32::MAX) };
-        let weight = |layers: &[MoeLayer]| layers.iter().map(|l| u128::from(l.expert_bytes.0)).sum::<u128>();
-        let (upto, all) = (weight(&self.problem.layers[..=self.index]), weight(self.problem.layers));
+        let (upto, all) = self.weights;
         let (part, one) = (u128::from(room.0) * upto / all.max(1), u128::from(self.expert_bytes().0.max(1)));
         let (part, left) = (part.saturating_sub(u128::from(has.0)), u128::from(room.minus(has).0) / one);
         let count = |copies: u128| copies.min(u128::from(self.problem.experts)) as u32;

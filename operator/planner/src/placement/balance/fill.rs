@@ -1,0 +1,129 @@
+//! What copies stay, and where those go that are missing.
+
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+
+use super::Split;
+
+impl Split<'_> {
+    /// Takes copies away: those beyond an expert's count from its fullest holder, and what a worker has no slot for, the
+    /// idlest first.
+    pub(super) fn keep(&mut self, counts: &[usize]) {
+        for (expert, count) in counts.iter().enumerate() {
+            while self.holders[expert].len() > *count {
+                let spare = |holder: &&u32| self.domains_without(expert, **holder) >= self.task.copies;
+                let rank = |holder: &&u32| {
+                    let worker = **holder as usize;
+                    (self.held[worker].len() as u32 > self.task.slots[worker], self.load[worker], **holder)
+                };
+                let Some(gone) = self.holders[expert].iter().filter(spare).max_by_key(rank).copied() else { break };
+                self.drop_copy(expert, gone);
+            }
+        }
+        for worker in 0..self.held.len() {
+            while self.held[worker].len() as u32 > self.task.slots[worker] {
+                let idlest =
+                    self.held[worker].iter().copied().min_by_key(|expert| (self.task.rows[*expert], Reverse(*expert)));
+                self.drop_copy(idlest.expect("it holds more than its slots"), worker as u32);
+            }
+        }
+    }
+
+    /// Gives the experts the copies that they lack. Those with extra copies first, to workers that no split connects
+    /// yet, so that load can flow from any worker to any other; then the busiest, to the idlest worker.
+    pub(super) fn fill(&mut self, counts: &[usize]) -> Option<()> {
+        let mut connected = Components::new(self.held.len());
+        for holders in &self.holders {
+            connected.join(holders);
+        }
+        let mut order: Vec<usize> = (0..counts.len()).filter(|e| self.holders[*e].len() < counts[*e]).collect();
+        order.sort_unstable_by_key(|e| (counts[*e] == self.task.copies, Reverse(self.task.rows[*e]), *e));
+        let (hot, cold): (Vec<usize>, Vec<usize>) = order.into_iter().partition(|e| counts[*e] > self.task.copies);
+        for expert in hot {
+            while self.holders[expert].len() < counts[expert] {
+                match self.to_connect(expert, counts[expert], &mut connected) {
+                    Some(worker) => self.add_copy(expert, worker as u32),
+                    // it may go without its extra copies
+                    None if self.domains_without(expert, u32::MAX) >= self.task.copies => break,
+                    None => return None,
+                }
+                connected.join(&self.holders[expert]);
+            }
+        }
+        self.fill_cold(&cold)
+    }
+
+    /// The worker for another copy of a hot expert: not connected with the others yet, then with the fewest copies.
+    fn to_connect(&self, expert: usize, count: usize, connected: &mut Components) -> Option<usize> {
+        let left = count - self.holders[expert].len();
+        let own: Vec<usize> = self.holders[expert].iter().map(|holder| connected.root(*holder)).collect();
+        let mut best = None;
+        for worker in 0..self.held.len() {
+            let held = self.held[worker].len();
+            if held as u32 >= self.task.slots[worker] || !self.can_add(expert, worker as u32, left) {
+                continue;
+            }
+            let rank = (own.contains(&connected.root(worker as u32)), held, self.load[worker], worker);
+            if best.is_none_or(|best| rank < best) {
+                best = Some(rank);
+            }
+        }
+        best.map(|(_, _, _, worker)| worker)
+    }
+
+    /// Each copy that must be goes to the idlest worker that may have it.
+    fn fill_cold(&mut self, experts: &[usize]) -> Option<()> {
+        let mut idlest: BinaryHeap<Reverse<(u64, u32)>> =
+            (0..).zip(&self.load).map(|(worker, load)| Reverse((*load, worker))).collect();
+        let mut passed = Vec::new();
+        for expert in experts {
+            while self.holders[*expert].len() < self.task.copies {
+                let left = self.task.copies - self.holders[*expert].len();
+                let worker = loop {
+                    let Reverse((load, worker)) = idlest.pop()?;
+                    let at = worker as usize;
+                    // a load that is not the worker's any more has a newer entry
+                    if self.load[at] != load || self.held[at].len() as u32 >= self.task.slots[at] {
+                        continue;
+                    }
+                    if self.can_add(*expert, worker, left) {
+                        break worker;
+                    }
+                    passed.push(Reverse((load, worker)));
+                };
+                self.add_copy(*expert, worker);
+                idlest.extend(passed.drain(..));
+                idlest
+                    .extend(self.holders[*expert].iter().map(|holder| Reverse((self.load[*holder as usize], *holder))));
+            }
+        }
+        Some(())
+    }
+}
+
+/// Which workers are connected by experts that they both hold.
+struct Components {
+    parents: Vec<u32>,
+}
+
+impl Components {
+    fn new(workers: usize) -> Self {
+        Components { parents: (0..workers as u32).collect() }
+    }
+
+    fn root(&mut self, worker: u32) -> usize {
+        let mut at = worker;
+        while self.parents[at as usize] != at {
+            self.parents[at as usize] = self.parents[self.parents[at as usize] as usize];
+            at = self.parents[at as usize];
+        }
+        at as usize
+    }
+
+    fn join(&mut self, holders: &[u32]) {
+        for pair in holders.windows(2) {
+            let (one, other) = (self.root(pair[0]), self.root(pair[1]));
+            self.parents[one.max(other)] = one.min(other) as u32;
+        }
+    }
+}
