@@ -140,8 +140,8 @@ impl Placement {
     pub fn meets(&self, problem: &Problem<'_>) -> bool {
         let numbers = problem.layers.iter().map(|layer| layer.layer);
         let experts = problem.experts as usize;
+        let domains = copies::Domains::of(problem);
         let is_apart = |holders: &Vec<u32>| {
-            let domains = copies::Domains::of(problem);
             let of: BTreeSet<usize> = holders.iter().filter_map(|h| domains.of.get(*h as usize).copied()).collect();
             let workers: BTreeSet<&u32> = holders.iter().collect();
             of.len() >= problem.copies() as usize && workers.len() == holders.len()
