@@ -22,9 +22,10 @@ const BORDERS: [(&str, &[&str], &[&str]); 8] = [
 ];
 
 /// Modules that decide. They see values only, so that a simulator, a test and a program get the same answer.
-const PURE: [&str; 15] = [
+const PURE: [&str; 16] = [
     "operator/planner/src",
     "operator/src/launch.rs",
+    "operator/src/moving.rs",
     "operator/src/render.rs",
     "operator/src/render",
     "operator/src/report.rs",

@@ -94,7 +94,7 @@ pub struct ExpertCounts {
     pub covered: i32,
     /// The fewest live holders that any expert has in one replica.
     pub min_copies: i32,
-    /// By how much the measured load of the busiest worker is above the average one, in percent; absent until there is
+    /// By how much the measured load of the busiest worker is above the average one, in tens of percent; absent until there is
     /// a load.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub skew_percent: Option<i32>,
@@ -232,6 +232,7 @@ pub enum Reason {
     UnsafePod,
     // Planned
     Planned,
+    RebalanceAdvised,
     Describing,
     NoRoom,
     TooManyShards,
@@ -274,8 +275,7 @@ pub enum Reason {
     ImagePullFailed,
     QuotaExceeded,
     PodRefused,
-    Rebalance,
-    Suspected,
+    WorkerSuspected,
     Forbidden,
     ApplyFailed,
     // ScalingActive

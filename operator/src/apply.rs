@@ -272,11 +272,24 @@ impl Writer {
         Ok(applied)
     }
 
+    /// Deletes a pod of ours whose node is gone, without waiting for its kubelet.
+    ///
+    /// # Errors
+    /// If the API server refuses or does not answer. A pod that is gone is no error.
+    pub async fn bury(&self, md: &ModelDeployment, pod: &Pod) -> Result<(), Error> {
+        self.delete_within(md, pod, Some(0)).await
+    }
+
     async fn delete<K: Ours>(&self, md: &ModelDeployment, object: &K) -> Result<(), Error> {
+        self.delete_within(md, object, None).await
+    }
+
+    async fn delete_within<K: Ours>(&self, md: &ModelDeployment, object: &K, grace: Option<u32>) -> Result<(), Error> {
         let (kind, name) = (K::kind(&()).into_owned(), object.name_any());
         let api: Api<K> = Api::namespaced(self.0.client.clone(), &md.namespace().unwrap_or_default());
         let params = DeleteParams {
             propagation_policy: Some(PropagationPolicy::Background),
+            grace_period_seconds: grace,
             preconditions: Some(Preconditions { uid: object.uid(), resource_version: None }),
             ..DeleteParams::default()
         };

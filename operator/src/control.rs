@@ -36,8 +36,8 @@ pub use self::{
     facts::{Availability, Identity, ModelFacts, ReplicaFacts, WorkerFacts},
     version::Version,
     view::{
-        DescriptionView, FailureView, FetcherView, FleetView, LoadView, ProgressPhase, ProgressView, Role, RouterView,
-        WorkerLoadView, WorkerPhase, WorkerView,
+        DescriptionView, ExpertLoadView, FailureView, FetcherView, FleetView, LoadView, ProgressPhase, ProgressView,
+        Role, RouterView, WorkerLoadView, WorkerPhase, WorkerView,
     },
 };
 use state::State;

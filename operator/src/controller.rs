@@ -3,7 +3,7 @@
 mod scope;
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     future::Future,
     panic::AssertUnwindSafe,
     sync::{Arc, Mutex, PoisonError},
@@ -26,7 +26,7 @@ use kube::{
         reflector::{ObjectRef, Store},
     },
 };
-use planner::{autoscale::History, rollout::Why};
+use planner::{Millis, autoscale::History, rollout::Why};
 use tokio::{
     sync::{Notify, mpsc},
     task::JoinSet,
@@ -39,10 +39,11 @@ use crate::{
     apply::{Applied, CALL, StatusWrite, Writer},
     backoff::{self, Backoff},
     control::{Availability, Fleet, ModelFacts},
-    decide::{Decision, decide},
+    decide::{Decision, Target, decide},
     error::{Class, Error},
     facts::facts,
     lease::{self, Candidate, Leadership},
+    moving::Besides,
     observe::{Guarded, Look, Observed, Stores, observe, watch_deployments},
     render::{self, Install, Names, ROUTED, read_accepted},
     replica::{Replica, Worker},
@@ -83,6 +84,9 @@ pub struct Settings {
     pub install: Install,
 }
 
+/// When the experts of each replica of a model, by revision and index, last began to move.
+type Moved = BTreeMap<(String, u32), tokio::time::Instant>;
+
 /// What a reconcile works with.
 struct Context {
     fleet: Fleet,
@@ -95,6 +99,7 @@ struct Context {
     deployments: Arc<Mutex<Vec<Store<Guarded>>>>,
     backoff: Backoff<ObjectRef<Guarded>>,
     histories: Arc<Mutex<HashMap<String, History>>>,
+    moved: Mutex<HashMap<String, Moved>>,
     roster: Arc<Notify>,
 }
 
@@ -199,10 +204,12 @@ async fn pass(object: &Guarded, context: &Context) -> Result<Action, Error> {
     let told = facts(&names, &accepted.model, accepted.served_names.clone(), created, &decision);
     context.fleet.publish(names.path(), told);
 
+    context.remember_moves(names.path(), &decision);
     let desired = render::objects(&names, &accepted.model, &context.install, &decision);
     let applied = context.writer.apply(&md, &desired, &seen.owned).await;
     let gated = open_gates(&decision, context, now).await;
-    let outcome = applied.and_then(|applied| gated.map(|()| applied));
+    let buried = bury(&md, &decision, &seen, context, now).await;
+    let outcome = applied.and_then(|applied| gated.and(buried).map(|()| applied));
 
     let status = report(&Case {
         md: &md,
@@ -217,7 +224,8 @@ async fn pass(object: &Guarded, context: &Context) -> Result<Action, Error> {
         now,
     });
     let written = write_status(&md, &status, context).await;
-    next(&decision, outcome?, written?)
+    let leaving = seen.pods.iter().any(|pod| pod.metadata.deletion_timestamp.is_some());
+    next(&decision, leaving, outcome?, written?)
 }
 
 /// Adds what no watch shows and this model needs: the claim of its source, and nodes.
@@ -228,6 +236,10 @@ async fn look_closer(
     context: &Context,
 ) -> Result<(), Error> {
     seen.claim = context.look.claim(md).await?;
+    if let Some(moved) = lock(&context.moved).get(Names::of(md).path()) {
+        let ago = |at: &tokio::time::Instant| Millis(u64::try_from(at.elapsed().as_millis()).unwrap_or(u64::MAX));
+        seen.moved = moved.iter().map(|(replica, at)| (replica.clone(), ago(at))).collect();
+    }
     let matters = |pod: &&Pod| model.spreads_over_labels() || pod.metadata.deletion_timestamp.is_some();
     let pods: Vec<&Pod> = seen.pods.iter().map(AsRef::as_ref).filter(matters).collect();
     seen.nodes = context.look.nodes(&pods).await?;
@@ -235,11 +247,9 @@ async fn look_closer(
 }
 
 /// When to look again, if nothing wakes us before.
-fn next(decision: &Decision, applied: Applied, written: StatusWrite) -> Result<Action, Error> {
-    let moving = decision.step.why != Why::Complete
-        || decision.moving.is_some()
-        || decision.running.is_none()
-        || decision.scaling.is_some();
+fn next(decision: &Decision, leaving: bool, applied: Applied, written: StatusWrite) -> Result<Action, Error> {
+    let rests = decision.step.why == Why::Complete && decision.moving.is_none() && !leaving;
+    let moving = !rests || decision.running.is_none() || decision.scaling.is_some();
     let pause = if applied.unconfirmed || written == StatusWrite::Postponed {
         CONFIRM
     } else if moving {
@@ -375,6 +385,24 @@ async fn open_gates(decision: &Decision, context: &Context, now: Timestamp) -> R
     Ok(())
 }
 
+/// Deletes pods that hang on nodes that are gone, so that others take their place: a StatefulSet waits for them for ever.
+/// Experts hold no state, and a twin that comes back is told from its successor.
+async fn bury(
+    md: &ModelDeployment,
+    decision: &Decision,
+    seen: &Observed,
+    context: &Context,
+    now: Timestamp,
+) -> Result<(), Error> {
+    for worker in decision.replicas.iter().flat_map(|replica| &replica.workers) {
+        if worker.hangs(seen, now) {
+            info!(pod = worker.pod.metadata.name, "hangs on a node that is gone, so it is deleted");
+            context.writer.bury(md, &worker.pod).await?;
+        }
+    }
+    Ok(())
+}
+
 /// What the gate of a worker should be; `None`: as it is. Once open it stays so until the replica drains.
 fn gate(replica: &Replica, worker: &Worker, decision: &Decision, now: Timestamp) -> Option<PodCondition> {
     let target = decision.targets.iter().find(|one| one.revision == replica.revision && one.index == replica.index);
@@ -439,11 +467,21 @@ impl Context {
         result
     }
 
+    /// Notes whose experts begin to move, so that none move again before that has paid for itself.
+    fn remember_moves(&self, model: &str, decision: &Decision) {
+        let begins = |target: &&Target| matches!(target.also, Some(Besides::Next(_)));
+        for target in decision.targets.iter().filter(begins) {
+            let replica = (target.revision.to_string(), target.index);
+            lock(&self.moved).entry(model.to_owned()).or_default().insert(replica, tokio::time::Instant::now());
+        }
+    }
+
     /// Forgets a model that is gone; says whether it was known.
     fn forget(&self, namespace: &str, name: &str) -> bool {
         let path = format!("{namespace}/{name}");
         self.fleet.remove(&path);
         lock(&self.histories).remove(&path);
+        lock(&self.moved).remove(&path);
         self.backoff.succeeded(&ObjectRef::new(name).within(namespace));
         self.roster.notify_one();
         self.writer.forget(namespace, name)

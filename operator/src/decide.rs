@@ -15,7 +15,7 @@ use planner::{
 use crate::{
     control::LoadView,
     error::Error,
-    moving::{self, Move, Stuck},
+    moving::{self, Besides, Move, Stuck},
     observe::Observed,
     render::{Install, Names, Record, Revision, Workload, template},
     replica::{Replica, replicas},
@@ -66,7 +66,7 @@ pub struct Target {
     /// What it is made of.
     pub plan: Plan,
     /// The plan whose experts its workers hold besides, while experts move.
-    pub also: Option<Plan>,
+    pub also: Option<Besides>,
     /// Its pods.
     pub pods: u32,
     /// What each pod asks of its node, if it was asked before the plan changed.
@@ -112,6 +112,8 @@ pub struct Decision {
     pub targets: Vec<Target>,
     /// Why experts of a replica move, or wait to.
     pub moving: Option<live::Why>,
+    /// What moving experts would bring, where that is only to be told: how much faster they would be, in percent.
+    pub advice: Option<u64>,
     /// Why copies of experts cannot be kept apart.
     pub together: Option<NoRoom>,
     /// StatefulSets that stay as they are, because the record they were made from is lost.
@@ -148,6 +150,10 @@ impl Moves {
 
     fn why(&self) -> Option<live::Why> {
         self.0.iter().find_map(|one| one.as_ref().ok()?.as_ref()?.why.clone())
+    }
+
+    fn advice(&self) -> Option<u64> {
+        self.0.iter().filter_map(|one| one.as_ref().ok()?.as_ref()?.advice).max()
     }
 
     fn together(&self) -> Option<NoRoom> {
@@ -202,6 +208,7 @@ pub fn decide(
     Ok(Decision {
         describe: planning == Planning::Describing && !described_in_vain(names, &revision, seen),
         moving: moves.why(),
+        advice: moves.advice(),
         together: moves.together(),
         left_alone: left_alone.map(|replica| names.replica(&replica.revision, replica.index)).collect(),
         running: basis.map(|basis| basis.revision),
@@ -265,16 +272,19 @@ fn plan_asked(
 
 /// Refuses a claim that only one node can mount, unless one worker is all there is to be.
 fn shared(planning: Planning, model: &ValidModel, seen: &Observed) -> Planning {
-    let (Planning::Planned(plan), Some(claim)) = (&planning, &seen.claim) else {
-        return planning;
+    let shards = match &planning {
+        Planning::Planned(plan) => plan.shards,
+        Planning::Describing => model.shards.unwrap_or(1),
+        _ => return planning,
     };
+    let Some(claim) = &seen.claim else { return planning };
     let replicas = model.autoscaling.as_ref().map_or(model.replicas, |policy| policy.max);
     let many = claim.modes.iter().any(|mode| mode.ends_with("Many"));
-    if many || claim.modes.is_empty() || plan.shards.saturating_mul(replicas) <= 1 {
+    if many || claim.modes.is_empty() || shards.saturating_mul(replicas) <= 1 {
         return planning;
     }
     let (claim, modes) = (claim.name.clone(), claim.modes.clone());
-    Planning::NotShared(NotShared { claim, modes, workers: (plan.shards, replicas) })
+    Planning::NotShared(NotShared { claim, modes, workers: (shards, replicas) })
 }
 
 fn count<T>(all: impl Iterator<Item = T>) -> u32 {
@@ -405,7 +415,7 @@ fn kept(
     } else {
         replica.draining_since
     };
-    let as_it_is = || Some(Move { plan: replica.plan.clone()?, also: replica.also.clone(), why: None });
+    let as_it_is = || Some(Move { plan: replica.plan.clone()?, also: replica.also.clone(), ..Move::default() });
     let next = moves.as_ref().ok().cloned().flatten().or_else(as_it_is)?;
     Some(Target {
         revision: replica.revision.clone(),

@@ -58,7 +58,7 @@ fn replica(names: &Names, replica: &Replica, decision: &Decision) -> Option<Repl
         revision: replica.revision.to_string(),
         content_hash: record.description.content_hash.clone(),
         placement: replica.plan.as_ref()?.placement.clone(),
-        also_hold: replica.also.as_ref().map(|also| also.placement.clone()),
+        also_hold: replica.also.as_ref().map(|also| also.plan().placement.clone()),
         draining: target.is_none_or(|target| target.draining_since.is_some()),
         workers: replica.workers.iter().filter_map(|one| worker(names, replica, one)).collect(),
     })
@@ -66,7 +66,7 @@ fn replica(names: &Names, replica: &Replica, decision: &Decision) -> Option<Repl
 
 /// A worker, once it has an address.
 fn worker(names: &Names, replica: &Replica, worker: &Worker) -> Option<WorkerFacts> {
-    let pods = replica.also.as_ref().map_or(0, |also| also.shards).max(replica.shards());
+    let pods = replica.also.as_ref().map_or(0, |also| also.plan().shards).max(replica.shards());
     let ip: IpAddr = worker.pod.status.as_ref()?.pod_ip.as_ref()?.parse().ok()?;
     Some(WorkerFacts {
         id: worker.pod.uid()?,

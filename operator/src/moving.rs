@@ -10,17 +10,38 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use crds::Rebalance;
 use planner::{
-    Bytes, ModelDescription, NoRoom, Placement, Plan,
+    Bytes, ModelDescription, Need, NoRoom, Placement, Plan,
     live::{self, Published, Step, Why, Workers},
     placement::{Problem, place},
+    rebalance::{self, Policy, Running},
 };
 
 use crate::{
+    control::ExpertLoadView,
     observe::{Observed, node_of},
     replica::{Replica, Worker},
     validate::{ValidModel, memory_bytes},
 };
+
+/// The plan whose experts workers hold besides those that they are asked for.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Besides {
+    /// The one that they are about to be asked by.
+    Next(Plan),
+    /// The one that they were asked by before.
+    Last(Plan),
+}
+
+impl Besides {
+    /// The plan itself.
+    pub fn plan(&self) -> &Plan {
+        match self {
+            Self::Next(plan) | Self::Last(plan) => plan,
+        }
+    }
+}
 
 /// Where a replica is on the way to the plan that is wanted of it.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -28,9 +49,11 @@ pub struct Move {
     /// What to keep from now on: the plan by which workers ask, and the one whose experts they hold besides.
     pub plan: Plan,
     /// See `plan`.
-    pub also: Option<Plan>,
+    pub also: Option<Besides>,
     /// What is done or waited for; `None`: nothing moves.
     pub why: Option<Why>,
+    /// How much faster experts would be by the measured load, in percent, if they moved; only where that is to be told.
+    pub advice: Option<u64>,
 }
 
 /// Why a replica cannot come to the wanted plan where it is.
@@ -57,30 +80,69 @@ pub fn next(
         return Ok(None);
     };
     let domains = domains(replica, wanted.shards, model, seen);
-    let target = target(replica, plan, wanted, description, model, domains.as_deref())?;
+    let loads = loads(replica, description, seen);
+    let room = model.worker_memory.map(|limit| plan.expert_room(limit));
+    let each = |bytes: Bytes| vec![bytes; wanted.shards as usize];
+    let (steady, meanwhile) = (room.map(|room| each(room.steady)), room.map(|room| each(room.moving)));
+    let problem = Problem {
+        layers: &description.moe_layers,
+        experts: description.experts,
+        shards: wanted.shards,
+        redundancy: model.redundancy,
+        domains: domains.as_deref(),
+        ..Problem::default()
+    };
+    let mut advice = None;
+    let target = match kept(replica, plan, &problem) {
+        Some(kept) if replica.also.is_none() && model.rebalance != Rebalance::Disabled => {
+            let problem = Problem { loads: loads.as_deref(), room: steady.as_deref(), ..problem };
+            let changed = seen.moved.get(&(replica.revision.to_string(), replica.index)).copied();
+            let running = Running { placement: &kept.placement, changed, room: meanwhile.as_deref() };
+            let decision = rebalance::decide(&problem, &running, &Policy::default());
+            match (decision.to, model.rebalance) {
+                (Some(placement), Rebalance::Apply) => {
+                    let moved = with(placement, plan, wanted, description);
+                    if has_room(replica, plan, &moved, description, model) { moved } else { kept }
+                }
+                (Some(_), _) => {
+                    // in tens, or each report of a load would be another status
+                    advice = Some(decision.figures.gain_permille / 100 * 10);
+                    kept
+                }
+                (None, _) => kept,
+            }
+        }
+        Some(kept) => kept,
+        None => with(placed(&problem, plan, wanted, model)?, plan, wanted, description),
+    };
     if target.placement != plan.placement && !has_room(replica, plan, &target, description, model) {
         return Err(Stuck::Outgrown);
     }
     let published = Published {
         placement: plan.placement.clone(),
-        also_hold: replica.also.as_ref().map(|also| also.placement.clone()),
+        also_hold: replica.also.as_ref().map(|also| also.plan().placement.clone()),
     };
     let step = live::next_step(&published, &target.placement, &workers(replica, published.pods()));
-    let known = [Some(&target), Some(plan), replica.also.as_ref()];
+    let known = [Some(&target), Some(plan), replica.also.as_ref().map(Besides::plan)];
     let named = |placement: &Placement| known.into_iter().flatten().find(|plan| plan.placement == *placement).cloned();
     let (published, why) = match step {
         Step::Publish(next, why) => (next, Some(why)),
         Step::Wait(why) => (published, Some(why)),
         Step::Complete => (published, None),
     };
-    let also = published.also_hold.as_ref().and_then(named);
-    Ok(named(&published.placement).map(|plan| Move { plan, also, why }))
+    let besides = |plan: Plan| match (&why, &replica.also) {
+        (Some(Why::Load), _) => Besides::Next(plan),
+        (Some(Why::Switch), _) | (_, None | Some(Besides::Last(_))) => Besides::Last(plan),
+        (_, Some(Besides::Next(_))) => Besides::Next(plan),
+    };
+    let also = published.also_hold.as_ref().and_then(named).map(besides);
+    Ok(named(&published.placement).map(|plan| Move { plan, also, why, advice }))
 }
 
 /// How many pods the StatefulSet has while `next` is the next version. It grows before a wider placement is published,
 /// and shrinks after a narrower one is and the routers know that the last ordinals take no more requests.
 pub fn width(replica: &Replica, next: &Move, seen: &Observed) -> u32 {
-    let pods = |plan: &Plan, also: Option<&Plan>| also.map_or(0, |also| also.shards).max(plan.shards);
+    let pods = |plan: &Plan, also: Option<&Besides>| also.map_or(0, |also| also.plan().shards).max(plan.shards);
     let needed = pods(&next.plan, next.also.as_ref());
     let kept = replica.plan.as_ref().map_or(0, |plan| pods(plan, replica.also.as_ref()));
     let leaving = replica.workers.iter().filter(|worker| worker.ordinal >= kept);
@@ -91,53 +153,48 @@ pub fn width(replica: &Replica, next: &Move, seen: &Observed) -> u32 {
     needed.max(if free { kept } else { kept.max(replica.pods()) })
 }
 
-/// The plan that a replica should come to: its own while that is what the spec asks for.
-fn target(
-    replica: &Replica,
-    plan: &Plan,
-    wanted: &Plan,
-    description: &ModelDescription,
-    model: &ValidModel,
-    domains: Option<&[u32]>,
-) -> Result<Plan, Stuck> {
-    let copies = model.redundancy.saturating_add(1);
-    let fits = |plan: &&Plan| satisfies(&plan.placement, wanted.shards, copies, domains);
-    if let Some(plan) = [Some(plan), replica.also.as_ref()].into_iter().flatten().find(fits) {
-        return Ok(plan.clone());
-    }
-    let problem = Problem {
-        layers: &description.moe_layers,
-        experts: description.experts,
-        shards: wanted.shards,
-        redundancy: model.redundancy,
-        domains,
-        ..Problem::default()
+/// What a replica has or is about to have, if it still is what the spec asks for.
+fn kept(replica: &Replica, plan: &Plan, problem: &Problem<'_>) -> Option<Plan> {
+    let plans = match &replica.also {
+        Some(Besides::Next(next)) => [Some(next), Some(plan)],
+        Some(Besides::Last(last)) => [Some(plan), Some(last)],
+        None => [Some(plan), None],
     };
-    let placement = place(&problem, Some(&plan.placement)).map_err(|why| {
-        let apart = domains.map_or(wanted.shards, |domains| count(domains.iter().collect::<BTreeSet<_>>().len()));
-        let domains = wanted.spread_over(model.redundancy, domain_name(&model.spread_across), apart);
-        Stuck::Domains(domains.unwrap_or(NoRoom::Copies(why)))
-    })?;
-    let experts = placement.expert_bytes(&description.moe_layers);
-    let base = wanted.fullest();
-    let workers =
-        experts.into_iter().map(|experts| planner::Need { experts, kv_cache: plan.fullest().kv_cache, ..base });
-    let workers = workers.collect();
-    let (kv_cache_tokens, max_context_tokens) = (plan.kv_cache_tokens, plan.max_context_tokens);
-    Ok(Plan { shards: wanted.shards, placement, workers, kv_cache_tokens, max_context_tokens })
+    let copies = problem.redundancy as usize + 1;
+    // more copies than asked for are there because of the load, but then not of every expert
+    let fewest = |plan: &Plan| plan.placement.layers.iter().flat_map(|layer| &layer.experts).map(Vec::len).min();
+    let fits = |plan: &&Plan| plan.placement.meets(problem) && fewest(plan).is_none_or(|fewest| fewest == copies);
+    plans.into_iter().flatten().find(fits).cloned()
 }
 
-/// Every expert has its copies, no two in one domain, on the workers that there are to be. More copies than asked for are
-/// there because of the load; they stay unless copies are no longer asked for at all.
-fn satisfies(placement: &Placement, shards: u32, copies: u32, domains: Option<&[u32]>) -> bool {
-    let domain = |ordinal: &u32| domains.and_then(|domains| domains.get(*ordinal as usize)).copied();
-    let apart = |holders: &Vec<u32>| {
-        let of: BTreeSet<u32> = holders.iter().map(|ordinal| domain(ordinal).unwrap_or(*ordinal)).collect();
-        of.len() >= copies as usize
-    };
-    let all = || placement.layers.iter().flat_map(|layer| &layer.experts);
-    let fewest = all().map(Vec::len).min().unwrap_or(copies as usize);
-    placement.shards == shards && fewest == copies as usize && all().all(apart)
+fn placed(problem: &Problem<'_>, plan: &Plan, wanted: &Plan, model: &ValidModel) -> Result<Placement, Stuck> {
+    place(problem, Some(&plan.placement)).map_err(|why| {
+        let distinct = |domains: &[u32]| count(domains.iter().collect::<BTreeSet<_>>().len());
+        let apart = problem.domains.map_or(problem.shards, distinct);
+        let domains = wanted.spread_over(model.redundancy, domain_name(&model.spread_across), apart);
+        Stuck::Domains(domains.unwrap_or(NoRoom::Copies(why)))
+    })
+}
+
+/// The wanted plan with another placement, and with the cache that the workers of `plan` have.
+fn with(placement: Placement, plan: &Plan, wanted: &Plan, description: &ModelDescription) -> Plan {
+    let base = Need { kv_cache: plan.fullest().kv_cache, ..wanted.fullest() };
+    let experts = placement.expert_bytes(&description.moe_layers).into_iter();
+    Plan {
+        shards: wanted.shards,
+        max_context_tokens: plan.max_context_tokens,
+        kv_cache_tokens: plan.kv_cache_tokens,
+        workers: experts.map(|experts| Need { experts, ..base }).collect(),
+        placement,
+    }
+}
+
+/// The measured load of a replica's experts, by layer in the order of the description; `None`: nothing was measured.
+pub fn loads(replica: &Replica, description: &ModelDescription, seen: &Observed) -> Option<Vec<Vec<u64>>> {
+    let ours = |view: &&ExpertLoadView| view.revision == replica.revision.as_str() && view.replica == replica.index;
+    let view = seen.fleet.expert_loads.iter().find(ours)?;
+    let layers = description.moe_layers.iter();
+    Some(layers.map(|layer| view.rows.get(&layer.layer).cloned().unwrap_or_default()).collect())
 }
 
 /// The failure domain of each ordinal; `None` until all of its pods have a node, and where there are no copies.

@@ -27,6 +27,7 @@ use kube::{
         watcher,
     },
 };
+use planner::Millis;
 use serde::de::DeserializeOwned;
 use tokio::{sync::mpsc, task::JoinSet};
 use tracing::warn;
@@ -83,6 +84,8 @@ pub struct Observed {
     pub refused_pods: Vec<Arc<Event>>,
     /// The claim that the source names, if there is one.
     pub claim: Option<Claim>,
+    /// How long ago the experts of a replica, by revision and index, began to move under this leader.
+    pub moved: BTreeMap<(String, u32), Millis>,
     /// The nodes that matter, by name.
     pub nodes: BTreeMap<String, NodeView>,
 }
@@ -173,6 +176,7 @@ pub fn observe(md: &ModelDeployment, stores: &Stores, fleet: &Fleet) -> Observed
         fleet: fleet.seen(&format!("{namespace}/{name}")),
         refused_pods: Vec::new(),
         claim: None,
+        moved: BTreeMap::new(),
         nodes: BTreeMap::new(),
     };
     let sets = observed.owned.stateful_sets.iter().filter_map(|set| set.uid());

@@ -2,7 +2,7 @@
 //!
 //! Pure: everything comes from one [`Observed`].
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use k8s_openapi::{
     api::{
@@ -16,9 +16,13 @@ use planner::Plan;
 
 use crate::{
     control::{FailureView, FetcherView, FleetView, WorkerPhase, WorkerView},
-    observe::Observed,
+    moving::Besides,
+    observe::{Observed, node_of},
     render::{DRAINING_SINCE, Names, POD_INDEX, REPLICA, REVISION, ROUTED, Revision, WORKER, read_also, read_plan},
 };
+
+/// How long nothing is heard of a process that hangs.
+const UNHEARD: Duration = Duration::from_secs(10);
 
 /// One replica of one revision.
 #[derive(Debug, Clone)]
@@ -32,7 +36,7 @@ pub struct Replica {
     /// What it is made of, unless that record is lost: by this its workers ask each other.
     pub plan: Option<Plan>,
     /// The plan whose experts its workers hold besides, while experts move.
-    pub also: Option<Plan>,
+    pub also: Option<Besides>,
     /// Since when it drains.
     pub draining_since: Option<Timestamp>,
     /// Its pods, by ordinal.
@@ -156,6 +160,16 @@ impl Worker {
     /// Its own readiness probe succeeds.
     pub fn probed(&self) -> bool {
         self.container().is_some_and(|status| status.ready)
+    }
+
+    /// It hangs on its way out: its node is not ready or gone, and nothing was heard of its process for a while.
+    pub fn hangs(&self, seen: &Observed, now: Timestamp) -> bool {
+        let node = node_of(&self.pod);
+        let gone = node.is_some_and(|name| !seen.nodes.get(name).is_some_and(|node| node.ready));
+        let over = self.pod.metadata.deletion_timestamp.as_ref().is_some_and(|end| end.0 <= now);
+        // one that never spoke to this operator has its time to end
+        let silent = self.view.as_ref().map_or(over, |view| view.silent_for >= UNHEARD);
+        self.terminating() && gone && silent
     }
 
     /// It is on its way out.

@@ -133,7 +133,7 @@ impl<'a> Counts<'a> {
             updated: unsigned(staying.iter().filter(|one| one.revision == decision.revision).count()),
             workers,
             ready_workers: ready_workers.min(workers),
-            experts: plan.and_then(|plan| experts(plan, &serving)),
+            experts: plan.and_then(|plan| experts(case, plan, &serving)),
             plan,
             current,
         }
@@ -155,7 +155,7 @@ fn plan(decision: &Decision) -> Option<&Plan> {
 }
 
 /// The least, over the layers, of experts with a live holder in any replica.
-fn experts(plan: &Plan, replicas: &[&Replica]) -> Option<ExpertCounts> {
+fn experts(case: &Case<'_>, plan: &Plan, replicas: &[&Replica]) -> Option<ExpertCounts> {
     let first = plan.placement.layers.first()?;
     let held = |layer: u32, expert: usize| {
         replicas.iter().any(|replica| {
@@ -172,7 +172,17 @@ fn experts(plan: &Plan, replicas: &[&Replica]) -> Option<ExpertCounts> {
     let covered = plan.placement.layers.iter().map(covered).min().unwrap_or(0);
     let (total, covered) = (signed(unsigned(first.experts.len())), signed(unsigned(covered)));
     let min_copies = replicas.iter().filter_map(|replica| min_copies(replica)).max().unwrap_or(0);
-    Some(ExpertCounts { total, covered, min_copies: signed(min_copies), skew_percent: None })
+    Some(ExpertCounts { total, covered, min_copies: signed(min_copies), skew_percent: skew(case, replicas) })
+}
+
+/// Of the replica where it is largest, in whole tens: a status that changes with each request wakes all who watch.
+fn skew(case: &Case<'_>, replicas: &[&Replica]) -> Option<i32> {
+    let of = |replica: &&Replica| {
+        let record = case.decision.records.iter().find(|record| record.revision == replica.revision)?;
+        let loads = crate::moving::loads(replica, &record.description, case.seen)?;
+        planner::placement::skew_percent(&replica.plan.as_ref()?.placement, &loads)
+    };
+    replicas.iter().filter_map(of).max().map(|percent| signed(percent / 10 * 10))
 }
 
 /// The fewest live holders that an expert has in a replica.

@@ -29,9 +29,11 @@ async fn main() {
             four_shards_share_the_experts_on_three_nodes, bad_requests_get_a_clear_answer;
         fault: a_killed_worker_comes_back_alone, nothing_changes_when_nothing_changed,
             requests_go_on_without_an_operator, clients_that_leave_leave_nothing_behind;
-        refuse: bad_yaml_is_refused_and_the_model_serves_on, what_is_missing_is_named;
+        refuse: bad_yaml_is_refused_and_the_model_serves_on, what_is_missing_is_named,
+            a_quota_that_refuses_pods_is_shown, a_claim_of_one_node_is_refused_to_many_workers;
         scale: the_scale_subresource_works, load_brings_replicas_and_quiet_takes_them;
-        change: a_rollout_loses_no_request, deletion_leaves_nothing_in_any_phase;
+        change: a_rollout_loses_no_request, shards_change_and_a_pod_goes_and_no_request_notices,
+            deletion_leaves_nothing_in_any_phase;
         survive: a_node_that_is_cut_off_costs_no_stream, a_node_that_dies_costs_no_stream;
         observe: one_trace_has_router_worker_and_experts, no_text_is_in_the_telemetry;
         install: the_operator_used_its_rights_and_no_others, uninstall_keeps_what_users_declared;

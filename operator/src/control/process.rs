@@ -1,6 +1,6 @@
 //! What one process said, newest first kept only.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use tokio::time::Instant;
 use wire::proto::{self, report};
@@ -9,6 +9,10 @@ use super::{Role, Version, WorkerPhase, state::StreamId};
 
 /// Models that a process may speak of, at most.
 const MAX_MODELS: usize = 16_384;
+/// Layers, experts of a layer and suspects of a process that are kept, at most.
+const MAX_LAYERS: usize = 512;
+const MAX_EXPERTS: usize = 4096;
+const MAX_SUSPECTS: usize = 4096;
 /// Characters of a failure that are kept, at most.
 const MAX_FAILURE: usize = 4096;
 
@@ -25,6 +29,35 @@ pub(super) struct Process {
     pub(super) description: Option<(Instant, Vec<u8>)>,
     pub(super) failure: Option<proto::Failure>,
     pub(super) acknowledged: BTreeMap<String, Version>,
+    /// Ids of peers that this one does not ask now.
+    pub(super) suspects: BTreeSet<String>,
+    /// Rows by layer and expert.
+    pub(super) experts: ExpertRows,
+}
+
+/// Rows that a worker's requests gave to experts: what it said last, and how many lately.
+#[derive(Debug, Default)]
+pub(super) struct ExpertRows {
+    said: BTreeMap<u32, Vec<u64>>,
+    /// Each report counts a tenth less than the next one.
+    pub(super) lately: BTreeMap<u32, Vec<u64>>,
+}
+
+impl ExpertRows {
+    /// Takes in what was counted since the process started.
+    fn hear(&mut self, load: proto::ExpertLoad) {
+        for proto::LayerLoad { layer, rows } in load.layers.into_iter().take(MAX_LAYERS) {
+            let rows: Vec<u64> = rows.into_iter().take(MAX_EXPERTS).collect();
+            let before = self.said.entry(layer).or_default();
+            let lately = self.lately.entry(layer).or_default();
+            lately.resize(rows.len(), 0);
+            for (expert, (lately, rows)) in lately.iter_mut().zip(&rows).enumerate() {
+                let new = rows.saturating_sub(before.get(expert).copied().unwrap_or(0));
+                *lately = (*lately - *lately / 10).saturating_add(new);
+            }
+            *before = rows;
+        }
+    }
 }
 
 /// What a report means for others.
@@ -57,6 +90,8 @@ impl Process {
             description: None,
             failure: None,
             acknowledged: BTreeMap::new(),
+            suspects: BTreeSet::new(),
+            experts: ExpertRows::default(),
         }
     }
 
@@ -76,6 +111,12 @@ impl Process {
         self.progress = self.progress.take().or(before.progress);
         self.description = self.description.take().or(before.description);
         self.failure = self.failure.take().or(before.failure);
+        if self.suspects.is_empty() {
+            self.suspects = before.suspects;
+        }
+        if self.experts.said.is_empty() {
+            self.experts = before.experts;
+        }
         for (model, version) in before.acknowledged {
             self.acknowledged.entry(model).or_insert(version);
         }
@@ -108,8 +149,16 @@ impl Process {
             report::Report::Hello(_) => Heard::Nothing,
             report::Report::Acknowledgement(acknowledgement) => self.hear_acknowledgement(acknowledgement),
             report::Report::RouterLoad(load) if self.hello.role() == Role::Router => self.hear_router_load(load, now),
-            report::Report::RouterLoad(_) | report::Report::ExpertLoad(_) | report::Report::Suspects(_) => {
+            report::Report::RouterLoad(_) => Heard::Nothing,
+            report::Report::ExpertLoad(load) => {
+                self.experts.hear(load);
                 Heard::Nothing
+            }
+            report::Report::Suspects(suspects) => {
+                let suspects: BTreeSet<String> = suspects.ids.into_iter().take(MAX_SUSPECTS).collect();
+                let matters = self.suspects != suspects;
+                self.suspects = suspects;
+                if matters { Heard::Matters } else { Heard::Nothing }
             }
             report::Report::WorkerLoad(load) => {
                 let was_idle = self.is_idle();

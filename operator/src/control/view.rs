@@ -29,6 +29,8 @@ pub struct FleetView {
     pub descriptions: Vec<DescriptionView>,
     /// The newest failure of each process.
     pub failures: Vec<FailureView>,
+    /// The measured load of experts, by replica.
+    pub expert_loads: Vec<ExpertLoadView>,
 }
 
 /// One worker.
@@ -64,6 +66,19 @@ pub struct WorkerView {
     pub load: Option<WorkerLoadView>,
     /// Weights read, while it loads.
     pub progress: Option<ProgressView>,
+    /// How many connected workers do not ask it now, because it failed them.
+    pub suspected_by: u32,
+}
+
+/// Rows that the requests of one replica gave to experts lately, over its connected workers.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ExpertLoadView {
+    /// What the workers run.
+    pub revision: String,
+    /// Their replica.
+    pub replica: u32,
+    /// By layer, then by expert.
+    pub rows: BTreeMap<u32, Vec<u64>>,
 }
 
 /// A worker's own numbers.
@@ -181,7 +196,18 @@ pub(super) fn of(
     };
     FleetView {
         version: model.and_then(Model::version),
-        workers: ours(Role::Worker).map(|worker| worker_view(worker, name, model, &routers, now)).collect(),
+        expert_loads: expert_loads(ours(Role::Worker).filter(|worker| worker.stream.is_some())),
+        workers: {
+            let suspected = |id: &String| {
+                let by = ours(Role::Worker).filter(|peer| peer.stream.is_some() && peer.suspects.contains(id));
+                u32::try_from(by.count()).unwrap_or(u32::MAX)
+            };
+            let view = |worker: &Process| WorkerView {
+                suspected_by: suspected(&worker.hello.id),
+                ..worker_view(worker, name, model, &routers, now)
+            };
+            ours(Role::Worker).map(view).collect()
+        },
         fetchers: ours(Role::Fetch).map(fetcher_view).collect(),
         routers: routers.iter().map(|router| router_view(router, name, now)).collect(),
         load: load(&routers, name, now),
@@ -226,7 +252,26 @@ fn worker_view(worker: &Process, name: &str, model: Option<&Model>, routers: &[&
             }
         }),
         progress: worker.progress.as_ref().map(progress),
+        suspected_by: 0,
     }
+}
+
+fn expert_loads<'a>(workers: impl Iterator<Item = &'a Process>) -> Vec<ExpertLoadView> {
+    let mut views: BTreeMap<(&str, u32), BTreeMap<u32, Vec<u64>>> = BTreeMap::new();
+    for worker in workers {
+        let sums = views.entry((&worker.hello.revision, worker.hello.replica)).or_default();
+        for (layer, rows) in &worker.experts.lately {
+            let sums = sums.entry(*layer).or_default();
+            sums.resize(sums.len().max(rows.len()), 0);
+            for (sum, rows) in sums.iter_mut().zip(rows) {
+                *sum = sum.saturating_add(*rows);
+            }
+        }
+    }
+    let measured = views.into_iter().filter(|(_, rows)| !rows.is_empty());
+    let view =
+        |((revision, replica), rows): ((&str, u32), _)| ExpertLoadView { revision: revision.to_owned(), replica, rows };
+    measured.map(view).collect()
 }
 
 fn fetcher_view(fetcher: &Process) -> FetcherView {

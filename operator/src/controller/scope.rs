@@ -78,6 +78,7 @@ impl Scopes {
                 deployments: scopes.deployments.clone(),
                 backoff: Backoff::default(),
                 histories: scopes.histories.clone(),
+                moved: Mutex::default(),
                 roster: scopes.roster.clone(),
             };
             tasks.spawn(control(client.clone(), namespace, woken, Arc::new(context), scopes.clone()));

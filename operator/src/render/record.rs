@@ -10,12 +10,13 @@ use planner::{ModelDescription, Plan};
 use serde::de::DeserializeOwned;
 
 use super::name::{Names, REPLICA, Revision, WORKER};
-use crate::{error::Error, launch};
+use crate::{error::Error, launch, moving::Besides};
 
 const DESCRIPTION: &str = "description.json";
 const TEMPLATE: &str = "template.json";
 const PLAN: &str = "plan.json";
-const ALSO: &str = "also.json";
+const NEXT: &str = "next.json";
+const LAST: &str = "last.json";
 const SPEC: &str = "spec.json";
 /// The file that a worker reads when no operator tells it its placement.
 pub(super) const PLACEMENT: &str = "placement.json";
@@ -79,12 +80,21 @@ impl Record {
 
 /// The ConfigMap `NAME-REV-I`: the plan of one replica, the one that it comes from or goes to while experts move, and
 /// the placement file of its workers.
-pub(super) fn placement(names: &Names, revision: &Revision, index: u32, plan: &Plan, also: Option<&Plan>) -> ConfigMap {
+pub(super) fn placement(
+    names: &Names,
+    revision: &Revision,
+    index: u32,
+    plan: &Plan,
+    also: Option<&Besides>,
+) -> ConfigMap {
     let mut metadata = names.metadata_of(names.replica(revision, index), WORKER, revision);
     metadata.labels.get_or_insert_default().insert(REPLICA.to_owned(), index.to_string());
     let file = launch::placement_json(&plan.placement);
     let mut data = BTreeMap::from([(PLAN.to_owned(), json(plan)), (PLACEMENT.to_owned(), file)]);
-    data.extend(also.map(|also| (ALSO.to_owned(), json(also))));
+    data.extend(also.map(|also| match also {
+        Besides::Next(plan) => (NEXT.to_owned(), json(plan)),
+        Besides::Last(plan) => (LAST.to_owned(), json(plan)),
+    }));
     ConfigMap { metadata, data: Some(data), ..ConfigMap::default() }
 }
 
@@ -92,9 +102,12 @@ pub(super) fn placement(names: &Names, revision: &Revision, index: u32, plan: &P
 ///
 /// # Errors
 /// If the ConfigMap is not what `placement` makes.
-pub fn read_also(config: &ConfigMap) -> Result<Option<Plan>, Error> {
-    let there = config.data.as_ref().is_some_and(|data| data.contains_key(ALSO));
-    if there { field(config, ALSO).map(Some) } else { Ok(None) }
+pub fn read_also(config: &ConfigMap) -> Result<Option<Besides>, Error> {
+    let there = |key: &str| config.data.as_ref().is_some_and(|data| data.contains_key(key));
+    if there(NEXT) {
+        return field(config, NEXT).map(|plan| Some(Besides::Next(plan)));
+    }
+    if there(LAST) { field(config, LAST).map(|plan| Some(Besides::Last(plan))) } else { Ok(None) }
 }
 
 /// Reads the plan of a replica back.

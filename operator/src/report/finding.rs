@@ -94,7 +94,14 @@ fn planned(case: &Case<'_>) -> Finding {
         Planning::NotShared(why) => Finding::no(kind, Reason::ClaimNotShared, why.to_string()),
         Planning::Planned(plan) => {
             let message = format!("{} shards, the fullest needs {}", plan.shards, plan.fullest().total());
-            Finding::yes(kind, Reason::Planned, message)
+            match case.decision.advice {
+                Some(percent) => {
+                    let advice = format!("{message}; experts would be {percent}% faster elsewhere");
+                    let apply = "spec.parallelism.expert.rebalance Apply moves them";
+                    Finding::yes(kind, Reason::RebalanceAdvised, format!("{advice}: {apply}"))
+                }
+                None => Finding::yes(kind, Reason::Planned, message),
+            }
         }
     }
 }
@@ -196,6 +203,9 @@ fn degraded(case: &Case<'_>, counts: &Counts<'_>, trouble: &Trouble) -> Finding 
             Reason::WorkerLost,
             super::summary::lost(&trouble.lost, counts.experts.as_ref(), case.model.redundancy),
         );
+    }
+    if !trouble.suspected.is_empty() {
+        return Finding::yes(kind, Reason::WorkerSuspected, super::summary::suspected(&trouble.suspected));
     }
     Finding::no(kind, Reason::AsDesired, "nothing is broken".to_owned())
 }

@@ -30,15 +30,25 @@ pub(super) fn line(text: &str) -> String {
 }
 
 /// `worker 2 lost, experts 16/16 covered, minimum copies 1`; of copies only where there are.
-pub(super) fn lost(lost: &[u32], experts: Option<&ExpertCounts>, redundancy: u32) -> String {
-    let names: Vec<String> = lost.iter().map(u32::to_string).collect();
-    let workers = match names.as_slice() {
-        [one] => format!("worker {one}"),
-        many => format!("workers {}", many.join(", ")),
-    };
+pub(super) fn lost(ordinals: &[u32], experts: Option<&ExpertCounts>, redundancy: u32) -> String {
+    let workers = workers(ordinals);
     let covered = experts.map(|experts| format!(", experts {}/{} covered", experts.covered, experts.total));
     let copies = experts.filter(|_| redundancy > 0).map(|experts| format!(", minimum copies {}", experts.min_copies));
     format!("{workers} lost{}{}", covered.unwrap_or_default(), copies.unwrap_or_default())
+}
+
+/// `worker 2 does not answer all peers`
+pub(super) fn suspected(ordinals: &[u32]) -> String {
+    let verb = if ordinals.len() == 1 { "does" } else { "do" };
+    format!("{} {verb} not answer all peers", workers(ordinals))
+}
+
+fn workers(ordinals: &[u32]) -> String {
+    let names: Vec<String> = ordinals.iter().map(u32::to_string).collect();
+    match names.as_slice() {
+        [one] => format!("worker {one}"),
+        many => format!("workers {}", many.join(", ")),
+    }
 }
 
 fn refused(case: &Case<'_>, _: &Counts<'_>, _: &Trouble) -> Option<String> {
@@ -89,6 +99,9 @@ fn broken(case: &Case<'_>, counts: &Counts<'_>, trouble: &Trouble) -> Option<Str
     }
     if let Some(crash) = &trouble.crash {
         return Some(crash.clone());
+    }
+    if trouble.lost.is_empty() && !trouble.suspected.is_empty() {
+        return Some(format!("Degraded: {}", suspected(&trouble.suspected)));
     }
     (!trouble.lost.is_empty())
         .then(|| format!("Degraded: {}", lost(&trouble.lost, counts.experts.as_ref(), case.model.redundancy)))

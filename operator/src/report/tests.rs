@@ -95,6 +95,7 @@ impl Scene {
             routed: true,
             load: None,
             progress: None,
+            suspected_by: 0,
         });
     }
 

@@ -25,6 +25,8 @@ pub(super) struct Trouble {
     pub(super) crash: Option<String>,
     /// Ordinals of workers that worked before.
     pub(super) lost: Vec<u32>,
+    /// Ordinals of workers that run and do not answer some of their peers.
+    pub(super) suspected: Vec<u32>,
     /// Pods that are not there yet, or have no node.
     pub(super) pending: usize,
     /// Workers whose files are on the way.
@@ -67,6 +69,9 @@ impl Trouble {
         for replica in case.decision.replicas.iter().filter(stays) {
             trouble.not_made = trouble.not_made.take().or_else(|| not_made(replica, case));
             trouble.lost.extend(replica.lost());
+            let suspected = |worker: &&Worker| worker.view.as_ref().is_some_and(|view| view.suspected_by > 0);
+            let suspected = replica.workers.iter().filter(|worker| worker.ready()).filter(suspected);
+            trouble.suspected.extend(suspected.map(|worker| worker.ordinal));
             for ordinal in 0..replica.shards().max(replica.pods()) {
                 match replica.worker(ordinal) {
                     Some(worker) => trouble.add(worker, case),
@@ -82,6 +87,8 @@ impl Trouble {
         trouble.unschedulable = together.or(trouble.unschedulable.take());
         trouble.lost.sort_unstable();
         trouble.lost.dedup();
+        trouble.suspected.sort_unstable();
+        trouble.suspected.dedup();
         trouble
     }
 

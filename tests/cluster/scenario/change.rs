@@ -82,3 +82,46 @@ pub(crate) async fn deletion_leaves_nothing_in_any_phase(cluster: &Cluster) -> a
     cluster.ready("rolled", 90).await?;
     cluster.delete("rolled").await.context("when it was ready")
 }
+
+/// `shards` from 4 to 6 to 3, and a pod deleted, while requests run: none fails, and no worker that stays is replaced.
+pub(crate) async fn shards_change_and_a_pod_goes_and_no_request_notices(cluster: &Cluster) -> anyhow::Result<()> {
+    cluster.apply_example("redundant.yaml").await?;
+    cluster.ready("redundant", 120).await?;
+    let before = uids(cluster).await?;
+    let client = Client::router(cluster).await?;
+    let asking = Asking::start(&client, "tiny-r1-redundant", 8);
+    let victim = before.keys().nth(1).context("four workers")?;
+    cluster.kubectl(&["delete", "pod", victim, "--namespace", MODELS, "--grace-period=0", "--force"]).await?;
+    cluster
+        .until("the loss is told with the copies that are left", 20, async || {
+            let model = cluster.model("redundant").await?;
+            ensure!(model.printed("experts") == "16/16", "EXPERTS {}", model.printed("experts"));
+            ensure!(model.summary().contains("minimum copies 1"), "{}", model.summary());
+            Ok(())
+        })
+        .await?;
+    cluster.ready("redundant", 60).await?;
+    let before = uids(cluster).await?;
+    for (shards, printed) in [(6, "6/6"), (3, "3/3")] {
+        let patch = format!(r#"{{"spec": {{"parallelism": {{"expert": {{"shards": {shards}}}}}}}}}"#);
+        let arguments = ["patch", "modeldeployment", "redundant", "--namespace", MODELS, "--type", "merge", "--patch"];
+        cluster.kubectl(&[&arguments[..], &[&patch]].concat()).await?;
+        cluster
+            .until(&format!("{shards} workers"), 150, async || {
+                let (model, pods) = (cluster.model("redundant").await?, uids(cluster).await?.len());
+                ensure!(model.printed("shards") == printed && pods == shards, "{pods} pods: {}", model.summary());
+                model.expect("Ready", "True")
+            })
+            .await?;
+    }
+    let after = uids(cluster).await?;
+    ensure!(after.iter().all(|(name, uid)| before.get(name) == Some(uid)), "{before:?} became {after:?}");
+    let answered = asking.stop_without_error().await?;
+    ensure!(answered >= 100, "only {answered} requests ran meanwhile");
+    cluster.delete("redundant").await
+}
+
+async fn uids(cluster: &Cluster) -> anyhow::Result<std::collections::BTreeMap<String, String>> {
+    let pods = cluster.workers("redundant").await?;
+    Ok(pods.iter().map(|(name, pod)| (name.clone(), text(pod, "/metadata/uid").to_owned())).collect())
+}

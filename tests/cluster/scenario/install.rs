@@ -74,7 +74,9 @@ pub(crate) async fn the_operator_used_its_rights_and_no_others(cluster: &Cluster
 
     let mut granted = BTreeSet::new();
     let home = cluster.get(&["role", "modelfleet-operator-home", "--namespace", SYSTEM]).await?;
-    for role in [cluster.get(&["clusterrole", "modelfleet-operator-modelfleet-system"]).await?, home] {
+    let everywhere = cluster.get(&["clusterrole", "modelfleet-operator-modelfleet-system"]).await?;
+    let nodes = cluster.get(&["clusterrole", "modelfleet-operator-nodes-modelfleet-system"]).await?;
+    for role in [everywhere, nodes, home] {
         for rule in role["rules"].as_array().context("rules")? {
             let list = |field: &str| rule[field].as_array().cloned().unwrap_or_default();
             for group in list("apiGroups") {

@@ -156,3 +156,57 @@ pub(crate) async fn what_is_missing_is_named(cluster: &Cluster) -> anyhow::Resul
     ensure!(!logs.await?.contains("hf_cluster_tests"), "the token is in a log");
     cluster.delete("gated").await
 }
+
+/// A quota that refuses pods is shown in the API server's words, also before there is any pod; without it the model comes.
+pub(crate) async fn a_quota_that_refuses_pods_is_shown(cluster: &Cluster) -> anyhow::Result<()> {
+    let quota = json!({
+        "apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "none"}, "spec": {"hard": {"pods": "0"}},
+    });
+    cluster.apply(&quota.to_string()).await?;
+    let model = json!({
+        "apiVersion": "modelfleet.io/v1alpha1", "kind": "ModelDeployment", "metadata": {"name": "refused"},
+        "spec": {"model": {"source": "hf://modelfleet/tiny-r1", "servedNames": ["tiny-r1-refused"]}},
+    });
+    cluster.apply(&model.to_string()).await?;
+    cluster
+        .until("the quota is named", 60, async || {
+            let model = cluster.model("refused").await?;
+            for (name, wanted) in [("Degraded", "True"), ("Scheduled", "False")] {
+                let [status, reason, message] = model.condition(name).context("no such condition yet")?;
+                ensure!(status == wanted && reason == "QuotaExceeded", "{name} {status} {reason}: {message}");
+                ensure!(message.contains("exceeded quota: none"), "{message}");
+            }
+            ensure!(model.summary().starts_with("Degraded: QuotaExceeded: pods "), "{}", model.summary());
+            Ok(())
+        })
+        .await?;
+    cluster.kubectl(&["delete", "resourcequota", "none", "--namespace", MODELS]).await?;
+    // the controllers of Kubernetes try again with pauses that grow
+    cluster.ready("refused", 180).await?;
+    cluster.delete("refused").await
+}
+
+/// A claim that one node can mount is not enough for two workers.
+pub(crate) async fn a_claim_of_one_node_is_refused_to_many_workers(cluster: &Cluster) -> anyhow::Result<()> {
+    let claim = json!({
+        "apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "one-node"},
+        "spec": {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "1Gi"}}},
+    });
+    let model = json!({
+        "apiVersion": "modelfleet.io/v1alpha1", "kind": "ModelDeployment", "metadata": {"name": "claimed"},
+        "spec": {"model": {"source": "pvc://one-node/tiny-r1"}, "parallelism": {"expert": {"shards": 2}}},
+    });
+    cluster.apply(&claim.to_string()).await?;
+    cluster.apply(&model.to_string()).await?;
+    cluster
+        .until("the claim is named", 30, async || {
+            let model = cluster.model("claimed").await?;
+            let [status, reason, message] = model.condition("Planned").context("no such condition yet")?;
+            ensure!(status == "False" && reason == "ClaimNotShared", "{status} {reason}: {message}");
+            ensure!(message.contains("claim one-node, which is ReadWriteOnce"), "{message}");
+            Ok(())
+        })
+        .await?;
+    cluster.delete("claimed").await?;
+    cluster.kubectl(&["delete", "persistentvolumeclaim", "one-node", "--namespace", MODELS]).await.map(drop)
+}
