@@ -143,9 +143,10 @@ impl Mesh {
         order(self) > order(other)
     }
 
-    /// Whether any worker but this one may still need experts from it.
-    pub fn others_run(&self, own_id: &str) -> bool {
-        self.peers.iter().any(|peer| peer.running && peer.id != own_id)
+    /// Whether any worker of `replica`, that of this one, may still need experts from it. Those of other replicas have
+    /// holders of their own, and ask here only where those fail.
+    pub fn others_run(&self, own_id: &str, replica: u32) -> bool {
+        self.peers.iter().any(|peer| peer.running && peer.id != own_id && peer.replica == replica)
     }
 }
 
@@ -298,10 +299,11 @@ mod tests {
     }
 
     #[test]
-    fn only_running_peers_other_than_us_count() {
+    fn only_running_peers_of_our_replica_other_than_us_count() {
         let peer = |id: &str, running| proto::Peer { id: id.into(), running, ..proto::Peer::default() };
         let mesh = |peers| Mesh { peers, ..Mesh::default() };
-        assert!(mesh(vec![peer("a", true), peer("b", false)]).others_run("b"));
-        assert!(!mesh(vec![peer("a", true), peer("b", false)]).others_run("a"));
+        assert!(mesh(vec![peer("a", true), peer("b", false)]).others_run("b", 0));
+        assert!(!mesh(vec![peer("a", true), peer("b", false)]).others_run("a", 0));
+        assert!(!mesh(vec![peer("a", true)]).others_run("b", 1));
     }
 }

@@ -23,6 +23,8 @@ pub struct State {
     pub model: String,
     /// Of the model files.
     pub content_hash: String,
+    /// Index of the replica.
+    pub replica: u32,
     /// Who holds which experts.
     pub meshes: Meshes,
     /// The newest version whose experts are all in memory.
@@ -71,6 +73,7 @@ impl State {
             id: options.id.clone(),
             model: options.model.clone(),
             content_hash: options.content_hash.clone(),
+            replica: options.replica,
             meshes: Meshes::new(mesh),
             loaded: watch::Sender::new(None),
             stage: watch::Sender::new(Stage::Loading),
@@ -133,7 +136,7 @@ impl State {
     /// Waits until no other worker of the mesh may need experts from here.
     pub async fn alone(&self) {
         let mut mesh = self.meshes.follow();
-        let _ = mesh.wait_for(|mesh| !mesh.others_run(&self.id)).await; // the sender lives as long as we do
+        let _ = mesh.wait_for(|mesh| !mesh.others_run(&self.id, self.replica)).await; // the sender lives as long as we do
     }
 
     /// Whether the experts are in memory and requests are taken.
@@ -151,7 +154,7 @@ impl State {
     /// What the operator is told about this worker.
     pub fn report(&self) -> WorkerState {
         let mesh = self.meshes.newest();
-        let idle = self.running() == 0 && !mesh.others_run(&self.id);
+        let idle = self.running() == 0 && !mesh.others_run(&self.id, self.replica);
         let phase = match *self.stage.borrow() {
             Stage::Loading => Phase::Loading,
             Stage::Serving if !mesh.drain => Phase::Serving,
