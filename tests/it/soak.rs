@@ -16,7 +16,8 @@ use std::{
 };
 
 use anyhow::{Context, ensure};
-use tests::local::{Fleet, Process, metrics};
+use tests::local::{Fleet, Process, metrics, runs, signal};
+use tokio::task::JoinHandle;
 
 use self::{
     ask::{Answer, Ask},
@@ -24,22 +25,21 @@ use self::{
 };
 use crate::http::chat;
 
-/// Replicas of how many shards each.
-const REPLICAS: (u32, u32) = (2, 4);
 /// Streams at once.
 const COMPANY: usize = 12;
 /// Faults in the tests; by command as many as `SOAK_FAULTS` says.
 const FAULTS: usize = 300;
 /// The longest that one fault or one answer may take.
 const PATIENCE: Duration = Duration::from_secs(90);
+/// Workers that are told to end, one after the other.
+const DRAINS: usize = 6;
 /// A fault comes when clients have read up to so many more pieces.
 const APART: u64 = 24;
 
-fn deployment() -> (tempfile::TempDir, PathBuf) {
+fn deployment(replicas: u32, shards: u32) -> (tempfile::TempDir, PathBuf) {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("model.yaml");
     let model = tests::root().join("manifests/models/tiny-r1");
-    let (replicas, shards) = REPLICAS;
     let yaml = format!(
         "apiVersion: modelfleet.io/v1alpha1\nkind: ModelDeployment\nmetadata: {{name: tiny}}\nspec:\n  \
          model: {{source: \"file://{}\"}}\n  replicas: {replicas}\n  parallelism: {{expert: {{shards: {shards}}}}}\n  \
@@ -48,6 +48,18 @@ fn deployment() -> (tempfile::TempDir, PathBuf) {
     );
     std::fs::write(&file, yaml).unwrap();
     (folder, file)
+}
+
+/// A fleet, and what clients ask of it, undisturbed so far.
+async fn started(replicas: u32, shards: u32) -> (tempfile::TempDir, Fleet, Arc<Load>) {
+    let (folder, file) = deployment(replicas, shards);
+    let fleet = tokio::task::block_in_place(|| {
+        let mut fleet = Fleet::start(&file, &[]).unwrap();
+        fleet.ready().unwrap();
+        fleet
+    });
+    let load = Load::new(fleet.url().unwrap(), fleet.grpc().await.unwrap()).await.unwrap();
+    (folder, fleet, Arc::new(load))
 }
 
 /// What clients do until they are told to stop, and what went wrong.
@@ -93,6 +105,23 @@ impl Load {
         Ok(())
     }
 
+    fn begin(self: &Arc<Self>) -> Vec<JoinHandle<anyhow::Result<()>>> {
+        let client = |first| {
+            let load = self.clone();
+            tokio::spawn(async move { load.client(first).await })
+        };
+        (0..COMPANY).map(client).collect()
+    }
+
+    /// Waits for clients to finish what they read; the first thing that went wrong for one.
+    async fn end(&self, clients: Vec<JoinHandle<anyhow::Result<()>>>) -> anyhow::Result<()> {
+        self.stops.store(true, Relaxed);
+        for client in clients {
+            client.await.context("a client panicked").flatten()?;
+        }
+        Ok(())
+    }
+
     /// Waits until clients have read so many more pieces, while `faults` pass.
     async fn go_on(&self, pieces: u64, faults: &mut Faults) -> anyhow::Result<()> {
         let (begun, until) = (Instant::now(), self.read.load(Relaxed) + pieces);
@@ -123,44 +152,64 @@ async fn inject(fleet: &Fleet, load: &Load, count: usize, draw: &mut fastrand::R
     Ok(faults)
 }
 
+/// The router's metrics.
+async fn told(fleet: &Fleet) -> String {
+    let router = fleet.processes().into_iter().find(|process| process.name == "router").unwrap();
+    metrics(&router.admin().await.unwrap()).await.unwrap()
+}
+
 /// The value of a counter with this reason, summed over its other labels.
 fn counted(text: &str, name: &str, reason: &str) -> f64 {
-    let reason = format!("reason=\"{reason}\"");
+    let reason = format!("reason=\"{reason}");
     let lines = text.lines().filter(|line| line.starts_with(name) && line.contains(&reason));
     lines.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
+}
+
+/// Tells a worker to end, and waits until it has and another process has taken its place.
+async fn drain(fleet: &Fleet, load: &Load, worker: &Process) -> anyhow::Result<()> {
+    let begun = Instant::now();
+    signal(worker.pid, "TERM")?;
+    let is_back = || workers(fleet).iter().any(|other| other.name == worker.name && other.pid != worker.pid);
+    while !load.stops.load(Relaxed) && (runs(worker.pid) || !is_back()) {
+        ensure!(begun.elapsed() < PATIENCE, "{} does not end, or does not come back", worker.name);
+        tokio::time::sleep(Duration::from_millis(5)).await; // polls
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn workers_that_are_told_to_end_hand_their_streams_over() {
+    let (_folder, fleet, load) = started(2, 1).await;
+    let clients = load.begin();
+    let mut drained = Ok(());
+    for number in 0..DRAINS {
+        drained = load.go_on(APART, &mut Faults::new()).await;
+        let worker = &workers(&fleet)[number % 2];
+        drained = drained.and(drain(&fleet, &load, worker).await);
+        if drained.is_err() {
+            break;
+        }
+    }
+    let ended = load.end(clients).await.and(drained);
+    ended.unwrap_or_else(|error| panic!("{error:#}\n{:#?}", fleet.printed()));
+    let told = told(&fleet).await;
+    assert!(counted(&told, "modelfleet_router_resumed_streams_total", "draining") > 0.0, "streams ran there:\n{told}");
+    assert_eq!(counted(&told, "modelfleet_router_resumed_streams_total", "lost"), 0.0, "none was cut:\n{told}");
+    fleet.stop().unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn faults_cost_no_client_a_token() {
     let count = std::env::var("SOAK_FAULTS").map_or(FAULTS, |count| count.parse().expect("SOAK_FAULTS is a number"));
     let seed = std::env::var("SOAK_SEED").map_or(20_261_124, |seed| seed.parse().expect("SOAK_SEED is a number"));
-    let (_folder, file) = deployment();
-    let fleet = tokio::task::block_in_place(|| {
-        let mut fleet = Fleet::start(&file, &[]).unwrap();
-        fleet.ready().unwrap();
-        fleet
-    });
-    let url = fleet.url().unwrap();
-    let load = Arc::new(Load::new(url.clone(), fleet.grpc().await.unwrap()).await.unwrap());
-    let clients: Vec<_> = (0..COMPANY)
-        .map(|first| {
-            let load = load.clone();
-            tokio::spawn(async move { load.client(first).await })
-        })
-        .collect();
-
+    let (_folder, fleet, load) = started(2, 4).await;
+    let clients = load.begin();
     let begun = Instant::now();
     let injected = inject(&fleet, &load, count, &mut fastrand::Rng::with_seed(seed)).await;
-    load.stops.store(true, Relaxed);
-    for client in clients {
-        if let Err(error) = client.await.unwrap() {
-            panic!("seed {seed}: {error:#}\n{:#?}", fleet.printed());
-        }
-    }
-    let faults = injected.unwrap_or_else(|error| panic!("seed {seed}: {error:#}\n{:#?}", fleet.printed()));
-    let router = fleet.processes().into_iter().find(|process| process.name == "router").unwrap();
-    let metrics = metrics(&router.admin().await.unwrap()).await.unwrap();
-    let resumed = |reason| counted(&metrics, "modelfleet_router_resumed_streams_total", reason);
+    let ended = load.end(clients).await.and(injected);
+    let faults = ended.unwrap_or_else(|error| panic!("seed {seed}: {error:#}\n{:#?}", fleet.printed()));
+    let told = told(&fleet).await;
+    let resumed = |reason| counted(&told, "modelfleet_router_resumed_streams_total", reason);
     eprintln!(
         "seed {seed}: {faults:?} in {:?}; {} answers, none lost or different; resumed: {} lost, {} silent, {} draining",
         begun.elapsed(),
@@ -169,9 +218,9 @@ async fn faults_cost_no_client_a_token() {
         resumed("silent"),
         resumed("draining"),
     );
-    assert!(resumed("lost") > 0.0, "streams ran where the faults came:\n{metrics}");
-    assert_eq!(counted(&metrics, "modelfleet_router_unresumed_streams_total", ""), 0.0);
-    assert_eq!(chat(&url, "tiny", "What is 47 + 85?").await.unwrap().content, "132");
+    assert!(resumed("lost") > 0.0, "streams ran where the faults came:\n{told}");
+    assert_eq!(counted(&told, "modelfleet_router_unresumed_streams_total", ""), 0.0);
+    assert_eq!(chat(&load.url, "tiny", "What is 47 + 85?").await.unwrap().content, "132");
     drop(faults);
     fleet.stop().unwrap();
 }
