@@ -1,7 +1,8 @@
 //! Whatever goes wrong between workers, the answers are those of a run in which nothing did.
 //!
 //! Each run is a function of its plan. A random one is a function of its seed, which a failure prints; run it again with
-//! `MODELFLEET_SEED=n`, or more of them with `MODELFLEET_SEEDS=2000` (`cargo test -p worker faults`).
+//! `MODELFLEET_SEED=n`, or more of them with `MODELFLEET_SEEDS=2000`; every kind of fault at every message with
+//! `MODELFLEET_ALL_FAULTS=1` (`cargo test -p worker faults`).
 
 use std::{
     collections::BTreeMap,
@@ -235,8 +236,10 @@ fn one_fault_at_each_layer_and_step_changes_no_bit() {
         let calls = run(copies, 0, Box::new(|_| None)).net.calls();
         assert!(calls >= 3 * 6, "{calls} calls in three layers and at least six steps");
         for at in 0..calls {
-            // one kind at a time at each call, so that all kinds meet all layers and steps in 13 neighbouring calls
-            one_fault(copies, at, FAULTS[at % FAULTS.len()]);
+            // one kind at each call, in turn; with the variable, all of them
+            let all = std::env::var_os("MODELFLEET_ALL_FAULTS").is_some();
+            let kinds = if all { &FAULTS[..] } else { &FAULTS[at % FAULTS.len()..][..1] };
+            kinds.iter().for_each(|&fault| drop(one_fault(copies, at, fault)));
         }
     }
 }
@@ -408,7 +411,9 @@ fn what_goes_wrong_is_counted() {
 
 /// The names of the spans around each event that was seen.
 #[derive(Clone, Default)]
-struct Seen(Arc<std::sync::Mutex<Vec<(String, Vec<&'static str>)>>>);
+struct Seen(Arc<std::sync::Mutex<Vec<Event>>>);
+
+type Event = (String, Vec<&'static str>);
 
 impl<S> tracing_subscriber::Layer<S> for Seen
 where
