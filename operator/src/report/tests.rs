@@ -138,6 +138,14 @@ impl Scene {
     }
 }
 
+#[test]
+fn a_worker_that_does_not_answer_its_peers_is_named() {
+    let mut scene = Scene::installed(spec(json!({})));
+    scene.seen.fleet.workers[2].suspected_by = 1;
+    let expected = told("Degraded: worker 2 does not answer all peers", "True WorkerSuspected");
+    assert_eq!(scene.says(ConditionType::Degraded), expected);
+}
+
 fn told(summary: &str, condition: &str) -> (String, String) {
     (summary.to_owned(), condition.to_owned())
 }
