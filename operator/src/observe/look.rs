@@ -3,7 +3,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -16,6 +16,8 @@ use crate::{apply::CALL, error::Error, render::claim};
 
 /// A node is read anew after this long.
 const NODE_AGE: Duration = Duration::from_secs(5);
+/// A node that nobody asked for so long is forgotten.
+const NODE_KEPT: Duration = Duration::from_secs(3600);
 
 /// A PersistentVolumeClaim, as far as it matters.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,38 +39,47 @@ pub struct NodeView {
 
 /// Nodes by name, and when each was read; `None`: it is gone.
 type Nodes = HashMap<String, (Instant, Option<NodeView>)>;
+/// Claims by namespace and name; `None`: there was none.
+type Claims = HashMap<(String, String), Option<Claim>>;
 
-/// Reads single objects.
+/// Reads single objects. While the API server does not answer, what it said last holds: routers and workers are told
+/// what changes without it.
 #[derive(Clone)]
 pub struct Look {
     client: Client,
     nodes: Arc<Mutex<Nodes>>,
+    claims: Arc<Mutex<Claims>>,
 }
 
 impl Look {
     /// Reads through `client`.
     pub fn new(client: Client) -> Self {
-        Self { client, nodes: Arc::default() }
+        Self { client, nodes: Arc::default(), claims: Arc::default() }
     }
 
     /// The claim that the source of `md` names; `None` if it names none, or one that is not there yet.
     ///
     /// # Errors
-    /// If the API server refuses or does not answer.
+    /// If the API server refuses or does not answer, and never did.
     pub async fn claim(&self, md: &ModelDeployment) -> Result<Option<Claim>, Error> {
         let Some(name) = claim(&md.spec.model.source) else {
             return Ok(None);
         };
-        let api: Api<PersistentVolumeClaim> = Api::namespaced(self.client.clone(), &md.namespace().unwrap_or_default());
-        let found = read("PersistentVolumeClaim", name, api.get_opt(name)).await?;
+        let namespace = md.namespace().unwrap_or_default();
+        let api: Api<PersistentVolumeClaim> = Api::namespaced(self.client.clone(), &namespace);
         let modes = |claim: PersistentVolumeClaim| claim.spec.and_then(|spec| spec.access_modes).unwrap_or_default();
-        Ok(found.map(|claim| Claim { name: name.to_owned(), modes: modes(claim) }))
+        let found = read("PersistentVolumeClaim", name, api.get_opt(name)).await;
+        let found = found.map(|found| found.map(|claim| Claim { name: name.to_owned(), modes: modes(claim) }));
+        let key = (namespace, name.to_owned());
+        let found = found.or_else(|error| lock(&self.claims).get(&key).cloned().ok_or(error))?;
+        lock(&self.claims).insert(key, found.clone());
+        Ok(found)
     }
 
     /// The nodes of these pods, by name; one that is gone is not among them.
     ///
     /// # Errors
-    /// If the API server refuses or does not answer.
+    /// If the API server refuses or does not answer, and never told of one of them.
     pub async fn nodes(&self, pods: &[&Pod]) -> Result<BTreeMap<String, NodeView>, Error> {
         let mut nodes = BTreeMap::new();
         for name in pods.iter().filter_map(|pod| node_of(pod)) {
@@ -82,21 +93,24 @@ impl Look {
     }
 
     async fn node(&self, name: &str) -> Result<Option<NodeView>, Error> {
-        let known = self.known().get(name).filter(|(at, _)| at.elapsed() < NODE_AGE).cloned();
-        if let Some((_, node)) = known {
+        let known = lock(&self.nodes).get(name).cloned();
+        if let Some((_, node)) = known.clone().filter(|(at, _)| at.elapsed() < NODE_AGE) {
             return Ok(node);
         }
         let api: Api<Node> = Api::all(self.client.clone());
-        let node = read("Node", name, api.get_opt(name)).await?.map(view);
-        let mut nodes = self.known();
-        nodes.retain(|_, (at, _)| at.elapsed() < NODE_AGE);
+        let node = match read("Node", name, api.get_opt(name)).await {
+            Ok(node) => node.map(view),
+            Err(error) => return known.map(|(_, node)| node).ok_or(error),
+        };
+        let mut nodes = lock(&self.nodes);
+        nodes.retain(|_, (at, _)| at.elapsed() < NODE_KEPT);
         nodes.insert(name.to_owned(), (Instant::now(), node.clone()));
         Ok(node)
     }
+}
 
-    fn known(&self) -> std::sync::MutexGuard<'_, Nodes> {
-        self.nodes.lock().unwrap_or_else(PoisonError::into_inner)
-    }
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The node that a pod is bound to.

@@ -31,6 +31,8 @@ pub enum Fault {
     LoseReply,
     /// Neither writes nor answers.
     Hang,
+    /// Panics in the caller's task.
+    Panic,
 }
 
 /// One call, as a fault plan sees it.
@@ -152,6 +154,7 @@ impl Api {
         match fault {
             Some(Fault::Answer(code)) => return reply(Err((code, "broken on purpose".to_owned()))),
             Some(Fault::Hang) => std::future::pending().await,
+            Some(Fault::Panic) => panic!("on purpose"),
             _ => {}
         }
         let body = if body.is_empty() { Value::Null } else { serde_json::from_slice(&body).unwrap() };

@@ -1,5 +1,10 @@
 //! Answers that an API server gives on bad days, two leaders, and objects that harm only themselves.
 
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering},
+};
+
 use serde_json::json;
 
 use crate::{
@@ -100,4 +105,50 @@ async fn what_somebody_edits_or_deletes_is_put_right() {
     assert!(edited);
     world.api().delete("services", "tiny-workers");
     world.until("put right", |world| world.objects() == objects).await;
+}
+
+/// The routers must hear of a lost worker, whatever of the surroundings cannot be read meanwhile.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_claim_that_cannot_be_read_again_is_as_it_was() {
+    let world = World::with(1).await;
+    let _operator = world.operator(0).await;
+    world.api().apply(json!({"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "models"},
+        "spec": {"accessModes": ["ReadOnlyMany"]}}));
+    let mut model = model();
+    model["spec"]["model"]["source"] = json!("pvc://models/tiny-r1");
+    world.api().apply(model);
+    world.ready().await;
+    let asked = Arc::new(AtomicUsize::new(0));
+    let counted = asked.clone();
+    world.api().break_by(move |call| {
+        let broken = call.resource == "persistentvolumeclaims";
+        counted.fetch_add(usize::from(broken), Ordering::Relaxed);
+        broken.then_some(Fault::Answer(403))
+    });
+    world.cluster.no_pods.store(true, Ordering::Relaxed);
+    let pod = world.names("pods").into_iter().find(|name| name.ends_with("-0-1")).unwrap();
+    world.api().delete("pods", &pod);
+    world.says("Degraded: worker 1 lost").await;
+    assert!(asked.load(Ordering::Relaxed) > 0, "it was asked for, in vain");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_object_whose_reconcile_panics_or_fails_holds_up_no_other() {
+    for fault in [Fault::Panic, Fault::Answer(500)] {
+        let world = World::with(1).await;
+        world.api().break_by(move |call| call.name.starts_with("poison").then_some(fault));
+        let _operator = world.operator(0).await;
+        let mut poison = model();
+        poison["metadata"]["name"] = json!("poison");
+        world.api().apply(poison);
+        world.api().apply(model());
+        world.ready().await;
+        assert!(world.names("statefulsets").iter().all(|name| name.starts_with("tiny")), "the fault bit");
+        world.api().mend();
+        // a change wakes it, however long it would have waited
+        world.api().edit("modeldeployments", "poison", |md| md["spec"]["model"]["maxContextTokens"] = json!(512));
+        let healed =
+            |world: &World| world.api().get("modeldeployments", "poison").unwrap()["status"]["summary"] == "Ready";
+        world.until("the poison is out", healed).await;
+    }
 }
