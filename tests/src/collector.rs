@@ -1,7 +1,7 @@
 //! A collector: takes traces, metrics and logs over OTLP by gRPC or HTTP, keeps what the tests ask for, and answers.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeSet, VecDeque},
     fmt::Debug,
     io::{self, Read as _},
     net::SocketAddr,
@@ -42,7 +42,7 @@ use tonic::{
     Request, Response, Status, codec::CompressionEncoding, service::Routes, transport::server::TcpConnectInfo,
 };
 
-/// Spans and bytes of text beyond this are dropped.
+/// The oldest spans and texts beyond this are dropped.
 const MAX_SPANS: usize = 100_000;
 const MAX_TEXT: usize = 256 << 20;
 
@@ -52,13 +52,15 @@ pub struct Collector(Arc<Mutex<Received>>);
 
 #[derive(Default)]
 struct Received {
-    spans: Vec<Value>,
+    spans: VecDeque<Value>,
     metrics: BTreeSet<String>,
     log_records: usize,
     /// What the headers of requests said of how they came.
     ways: BTreeSet<String>,
-    /// All that came, as text, to look for what should not be there.
-    text: String,
+    /// All messages that came, as text, to look for what should not be there.
+    texts: VecDeque<String>,
+    /// Of `texts`.
+    bytes: usize,
 }
 
 /// Takes OTLP on `otlp`, answers on `http`:
@@ -126,7 +128,7 @@ impl Collector {
 
     /// Whether `text` is anywhere in what came.
     pub fn contains(&self, text: &str) -> bool {
-        self.received().text.contains(text)
+        self.received().texts.iter().any(|message| message.contains(text))
     }
 
     fn received(&self) -> MutexGuard<'_, Received> {
@@ -139,8 +141,13 @@ impl Collector {
         let way = [header("content-type"), encoding.unwrap_or("-"), header("x-tenant")].join(" ");
         let mut received = self.received();
         received.ways.insert(way);
-        if received.text.len() < MAX_TEXT {
-            received.text += &format!("{message:?}\n");
+        let text = format!("{message:?}");
+        received.bytes += text.len();
+        received.texts.push_back(text);
+        while received.bytes > MAX_TEXT
+            && let Some(oldest) = received.texts.pop_front()
+        {
+            received.bytes -= oldest.len();
         }
     }
 
@@ -152,14 +159,15 @@ impl Collector {
         for group in request.resource_spans {
             let service = attribute(&group.resource, "service.name");
             let spans = group.scope_spans.into_iter().flat_map(|scope| scope.spans);
-            let room = MAX_SPANS.saturating_sub(received.spans.len());
-            received.spans.extend(spans.take(room).map(|span| {
+            received.spans.extend(spans.map(|span| {
                 json!({
                     "trace": hex(&span.trace_id), "span": hex(&span.span_id), "parent": hex(&span.parent_span_id),
                     "name": span.name, "kind": span.kind, "service": service, "sender": sender,
                     "connection": connection,
                 })
             }));
+            let beyond = received.spans.len().saturating_sub(MAX_SPANS);
+            received.spans.drain(..beyond);
         }
     }
 

@@ -104,7 +104,7 @@ async fn spare_node(cluster: &Cluster) -> anyhow::Result<String> {
     let node = |pod: &Value| text(pod, "/spec/nodeName").to_owned();
     let single = |pod: &&Value| {
         let name = text(pod, "/metadata/name");
-        text(pod, "/metadata/namespace") == "surroundings" || name.starts_with("coredns")
+        ["hub-", "coredns-"].iter().any(|single| name.starts_with(single))
     };
     let needed: BTreeSet<String> = pods.iter().filter(single).map(node).collect();
     let workers = cluster.workers("copied").await?;
