@@ -32,18 +32,17 @@ const STREAMS: u64 = 20;
 /// Its network is cut: callers and routers turn to others, the lost worker is replaced elsewhere, and the twin that comes
 /// back with the network does no harm.
 pub(crate) async fn a_node_that_is_cut_off_costs_no_stream(cluster: &Cluster) -> anyhow::Result<()> {
-    cluster.apply(COPIED).await?;
-    cluster.ready("copied", 120).await?;
     lose_a_node(cluster, "cut").await
 }
 
 /// Its kubelet and all its containers are killed.
 pub(crate) async fn a_node_that_dies_costs_no_stream(cluster: &Cluster) -> anyhow::Result<()> {
-    lose_a_node(cluster, "kill").await?;
-    cluster.delete("copied").await
+    lose_a_node(cluster, "kill").await
 }
 
 async fn lose_a_node(cluster: &Cluster, verb: &str) -> anyhow::Result<()> {
+    cluster.apply(COPIED).await?;
+    cluster.ready("copied", 120).await?;
     let node = spare_node(cluster).await?;
     let client = Client::new(&format!("{}:8080", router_beside(cluster, &node).await?));
     let streams = Streams::start(&client).await?;
@@ -94,7 +93,8 @@ async fn lose_a_node(cluster: &Cluster, verb: &str) -> anyhow::Result<()> {
         })
         .await?;
     streams.stop().await?;
-    cluster.ready("copied", 60).await.map(drop)
+    cluster.ready("copied", 60).await?;
+    cluster.delete("copied").await
 }
 
 /// A node with a worker, and without anything of which there is one only: the hub, DNS.

@@ -269,7 +269,8 @@ async fn a_caller_that_does_not_read_harms_nobody_else() {
         layer: 1,
         content_hash: HASH.into(),
         dtype: proto::Dtype::Bf16.into(),
-        rows: vec![0; 512].into(),
+        // more than the connection's windows hold of calls that are not taken
+        rows: vec![0; 512 * 128].into(),
         pair_rows: vec![0; 2048],
         pair_experts: vec![1; 2048],
         ..RunCall::default()
