@@ -1,8 +1,10 @@
 //! The copies that must be, without regard to load: shares, what stays, what fills. The phases are those of `README.md`.
 
+use std::cmp::Reverse;
 use std::collections::VecDeque;
 
 use super::balance::Task;
+use super::peak::peaks;
 use super::{LayerPlacement, Placement, Problem, Unplaceable};
 use crate::model::MoeLayer;
 use crate::units::Bytes;
@@ -27,7 +29,21 @@ pub(super) fn place(problem: &Problem<'_>, previous: Option<&Placement>) -> Resu
         let experts = layer.place(&mut bytes, previous).ok_or_else(|| no_room(problem, &domains))?;
         layers.push(LayerPlacement { layer: problem.layers[index].layer, experts });
     }
-    Ok(Placement { shards: problem.workers() as u32, layers })
+    let placed = Placement { shards: problem.workers() as u32, layers };
+    Ok(match (previous, problem.room, problem.loads) {
+        (Some(before), Some(_), Some(loads)) if before.meets(problem) && !is_better(&placed, before, loads) => {
+            before.clone()
+        }
+        _ => placed,
+    })
+}
+
+/// Whether a placement is better than the one before, over all layers: layers that share the room could give it to each
+/// other for ever if each were judged alone.
+fn is_better(placed: &Placement, before: &Placement, loads: &[Vec<u64>]) -> bool {
+    let copies = |of: &Placement| of.layers.iter().flat_map(|layer| &layer.experts).map(Vec::len).sum::<usize>();
+    let rank = |of: &Placement| (peaks(of, loads).0, Reverse(copies(of)));
+    rank(placed) < rank(before)
 }
 
 impl Problem<'_> {
