@@ -19,7 +19,10 @@ use hyper_util::{
     rt::TokioExecutor,
 };
 use serde_json::{Value, json};
-use tokio::{task::JoinSet, time::timeout};
+use tokio::{
+    task::JoinSet,
+    time::{MissedTickBehavior, timeout},
+};
 
 use crate::cluster::{Cluster, SYSTEM};
 
@@ -158,13 +161,16 @@ impl Asking {
             let (stop, answered, failed) = (stop.clone(), answered.clone(), failed.clone());
             tasks.spawn(async move {
                 let mut turn = asker;
+                // what is broken is not flooded
+                let mut failures = tokio::time::interval(Duration::from_millis(100));
+                failures.set_missed_tick_behavior(MissedTickBehavior::Delay);
                 while !stop.load(Ordering::Relaxed) {
                     turn += parallel;
                     match client.right_sum(&model, 100 + turn * 7 % 400, 10 + turn * 13 % 90).await {
                         Ok(_) => drop(answered.fetch_add(1, Ordering::Relaxed)),
                         Err(error) => {
                             failed.lock().expect("no asker panics").push(format!("{error:#}"));
-                            tokio::time::sleep(Duration::from_millis(100)).await; // polls, without flooding what is broken
+                            failures.tick().await;
                         }
                     }
                 }

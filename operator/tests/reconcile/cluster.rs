@@ -11,7 +11,7 @@ use std::{
 };
 
 use serde_json::{Value, json};
-use tokio::task::JoinSet;
+use tokio::{task::JoinSet, time::MissedTickBehavior};
 use wire::proto::worker_state::Phase;
 
 use crate::{
@@ -57,9 +57,11 @@ impl Cluster {
             running: Mutex::default(),
         };
         tasks.spawn(async move {
+            let mut turns = tokio::time::interval(Duration::from_millis(20));
+            turns.set_missed_tick_behavior(MissedTickBehavior::Delay);
             loop {
+                turns.tick().await;
                 node.turn();
-                tokio::time::sleep(Duration::from_millis(20)).await; // polls, as a controller would be woken
             }
         });
         Self { api, stage, no_pods, description, _tasks: tasks }

@@ -112,11 +112,7 @@ async fn what_somebody_edits_or_deletes_is_put_right() {
 async fn a_claim_that_cannot_be_read_again_is_as_it_was() {
     let world = World::with(1).await;
     let _operator = world.operator(0).await;
-    world.api().apply(json!({"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "models"},
-        "spec": {"accessModes": ["ReadOnlyMany"]}}));
-    let mut model = model();
-    model["spec"]["model"]["source"] = json!("pvc://models/tiny-r1");
-    world.api().apply(model);
+    world.declare_on_claim(&["ReadOnlyMany"]);
     world.ready().await;
     let asked = Arc::new(AtomicUsize::new(0));
     let counted = asked.clone();

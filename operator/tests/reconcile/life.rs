@@ -198,11 +198,7 @@ async fn a_lost_worker_is_named_with_what_it_held_and_comes_back() {
 async fn a_claim_of_one_node_takes_one_worker_and_is_named() {
     let world = World::with(1).await;
     let _operator = world.operator(0).await;
-    world.api().apply(json!({"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "models"},
-        "spec": {"accessModes": ["ReadWriteOnce"]}}));
-    let mut model = model();
-    model["spec"]["model"]["source"] = json!("pvc://models/tiny-r1");
-    world.api().apply(model);
+    world.declare_on_claim(&["ReadWriteOnce"]);
     world.says("Unplannable: spec.model.source names claim models, which is ReadWriteOnce; 1 x 2 workers need ReadOnlyMany").await;
     assert_eq!(world.condition("Planned")["reason"], "ClaimNotShared");
     assert!(world.names("statefulsets").is_empty());

@@ -148,6 +148,15 @@ impl World {
         all.find(|one| one["type"] == kind).unwrap_or_default()
     }
 
+    /// Declares the model with its files on a claim of these access modes.
+    pub fn declare_on_claim(&self, modes: &[&str]) {
+        self.api().apply(json!({"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "models"},
+            "spec": {"accessModes": modes}}));
+        let mut model = model();
+        model["spec"]["model"]["source"] = json!("pvc://models/tiny-r1");
+        self.api().apply(model);
+    }
+
     /// Changes the model as a user would.
     pub fn edit(&self, edit: impl FnOnce(&mut Value)) {
         assert!(self.api().edit("modeldeployments", "tiny", |md| edit(&mut md["spec"])));

@@ -173,9 +173,11 @@ async fn the_name_is_used_where_the_address_fails() {
     let rig = Rig::start(vec![snapshot]).await;
     let looking = rig.router.clone();
     let looks = tokio::spawn(async move {
+        let mut turns = tokio::time::interval(std::time::Duration::from_millis(20));
+        turns.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
+            turns.tick().await;
             looking.look();
-            tokio::time::sleep(std::time::Duration::from_millis(20)).await; // polls
         }
     });
     assert_eq!(rig.ask(WHOLE).await.0, 200);
