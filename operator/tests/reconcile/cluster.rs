@@ -171,7 +171,7 @@ impl Node {
     /// A pod is ready when its worker has loaded and its readiness gate is open.
     fn probe(&self, pod: &Value, id: &str) {
         let phase = self.stage.lock().unwrap().phases.get(id).copied();
-        let loaded = matches!(phase, Some(Phase::Serving | Phase::Drained));
+        let loaded = matches!(phase, Some(Phase::Serving | Phase::Draining | Phase::Drained));
         let conditions = pod["status"]["conditions"].as_array().cloned().unwrap_or_default();
         let has = |kind: &str| conditions.iter().any(|one| one["type"] == kind && one["status"] == "True");
         let ready = loaded && has("modelfleet.io/routed");

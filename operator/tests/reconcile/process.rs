@@ -28,6 +28,8 @@ pub struct Stage {
     pub held: Vec<bool>,
     /// Workers that do not load, by revision.
     pub stuck: Vec<String>,
+    /// Workers that drain still have requests.
+    pub busy: bool,
 }
 
 /// Shared between the doubles and the test.
@@ -125,8 +127,21 @@ pub fn worker(operators: &[String], place: Place, stage: &Shared, tasks: &mut Jo
     };
     let (mut process, stage) = (Process::connect(operators, hello), stage.clone());
     tasks.spawn(async move {
-        let mut loaded = None;
-        while let Some(told) = process.told.next().await {
+        let (mut loaded, mut draining) = (None, None);
+        let mut turns = tokio::time::interval(std::time::Duration::from_millis(20));
+        loop {
+            let told = tokio::select! {
+                told = process.told.next() => told,
+                _ = turns.tick(), if draining.is_some() => {
+                    if !stage.lock().unwrap().busy {
+                        stage.lock().unwrap().phases.insert(place.id.clone(), Phase::Drained);
+                        let state = proto::WorkerState { phase: Phase::Drained.into(), placement: draining.take() };
+                        process.say(Say::WorkerState(state)).await;
+                    }
+                    continue;
+                }
+            };
+            let Some(told) = told else { return };
             let Some(Told::Mesh(mesh)) = told.instruction else {
                 continue;
             };
@@ -135,11 +150,14 @@ pub fn worker(operators: &[String], place: Place, stage: &Shared, tasks: &mut Jo
             stage.lock().unwrap().held.push(held);
             loaded = Some(asked.into_iter().chain(experts(mesh.also_hold.as_ref(), place.ordinal)).collect());
             let stuck = stage.lock().unwrap().stuck.contains(&place.revision);
+            let busy = stage.lock().unwrap().busy;
             let phase = match (stuck, mesh.drain) {
                 (true, _) => Phase::Loading,
+                (false, true) if busy => Phase::Draining,
                 (false, true) => Phase::Drained,
                 (false, false) => Phase::Serving,
             };
+            draining = mesh.version.filter(|_| phase == Phase::Draining);
             stage.lock().unwrap().phases.insert(place.id.clone(), phase);
             let state = proto::WorkerState { phase: phase.into(), placement: mesh.version };
             process.say(Say::WorkerState(state)).await;
