@@ -205,13 +205,19 @@ fn settings(arguments: RunArguments) -> anyhow::Result<Settings> {
     })
 }
 
-/// The `OTEL_*` variables that workers get too: all but those that say who this process is.
+/// The `OTEL_*` variables that workers get too.
 fn worker_telemetry() -> Vec<(String, String)> {
-    let own = ["OTEL_SERVICE_NAME", "OTEL_RESOURCE_ATTRIBUTES"];
-    let mut variables: Vec<(String, String)> =
-        std::env::vars().filter(|(name, _)| name.starts_with("OTEL_") && !own.contains(&name.as_str())).collect();
+    let mut variables: Vec<_> = std::env::vars().filter(|(name, _)| is_for_workers(name)).collect();
     variables.sort();
     variables
+}
+
+/// Not those that say who this process is, that may hold a secret (it would stand in every pod and in the record of each
+/// revision), or that name files of this pod.
+fn is_for_workers(name: &str) -> bool {
+    let own = ["OTEL_SERVICE_NAME", "OTEL_RESOURCE_ATTRIBUTES"];
+    let kept_back = ["_HEADERS", "_CERTIFICATE", "_CLIENT_KEY"];
+    name.starts_with("OTEL_") && !own.contains(&name) && !kept_back.iter().any(|end| name.ends_with(end))
 }
 
 async fn run_local(arguments: LocalArguments) -> anyhow::Result<()> {
@@ -274,4 +280,26 @@ fn terminated() -> anyhow::Result<impl Future<Output = ()>> {
             std::process::exit(130);
         });
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn workers_get_no_secret_no_name_and_no_file_of_the_operator() {
+        for name in ["OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_TRACES_SAMPLER"] {
+            assert!(is_for_workers(name), "{name}");
+        }
+        for name in [
+            "OTEL_EXPORTER_OTLP_HEADERS",
+            "OTEL_EXPORTER_OTLP_LOGS_HEADERS",
+            "OTEL_EXPORTER_OTLP_CLIENT_KEY",
+            "OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE",
+            "OTEL_SERVICE_NAME",
+            "RUST_LOG",
+        ] {
+            assert!(!is_for_workers(name), "{name}");
+        }
+    }
 }
