@@ -94,7 +94,8 @@ impl Writer {
         }))
     }
 
-    /// Makes the objects of `md` what `desired` says: applies in order, then prunes what is no longer listed.
+    /// Makes the objects of `md` what `desired` says: applies in order, and prunes what is no longer listed. Replicas go
+    /// before others come, so that there are never more than the rollout allows.
     ///
     /// # Errors
     /// The first write that failed; what was written before it stays, and the next pass goes on from there.
@@ -104,11 +105,11 @@ impl Writer {
         applied.add(self.apply_all(md, &desired.services, &seen.services).await?);
         // config first, or pods start without it
         applied.add(self.apply_all(md, &desired.config_maps, &seen.config_maps).await?);
+        applied.add(self.prune(md, &desired.stateful_sets, &left(&seen.stateful_sets, desired)).await?);
         applied.add(self.apply_all(md, &desired.stateful_sets, &seen.stateful_sets).await?);
         applied.add(self.apply_all(md, &desired.jobs, &seen.jobs).await?);
         applied.add(self.apply_all(md, &desired.budgets, &seen.budgets).await?);
 
-        applied.add(self.prune(md, &desired.stateful_sets, &left(&seen.stateful_sets, desired)).await?);
         applied.add(self.prune(md, &desired.jobs, &seen.jobs).await?);
         applied.add(self.prune(md, &desired.budgets, &seen.budgets).await?);
         applied.add(self.prune(md, &desired.config_maps, &left(&seen.config_maps, desired)).await?);

@@ -1,6 +1,6 @@
 //! The life of a model: install, scale, roll, lose a worker, be refused, sleep and wake, go.
 
-use std::sync::atomic::Ordering;
+use std::{collections::BTreeSet, sync::atomic::Ordering};
 
 use serde_json::json;
 use wire::proto;
@@ -86,6 +86,27 @@ async fn rolls_replica_by_replica_and_never_leaves_the_routers_without() {
     }
     let records = world.names("configmaps");
     assert_eq!(records.len(), 3, "the old revision's records are gone: {records:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rolls_within_the_surge_at_each_moment() {
+    let (world, _operator) = World::installed().await;
+    world.edit(|spec| spec["replicas"] = json!(2));
+    world.until("two replicas", |world| world.status()["printed"]["ready"] == "2/2").await;
+    world.ready().await;
+    let (mut standing, before) = (BTreeSet::from_iter(world.names("statefulsets")), world.api().writes().len());
+    world.edit(|spec| spec["model"]["maxContextTokens"] = json!(512));
+    let old = standing.clone();
+    world.until("rolled", |world| world.names("statefulsets").iter().all(|set| !old.contains(set))).await;
+    let mut most = 0;
+    for call in world.api().writes()[before..].iter().filter(|call| call.resource == "statefulsets") {
+        match call.method.as_str() {
+            "DELETE" => drop(standing.remove(&call.name)),
+            _ => drop(standing.insert(call.name.clone())),
+        }
+        most = most.max(standing.len());
+    }
+    assert_eq!(most, 3, "maxSurge is 1");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
