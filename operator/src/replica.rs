@@ -23,6 +23,8 @@ use crate::{
 
 /// How long nothing is heard of a process that hangs.
 const UNHEARD: Duration = Duration::from_secs(10);
+/// Within this time of a StatefulSet its first pods are made.
+const TOGETHER: Duration = Duration::from_secs(10);
 
 /// One replica of one revision.
 #[derive(Debug, Clone)]
@@ -123,16 +125,23 @@ impl Replica {
 
     /// Ordinals that worked before and do not now: gone, started again, or crashed.
     pub fn lost(&self) -> Vec<u32> {
-        let begun = self.set.as_ref().and_then(|set| set.metadata.creation_timestamp.as_ref());
         let some_ready = self.ready_workers() > 0;
+        let begun = self.begun();
         let lost = |ordinal: &u32| match self.worker(*ordinal) {
             None => some_ready,
             Some(worker) if worker.ready() => false,
             Some(worker) if worker.terminating() => true,
-            // Pods are made together; a later one replaces one that was lost. Both times are the API server's.
-            Some(worker) => worker.crashed() || begun.is_some_and(|begun| worker.made_after(begun.0)),
+            Some(worker) => worker.crashed() || begun.is_some_and(|begun| worker.made_after(begun)),
         };
         (0..self.shards()).filter(lost).collect()
+    }
+
+    /// Until when its first pods were made. They are made together, so a later one replaces one that was lost: one made
+    /// once another was ready, or long after the StatefulSet. All times are the API server's.
+    fn begun(&self) -> Option<Timestamp> {
+        let made = self.set.as_ref()?.metadata.creation_timestamp.as_ref()?.0;
+        let ready = self.workers.iter().filter_map(Worker::ready_since);
+        ready.chain(made.checked_add(TOGETHER).ok()).min()
     }
 }
 
@@ -214,9 +223,13 @@ impl Worker {
         self.container().is_some_and(|status| status.restart_count > 0)
     }
 
-    fn made_after(&self, begun: Timestamp) -> bool {
-        let made = self.pod.metadata.creation_timestamp.as_ref();
-        made.is_some_and(|made| made.0.duration_since(begun).as_secs() > 10)
+    fn made_after(&self, time: Timestamp) -> bool {
+        self.pod.metadata.creation_timestamp.as_ref().is_some_and(|made| made.0 > time)
+    }
+
+    fn ready_since(&self) -> Option<Timestamp> {
+        let ready = self.condition("Ready").filter(|one| one.status == "True")?;
+        ready.last_transition_time.as_ref().map(|time| time.0)
     }
 
     fn empty(&self) -> bool {

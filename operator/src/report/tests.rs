@@ -107,6 +107,14 @@ impl Scene {
         self
     }
 
+    /// Puts the time at which this worker's pod was made.
+    fn made(mut self, ordinal: usize, time: &str) -> Self {
+        let mut pod = Pod::clone(&self.seen.pods[ordinal]);
+        pod.metadata.creation_timestamp = Some(Time(time.parse().unwrap()));
+        self.seen.pods[ordinal] = Arc::new(pod);
+        self
+    }
+
     fn model(&self) -> ValidModel {
         validate(&self.md, Place::Cluster).unwrap()
     }
@@ -311,6 +319,21 @@ fn a_lost_worker_is_named_with_what_is_still_covered() {
     scene.seen.fleet.workers.remove(2);
     let summary = "Degraded: worker 2 lost, experts 12/16 covered";
     assert_eq!(scene.says(ConditionType::Degraded), told(summary, "True WorkerLost"));
+}
+
+#[test]
+fn a_worker_that_is_made_again_was_lost_however_young_the_replica_is() {
+    let mut status = ready();
+    status["conditions"][1]["lastTransitionTime"] = "2026-01-01T00:00:04Z".into();
+    let others = [0, 2, 3].into_iter().fold(Scene::installed(four()), |scene, other| scene.pod(other, status.clone()));
+    let scene = others.pod(1, starting(false)).made(1, "2026-01-01T00:00:06Z");
+    assert!(
+        scene.says(ConditionType::Degraded).0.starts_with("Degraded: worker 1 lost"),
+        "{:?}",
+        scene.status().summary
+    );
+    let scene = scene.made(1, "2026-01-01T00:00:02Z");
+    assert_eq!(scene.says(ConditionType::Degraded).1, "False AsDesired", "it is one of the first");
 }
 
 #[test]
