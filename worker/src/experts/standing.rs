@@ -42,12 +42,14 @@ impl Board {
         self.changes.send_modify(|count| *count += 1);
     }
 
-    fn set(&self, id: &str, suspect: bool) {
-        let changed = self.suspects.send_if_modified(|suspects| match suspect {
-            true => suspects.insert(id.to_owned()),
-            false => suspects.remove(id),
+    /// `suspect` is asked under the lock: of two tasks that tell at once, the last has seen what both did.
+    fn set(&self, id: &str, suspect: impl FnOnce() -> bool) {
+        let mut is_suspect = false;
+        let changed = self.suspects.send_if_modified(|suspects| {
+            is_suspect = suspect();
+            if is_suspect { suspects.insert(id.to_owned()) } else { suspects.remove(id) }
         });
-        if changed && suspect {
+        if changed && is_suspect {
             self.metrics.suspected();
         }
         if changed {
@@ -137,9 +139,13 @@ impl Standing {
         self.set_trust(Trust::Doubted);
     }
 
-    /// It does not answer the probe.
+    /// It does not answer the probe. If it was heard meanwhile otherwise, the probe counts for nothing: no other one
+    /// would follow, and nobody would ask it again.
     pub(super) fn is_not_heard(&self) {
-        self.set_trust(Trust::Silent);
+        let (doubted, silent) = (Trust::Doubted as u8, Trust::Silent as u8);
+        if self.trust.compare_exchange(doubted, silent, Ordering::AcqRel, Ordering::Acquire).is_ok() {
+            self.tell();
+        }
     }
 
     /// It answered.
@@ -164,14 +170,14 @@ impl Standing {
     }
 
     fn set_suspect(&self) {
-        let expected = self.expected.load(Ordering::Acquire);
-        self.board.set(&self.id, expected && (self.broken.load(Ordering::Acquire) || self.is_doubted()));
+        let is_wrong = || self.broken.load(Ordering::Acquire) || self.is_doubted();
+        self.board.set(&self.id, || self.expected.load(Ordering::Acquire) && is_wrong());
     }
 }
 
 impl Drop for Standing {
     fn drop(&mut self) {
-        self.board.set(&self.id, false);
+        self.board.set(&self.id, || false);
     }
 }
 
@@ -199,6 +205,8 @@ mod tests {
         assert!(suspected() == ["a"] && peer.is_silent());
         peer.is_heard();
         assert!(suspected().is_empty() && peer.is_asked());
+        peer.is_not_heard();
+        assert!(suspected().is_empty() && peer.is_asked(), "a probe that was given up says so too late");
         peer.broke();
         assert_eq!((suspected(), peer.is_asked()), (vec![String::from("a")], false));
         drop(peer);
