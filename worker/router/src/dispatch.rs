@@ -244,7 +244,8 @@ async fn head(
     let mut replies = client.generate(request).await.map_err(|status| refused(&status))?.into_inner();
     let head = match replies.message().await {
         Ok(Some(GenerateReply { reply: Some(Reply::Head(head)) })) => head,
-        Ok(_) => return Err(Failed::Final(Refusal::broken())),
+        Ok(None) => return Err(Failed::Lost), // without a word, as behind the head
+        Ok(Some(_)) => return Err(Failed::Final(Refusal::broken())),
         Err(status) => return Err(lost(&status)),
     };
     match StatusCode::from_u16(head.status as u16) {

@@ -35,7 +35,8 @@ async fn whatever_fails_before_the_first_piece_goes_to_another_worker() {
     let busy: fn() -> Script = || Ok(vec![Step::Head(503, Value::Null)]);
     let lost: fn() -> Script = || Ok(vec![Step::Head(200, Value::Null), Step::Fail(Code::Internal)]);
     let ended: fn() -> Script = || Ok(vec![Step::Head(200, Value::Null)]);
-    for script in [draining, other_files, busy, lost, ended] {
+    let mute: fn() -> Script = || Ok(Vec::new());
+    for script in [draining, other_files, busy, lost, ended, mute] {
         let (a, b) = failing_at_first(1, script).await;
         let rig = Rig::start(vec![model(&[&a, &b])]).await;
         let streamed = text(rig.post(CHAT, STREAM).await).await;
