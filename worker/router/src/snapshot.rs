@@ -1,7 +1,7 @@
 //! Snapshots of the control stream as tables to route by. Pure; the tables are replaced whole.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     sync::Arc,
     time::Duration,
 };
@@ -99,9 +99,12 @@ impl Model {
         }
     }
 
-    /// Tells the answers that run at workers of `self` or of `previous` whether they had better leave.
+    /// Tells the answers that run at workers of `self` or of `previous` whether they had better leave. Those of a worker
+    /// that stays are never told to, not even for a moment.
     fn tell_leaving(&self, previous: Option<&Model>) {
-        previous.iter().flat_map(|model| &model.workers).for_each(|worker| worker.load.leaves(true));
+        let stays: HashSet<&str> = self.workers.iter().map(|worker| &*worker.id).collect();
+        let before = previous.iter().flat_map(|model| &model.workers);
+        before.filter(|worker| !stays.contains(&*worker.id)).for_each(|worker| worker.load.leaves(true));
         self.workers.iter().for_each(|worker| worker.load.leaves(worker.is_draining));
     }
 }
@@ -183,6 +186,8 @@ impl Table {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+
     use super::*;
 
     fn freed() -> Freed {
@@ -239,6 +244,24 @@ mod tests {
         assert_eq!(leaving(), [true, true]);
         let _table = table.with(snapshot("b/m", 1, &[], &["w2"]), &freed());
         assert_eq!(leaving(), [true, false]);
+    }
+
+    #[test]
+    fn answers_of_a_worker_that_stays_are_not_told_to_leave_for_a_moment() {
+        let mut table = Table::default().with(snapshot("b/m", 1, &[], &["w1"]), &freed());
+        let load = table.find("b/m").unwrap().model().workers[0].load.clone();
+        let is_over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let told = scope.spawn(|| {
+                let looks = std::iter::repeat_with(|| load.is_leaving());
+                looks.take_while(|_| !is_over.load(Relaxed)).any(|leaving| leaving)
+            });
+            for _ in 0..20_000 {
+                table = table.with(snapshot("b/m", 1, &[], &["w1"]), &freed());
+            }
+            is_over.store(true, Relaxed);
+            assert!(!told.join().unwrap());
+        });
     }
 
     #[test]
