@@ -15,8 +15,8 @@ use crate::{pick::SEQUENCES_PER_WORKER, refusal::Refusal};
 
 /// The largest body, in bytes.
 pub const BODY_BYTES: usize = 4 << 20;
-/// The most that several prompts of one request weigh, so that a batch does not hold up the line until a worker has
-/// nothing else; it lets them in by and by.
+/// The most that the sequences of one request weigh, so that it does not hold up the line until a worker has nothing
+/// else; a worker lets them in by and by.
 pub const BATCH: u32 = SEQUENCES_PER_WORKER / 4;
 /// The deepest nesting of arrays and objects.
 pub const DEPTH: usize = 64;
@@ -30,7 +30,7 @@ pub struct Scan<'a> {
     pub stream: bool,
     /// `stream_options.include_usage`.
     pub include_usage: bool,
-    /// What it weighs, in sequences: `n`, and for several prompts up to [`BATCH`] of them together.
+    /// What it weighs: its sequences, `n` for each prompt, up to [`BATCH`].
     pub choices: u32,
 }
 
@@ -132,7 +132,7 @@ impl<'a> Keys<'a> {
             Some(Kind::List { length, has_numbers: false }) => u32::try_from(length.max(1)).unwrap_or(u32::MAX),
             _ => 1, // one text, or the tokens of one
         };
-        let choices = n.max(n.saturating_mul(prompts).min(BATCH));
+        let choices = n.saturating_mul(prompts).min(BATCH);
         let stream = flag("stream", self.stream)?;
         let include_usage = flag("stream_options.include_usage", self.include_usage)?;
         Ok(Scan { model, stream, include_usage, choices })

@@ -18,11 +18,10 @@ pub struct View {
 }
 
 impl View {
-    /// Whether `weight` more sequences may go there. One request may be more than all that a worker takes at once:
-    /// it goes to one that has nothing else.
+    /// Whether `weight` more sequences may go there.
     pub(crate) fn can_take(&self, weight: u32) -> bool {
         let fits = self.outstanding.saturating_add(weight) <= SEQUENCES_PER_WORKER;
-        !self.is_other && !self.is_draining && !self.is_suspect && (fits || self.outstanding == 0)
+        !self.is_other && !self.is_draining && !self.is_suspect && fits
     }
 }
 
@@ -103,12 +102,6 @@ mod tests {
         for (workers, why) in table {
             assert_eq!(pick(workers, 1, 0), Pick::Wait(why), "{workers:?}");
         }
-    }
-
-    #[test]
-    fn more_than_a_worker_takes_at_once_goes_to_one_without_other_work() {
-        assert_eq!(pick(&[with(1), with(0)], SEQUENCES_PER_WORKER + 1, 7), Pick::Worker(1));
-        assert_eq!(pick(&[with(1)], SEQUENCES_PER_WORKER + 1, 7), Pick::Wait(Why::AllBusy));
     }
 
     fn views() -> impl Strategy<Value = Vec<View>> {

@@ -44,6 +44,7 @@ fn every_prompt_counts() {
         let body = format!(r#"{{"model":"m","n":3,"prompt":{prompt}}}"#);
         assert_eq!(scan(body.as_bytes()).unwrap().choices, choices, "{prompt}");
     }
+    assert_eq!(scan(br#"{"model":"m","n":64}"#).unwrap().choices, 16);
 }
 
 #[test]

@@ -17,7 +17,7 @@ use crate::{
 
 const STREAM: &str = r#"{"model":"m","stream":true,"messages":[]}"#;
 const WHOLE: &str = r#"{"model":"m","messages":[]}"#;
-/// As many sequences as a worker takes.
+/// Of the requests that weigh most, a worker takes four.
 const BIG: &str = r#"{"model":"m","n":64,"messages":[]}"#;
 
 async fn gated(gate: &Arc<Semaphore>) -> FakeWorker {
@@ -41,18 +41,35 @@ async fn a_full_queue_answers_429_with_retry_after_and_what_waits_is_served() {
         let address = rig.http.clone();
         tokio::spawn(async move { send(&address, post(CHAT, body)).await.status().as_u16() })
     };
-    let running = ask(BIG);
-    eventually("the worker is full", || rig.counts() == (0, 1)).await;
+    let running = [ask(BIG), ask(BIG), ask(BIG), ask(BIG)];
+    eventually("the worker is full", || rig.counts() == (0, 4)).await;
     let waiting = [ask(WHOLE), ask(BIG)];
-    eventually("two wait", || rig.counts() == (2, 1)).await;
+    eventually("two wait", || rig.counts() == (2, 4)).await;
     let refused = rig.post(CHAT, WHOLE).await;
     assert_eq!(refused.status(), 429);
     assert_eq!(refused.headers()["retry-after"], "1");
     assert_eq!(json(refused).await["error"]["type"], "rate_limit_error");
     assert!(rig.metrics().contains("modelfleet_router_rejected_requests_total{reason=\"queue_full\""));
 
+    gate.add_permits(6);
+    for asked in running.into_iter().chain(waiting) {
+        assert_eq!(in_time(asked).await.unwrap(), 200);
+    }
+    rig.idle().await;
+}
+
+#[tokio::test]
+async fn many_choices_do_not_wait_for_a_worker_without_other_work_and_hold_up_nobody() {
+    let gate = Arc::new(Semaphore::new(0));
+    let worker = gated(&gate).await;
+    let rig = Rig::start(vec![model(&[&worker])]).await;
+    let asked = [WHOLE, BIG, WHOLE].map(|body| {
+        let address = rig.http.clone();
+        tokio::spawn(async move { send(&address, post(CHAT, body)).await.status().as_u16() })
+    });
+    eventually("all run at once", || rig.counts() == (0, 3)).await;
     gate.add_permits(3);
-    for asked in [running].into_iter().chain(waiting) {
+    for asked in asked {
         assert_eq!(in_time(asked).await.unwrap(), 200);
     }
     rig.idle().await;
