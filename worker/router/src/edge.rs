@@ -20,11 +20,12 @@ use hyper::{
     service::service_fn,
 };
 use hyper_util::{
-    rt::{TokioExecutor, TokioIo, TokioTimer},
+    rt::{TokioIo, TokioTimer},
     server::graceful::Watcher,
 };
 use tokio::net::{TcpListener, TcpStream};
 use tracing::debug;
+use wire::connections::{Streams, watched};
 
 use crate::{
     http::{Body, respond},
@@ -46,7 +47,7 @@ const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
 /// Serves HTTP/1.1 and HTTP/2 on `listener` until `shutdown`, then gives running requests `grace` to end.
 pub async fn serve(listener: TcpListener, router: Router, shutdown: impl Future<Output = ()>, grace: Duration) {
-    let protocols = Arc::new(Protocols::new());
+    let protocols = Arc::new(Protocols::new(router.patience().reader));
     wire::connections::accept(listener, shutdown, grace, move |stream, watcher| {
         connection(stream, watcher, protocols.clone(), router.clone())
     })
@@ -55,18 +56,18 @@ pub async fn serve(listener: TcpListener, router: Router, shutdown: impl Future<
 
 struct Protocols {
     http1: http1::Builder,
-    http2: http2::Builder<TokioExecutor>,
+    http2: http2::Builder<Streams>,
 }
 
 impl Protocols {
-    fn new() -> Self {
+    fn new(reader: Duration) -> Self {
         let mut http1 = http1::Builder::new();
         http1
             .timer(TokioTimer::new())
             .header_read_timeout(IDLE_TIMEOUT)
             .max_header_size(HEADER_BYTES)
             .max_buf_size(READ_BUFFER);
-        let mut http2 = http2::Builder::new(TokioExecutor::new());
+        let mut http2 = http2::Builder::new(Streams::new(reader));
         http2
             .timer(TokioTimer::new())
             .keep_alive_interval(PING_EVERY)
@@ -86,7 +87,7 @@ async fn connection(stream: TcpStream, watcher: Watcher, protocols: Arc<Protocol
         Ok(Ok(true)) => {
             let answer = move |request: Request<Incoming>| {
                 let router = router.clone();
-                async { Ok::<_, Infallible>(respond(router, request).await) }
+                async { Ok::<_, Infallible>(respond(router, request).await.map(watched)) }
             };
             let activity = Activity::of_http2(reader);
             let io = TokioIo::new(Watched::new(stream, activity.clone()));

@@ -7,7 +7,7 @@ use std::{convert::Infallible, future::Future, io, sync::Arc, time::Duration};
 
 use hyper::server::conn::http2;
 use hyper_util::{
-    rt::{TokioExecutor, TokioIo, TokioTimer},
+    rt::{TokioIo, TokioTimer},
     server::graceful::{GracefulShutdown, Watcher},
     service::TowerToHyperService,
 };
@@ -23,6 +23,10 @@ use tonic::{
 use tower::ServiceExt as _;
 use tracing::{debug, warn};
 
+mod streams;
+
+pub use streams::{Streams, Watched, watched};
+
 /// The largest message that our services send or take, in bytes: set it as the decoding and the encoding limit of
 /// each client and server.
 pub const MAX_MESSAGE_BYTES: usize = 64 << 20;
@@ -30,6 +34,8 @@ pub const MAX_MESSAGE_BYTES: usize = 64 << 20;
 /// How long calls may go on after [`serve`] was told to end.
 pub const GRACE: Duration = Duration::from_secs(5);
 
+/// How long a reader may leave what there is to read.
+const READER_TIMEOUT: Duration = Duration::from_secs(60);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 const PING_EVERY: Duration = Duration::from_secs(3);
 const PING_TIMEOUT: Duration = Duration::from_secs(5);
@@ -97,7 +103,7 @@ pub async fn serve_until(
     grace: Duration,
 ) -> io::Result<()> {
     let routes = routes.prepare();
-    let server = Arc::new(server());
+    let server = Arc::new(server(READER_TIMEOUT));
     accept(listener, shutdown, grace, move |stream, watcher| {
         serve_connection(stream, routes.clone(), server.clone(), watcher)
     })
@@ -149,8 +155,8 @@ async fn pause(error: &io::Error) {
     }
 }
 
-fn server() -> http2::Builder<TokioExecutor> {
-    let mut server = http2::Builder::new(TokioExecutor::new());
+fn server(reader_timeout: Duration) -> http2::Builder<Streams> {
+    let mut server = http2::Builder::new(Streams::new(reader_timeout));
     server
         .timer(TokioTimer::new())
         .keep_alive_interval(PING_EVERY)
@@ -164,12 +170,7 @@ fn server() -> http2::Builder<TokioExecutor> {
     server
 }
 
-async fn serve_connection(
-    stream: TcpStream,
-    routes: Routes,
-    server: Arc<http2::Builder<TokioExecutor>>,
-    watcher: Watcher,
-) {
+async fn serve_connection(stream: TcpStream, routes: Routes, server: Arc<http2::Builder<Streams>>, watcher: Watcher) {
     if stream.set_nodelay(true).is_err() || !speaks_http2(&stream).await {
         return;
     }
@@ -180,9 +181,9 @@ async fn serve_connection(
         async move {
             if head_bytes(&request) > HEADER_BYTES as usize {
                 let message = format!("the metadata is larger than {HEADER_BYTES} bytes");
-                return Ok::<_, Infallible>(Status::resource_exhausted(message).into_http());
+                return Ok::<_, Infallible>(Status::resource_exhausted(message).into_http().map(watched));
             }
-            routes.oneshot(request.map(tonic::body::Body::new)).await
+            Ok(routes.oneshot(request.map(tonic::body::Body::new)).await?.map(watched))
         }
     });
     let connection = server.serve_connection(TokioIo::new(stream), TowerToHyperService::new(service));

@@ -1,12 +1,21 @@
 //! Good requests: streams, whole bodies, models.
 
-use http::header;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{Request, header};
+use http_body_util::{BodyExt as _, Full};
+use hyper::client::conn::http2::{self, SendRequest};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use router::Patience;
 use serde_json::{Value, json};
 
 use crate::{
     fake::{FakeWorker, Step, words},
-    rig::{CHAT, Rig, events, get, json, model, post, text},
+    rig::{CHAT, Rig, events, get, in_time, json, model, post, text},
 };
+
+const STREAM: &str = r#"{"model":"m","stream":true}"#;
 
 #[tokio::test]
 async fn a_stream_is_the_workers_pieces_and_done() {
@@ -131,15 +140,37 @@ async fn models_are_listed_under_all_their_names() {
 async fn http2_clients_are_served_at_the_same_port() {
     let worker = FakeWorker::start("w", |_| Ok(words("one"))).await;
     let rig = Rig::start(vec![model(&[&worker])]).await;
-    let stream = tokio::net::TcpStream::connect(&rig.http).await.unwrap();
-    let executor = hyper_util::rt::TokioExecutor::new();
-    let (mut sender, connection) =
-        hyper::client::conn::http2::handshake(executor, hyper_util::rt::TokioIo::new(stream)).await.unwrap();
-    tokio::spawn(connection);
-    let mut request = post(CHAT, r#"{"model":"m","stream":true}"#);
-    *request.uri_mut() = format!("http://router{CHAT}").parse().unwrap();
-    request.headers_mut().remove(header::HOST);
-    let response = sender.send_request(request).await.unwrap();
+    let mut sender = http2_client(&rig).await;
+    let response = sender.send_request(over_http2(STREAM)).await.unwrap();
     assert_eq!(response.status(), 200);
     assert!(text(response).await.ends_with("data: [DONE]\n\n"));
+}
+
+#[tokio::test]
+async fn an_http2_client_that_grants_no_window_is_cut_and_its_other_streams_are_not() {
+    let words = words(Box::leak("many ".repeat(20_000).into_boxed_str()));
+    let worker = FakeWorker::start("w", move |_| Ok(words.clone())).await;
+    let patience = Patience { reader: Duration::from_millis(200), ..Patience::default() };
+    let rig = Rig::start_with(vec![model(&[&worker])], patience).await;
+    let mut sender = http2_client(&rig).await;
+    let unread = sender.send_request(over_http2(STREAM)).await.unwrap();
+    assert_eq!(unread.status(), 200);
+    rig.idle().await;
+    let read = sender.send_request(over_http2(STREAM)).await.unwrap();
+    assert!(text(read).await.ends_with("data: [DONE]\n\n"));
+    assert!(in_time(unread.into_body().collect()).await.is_err(), "it does not look whole");
+}
+
+async fn http2_client(rig: &Rig) -> SendRequest<Full<Bytes>> {
+    let stream = tokio::net::TcpStream::connect(&rig.http).await.unwrap();
+    let (sender, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await.unwrap();
+    tokio::spawn(connection);
+    sender
+}
+
+fn over_http2(body: &str) -> Request<Full<Bytes>> {
+    let mut request = post(CHAT, body);
+    *request.uri_mut() = format!("http://router{CHAT}").parse().unwrap();
+    request.headers_mut().remove(header::HOST);
+    request
 }

@@ -106,3 +106,53 @@ async fn dropping_the_server_closes_its_connections() {
     server.abort();
     answers.message().await.unwrap_err();
 }
+
+/// Answers with more than any window holds, and tells when nobody wants the rest.
+struct Flood(Arc<tokio::sync::Notify>);
+
+#[tonic::async_trait]
+impl Fleet for Flood {
+    type WatchStream = Pin<Box<dyn Stream<Item = Result<Instruction, Status>> + Send>>;
+
+    async fn watch(&self, _: Request<Streaming<Report>>) -> Result<Response<Self::WatchStream>, Status> {
+        struct Told(Arc<tokio::sync::Notify>);
+        impl Drop for Told {
+            fn drop(&mut self) {
+                self.0.notify_one();
+            }
+        }
+        let told = Told(self.0.clone());
+        let flood = futures::stream::repeat_with(move || {
+            let _ = &told;
+            Ok(Instruction::default())
+        });
+        Ok(Response::new(Box::pin(flood)))
+    }
+}
+
+#[tokio::test]
+async fn who_grants_no_window_is_cut_and_other_streams_of_the_connection_are_not() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let unwanted = Arc::new(tokio::sync::Notify::new());
+    let routes = Routes::new(FleetServer::new(Flood(unwanted.clone()))).prepare();
+    let server = Arc::new(server(Duration::from_millis(200)));
+    let serve = move |stream, watcher| serve_connection(stream, routes.clone(), server.clone(), watcher);
+    tokio::spawn(accept(listener, std::future::pending(), Duration::ZERO, serve));
+    let mut client = FleetClient::new(connect(&address));
+    let unread = client.watch(tokio_stream::empty()).await.unwrap();
+    let mut read = client.watch(tokio_stream::empty()).await.unwrap().into_inner();
+    let reads = async {
+        loop {
+            assert_eq!(read.message().await.unwrap(), Some(Instruction::default()));
+            tokio::task::yield_now().await;
+        }
+    };
+    let cut = tokio::time::timeout(Duration::from_secs(20), unwanted.notified());
+    tokio::select! {
+        cut = cut => cut.expect("it is cut"),
+        () = reads => {}
+    }
+    assert!(read.message().await.unwrap().is_some(), "the other one goes on");
+    drop(unread);
+}
