@@ -6,10 +6,9 @@
 //!
 //! Architecture Invariant: text, protocol and clients' deadlines are not known here.
 
-use std::{collections::BTreeMap, future::Future, panic::AssertUnwindSafe, sync::Arc, thread, time::Duration};
+use std::{collections::BTreeMap, future::Future, sync::Arc, thread, time::Duration};
 
 use engine::{Engine, Event, Exchange, Finish, Load, NoPeers, Refusal, Request, SequenceId, TokenLogprob};
-use futures::FutureExt as _;
 use tokio::{
     runtime::Handle,
     sync::{mpsc, oneshot, watch},
@@ -181,7 +180,8 @@ impl<E: Engine, X: Peers> Steps<E, X> {
     /// 2. Runs a step, and hands out its events.
     /// 3. If experts are away and nothing moved, waits for them; fails what waited too long.
     ///
-    /// A panic of the engine ends all sequences and the thread: its state cannot be trusted.
+    /// A step that fails or panics is the last: the engine's state cannot be trusted. Its sequences end without a last
+    /// event, as those of a lost worker do, so that they go on elsewhere.
     pub(crate) async fn run(mut self) {
         loop {
             self.publish();
@@ -197,20 +197,11 @@ impl<E: Engine, X: Peers> Steps<E, X> {
             self.forget_unread();
             let span = self.span();
             self.exchange.begin_step(span);
-            let step = AssertUnwindSafe(self.engine.step(&mut self.exchange)).catch_unwind().await;
+            let step = self.engine.step(&mut self.exchange).await;
             let missing = self.exchange.end_step();
             let events = match step {
-                Ok(Ok(events)) => events,
-                Ok(Err(error)) => {
-                    error!(error = &error as &dyn std::error::Error, "a step failed");
-                    self.fail_all();
-                    continue;
-                }
-                Err(_) => {
-                    error!("the engine panicked");
-                    self.fail_all();
-                    return;
-                }
+                Ok(events) => events,
+                Err(error) => return error!(error = &error as &dyn std::error::Error, "a step failed"),
             };
             let moved = !events.is_empty();
             events.into_iter().for_each(|event| self.deliver(event));
@@ -318,12 +309,6 @@ impl<E: Engine, X: Peers> Steps<E, X> {
         }
     }
 
-    fn fail_all(&mut self) {
-        while let Some((&id, _)) = self.sequences.first_key_value() {
-            self.fail(id, "the model could not go on with this request");
-        }
-    }
-
     fn fail(&mut self, id: SequenceId, message: &str) {
         if let Some(entry) = self.sequences.get(&id) {
             let _ = entry.events.try_send(Progress::Failed(message.into())); // unread: it ends without
@@ -342,4 +327,4 @@ impl<E: Engine, X: Peers> Steps<E, X> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -8,9 +8,11 @@ use tokio::{sync::oneshot, task::JoinHandle};
 use tonic::{Code, Status, Streaming, transport::Channel};
 use wire::proto::{
     Endpoint, GenerateCall, GenerateReply, chunk::Kind, generate_reply::Reply, worker_client::WorkerClient,
+    worker_server::Worker as _,
 };
 
 use super::*;
+use crate::drive::tests::Superstitious;
 
 mod resume;
 
@@ -21,32 +23,39 @@ struct Running {
     _dir: tempfile::TempDir,
 }
 
+fn options(max_sequences: usize, advertise: &str) -> Options {
+    Options {
+        model: "default/tiny".into(),
+        model_dir: Path::new(env!("CARGO_MANIFEST_DIR")).join("../manifests/models/tiny-r1"),
+        revision: "rev".into(),
+        content_hash: "hash".into(),
+        replica: 0,
+        ordinal: 0,
+        placement: br#"{"version":{"epoch":0,"sequence":0},"shards":1,"layers":[]}"#.to_vec(),
+        kv_cache_tokens: 8192,
+        max_context_tokens: None,
+        max_sequences,
+        advertise: advertise.into(),
+        operators: Vec::new(),
+        id: "me".into(),
+        drain_timeout: Duration::from_secs(20),
+    }
+}
+
+fn metrics() -> Arc<Metrics> {
+    Metrics::new(&opentelemetry::metrics::noop::NoopMeterProvider::new().meter("test"))
+}
+
 impl Running {
     async fn start(max_sequences: usize) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let bind = || TcpListener::bind("127.0.0.1:0");
         let listeners = Listeners { grpc: bind().await.unwrap(), admin: bind().await.unwrap() };
         let address = listeners.grpc.local_addr().unwrap().to_string();
-        let options = Options {
-            model: "default/tiny".into(),
-            model_dir: Path::new(env!("CARGO_MANIFEST_DIR")).join("../manifests/models/tiny-r1"),
-            revision: "rev".into(),
-            content_hash: "hash".into(),
-            replica: 0,
-            ordinal: 0,
-            placement: br#"{"version":{"epoch":0,"sequence":0},"shards":1,"layers":[]}"#.to_vec(),
-            kv_cache_tokens: 8192,
-            max_context_tokens: None,
-            max_sequences,
-            advertise: address.clone(),
-            operators: Vec::new(),
-            id: "me".into(),
-            drain_timeout: Duration::from_secs(20),
-        };
         let (end, ended) = oneshot::channel();
-        let metrics = Metrics::new(&opentelemetry::metrics::noop::NoopMeterProvider::new().meter("test"));
         let shutdown = async { ended.await.unwrap_or(Shutdown::Drain) };
-        let task = tokio::spawn(serve(options, listeners, Registry::new(), metrics, shutdown));
+        let options = options(max_sequences, &address);
+        let task = tokio::spawn(serve(options, listeners, Registry::new(), metrics(), shutdown));
         let client = WorkerClient::new(wire::connect(&address));
         Self { client, end: Some(end), task, _dir: dir }
     }
@@ -274,4 +283,24 @@ fn an_orphan_takes_no_longer_than_it_may() {
     let (running, closing) = Shutdown::Within(within).times(Duration::from_secs(60));
     assert_eq!(running + closing, within);
     assert!(!running.is_zero() && !closing.is_zero());
+}
+
+#[tokio::test]
+async fn an_engine_that_panics_reads_as_a_lost_worker() {
+    let options = options(8, "");
+    let engine = Superstitious(engine::Echo::default());
+    let model = Model::load(&options.model_dir, engine::Limits { vocab_size: 512, ..engine.limits() }).unwrap();
+    let driver = Driver::start(engine, engine::NoPeers, metrics()).unwrap();
+    let state = State::new(Mesh::from_json(&options.placement).unwrap(), &options);
+    let (_suspect, suspects) = watch::channel(Default::default());
+    state.serving(Serving { driver: driver.clone(), experts: None, dense_bytes: 0, suspects });
+    let service = GenerateService::new(model, driver, state, metrics());
+    let call = GenerateCall {
+        endpoint: Endpoint::Completions.into(),
+        body: json!({"prompt": [20, 21, 13], "max_tokens": 9}).to_string().into_bytes().into(),
+        ..GenerateCall::default()
+    };
+    let replies = service.generate(tonic::Request::new(call)).await.unwrap().into_inner();
+    let last = futures::StreamExt::collect::<Vec<_>>(replies).await.pop();
+    assert!(matches!(&last, Some(Err(status)) if status.code() == Code::Unavailable), "{last:?}");
 }
