@@ -101,7 +101,10 @@ struct Count {
     head: bool,
     first_token: Option<f64>,
     prompt: usize,
-    completion: usize,
+    /// Tokens that the client has from other workers: they are of its usage, but this worker only read them.
+    had: usize,
+    /// Tokens that were generated here.
+    generated: usize,
 }
 
 impl Inner {
@@ -135,7 +138,7 @@ impl Inner {
             model: &self.state.model,
             duration: started.elapsed().as_secs_f64(),
             first_token: count.first_token,
-            usage: (count.prompt > 0).then_some((count.prompt as u64, count.completion as u64)),
+            usage: (count.prompt > 0).then_some(((count.prompt + count.had) as u64, count.generated as u64)),
             error,
         };
         self.metrics.requests.record(&outcome);
@@ -174,7 +177,7 @@ impl Inner {
         send(replies, Reply::Head(head)).await?;
         count.head = true;
         count.prompt = prepared.prompts.iter().map(|prompt| prompt.ids.len()).sum();
-        count.completion = prepared.choices.iter().map(|begun| begun.had.tokens.len()).sum();
+        count.had = prepared.choices.iter().map(|begun| begun.had.tokens.len()).sum();
         let mut answer = Answer::begin(self, writer, prepared, sequences, replies);
         answer.run(started, count).await?;
         Ok(None)
@@ -238,7 +241,7 @@ impl<'a> Answer<'a> {
             match progress {
                 Some(Progress::Prompt(logprobs)) => self.echo(index, Some(logprobs)).await?,
                 Some(Progress::Token(id, logprob)) => {
-                    count.completion += 1;
+                    count.generated += 1;
                     count.first_token.get_or_insert_with(|| started.elapsed().as_secs_f64());
                     if let Some(delta) = self.choice(index).token(text, id, logprob) {
                         self.piece(index, delta).await?;
@@ -254,7 +257,7 @@ impl<'a> Answer<'a> {
                 None => return Err(Broken::Lost("the engine lost a sequence")),
             }
         }
-        let usage = self.writer.usage(count.prompt, count.completion);
+        let usage = self.writer.usage(count.prompt, count.had + count.generated);
         send(self.replies, Reply::Chunk(usage)).await
     }
 

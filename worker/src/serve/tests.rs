@@ -7,8 +7,8 @@ use serde_json::{Value, json};
 use tokio::{sync::oneshot, task::JoinHandle};
 use tonic::{Code, Status, Streaming, transport::Channel};
 use wire::proto::{
-    Endpoint, GenerateCall, GenerateReply, chunk::Kind, generate_reply::Reply, worker_client::WorkerClient,
-    worker_server::Worker as _,
+    Endpoint, GenerateCall, GenerateReply, Resume, ResumedChoice, chunk::Kind, generate_reply::Reply,
+    worker_client::WorkerClient, worker_server::Worker as _,
 };
 
 use super::*;
@@ -285,22 +285,52 @@ fn an_orphan_takes_no_longer_than_it_may() {
     assert!(!running.is_zero() && !closing.is_zero());
 }
 
-#[tokio::test]
-async fn an_engine_that_panics_reads_as_a_lost_worker() {
+/// The replies of a worker without a socket, whose engine is this one, to a prompt of 20, 21 and 13.
+async fn replies<E: engine::Engine + Send + 'static>(
+    engine: E,
+    resume: Option<Resume>,
+    metrics: Arc<Metrics>,
+) -> Vec<Result<GenerateReply, Status>> {
     let options = options(8, "");
-    let engine = Superstitious(engine::Echo::default());
     let model = Model::load(&options.model_dir, engine::Limits { vocab_size: 512, ..engine.limits() }).unwrap();
-    let driver = Driver::start(engine, engine::NoPeers, metrics()).unwrap();
+    let driver = Driver::start(engine, engine::NoPeers, metrics.clone()).unwrap();
     let state = State::new(Mesh::from_json(&options.placement).unwrap(), &options);
     let (_suspect, suspects) = watch::channel(Default::default());
     state.serving(Serving { driver: driver.clone(), experts: None, dense_bytes: 0, suspects });
-    let service = GenerateService::new(model, driver, state, metrics());
+    let service = GenerateService::new(model, driver, state.clone(), metrics);
     let call = GenerateCall {
         endpoint: Endpoint::Completions.into(),
         body: json!({"prompt": [20, 21, 13], "max_tokens": 9}).to_string().into_bytes().into(),
+        resume,
         ..GenerateCall::default()
     };
     let replies = service.generate(tonic::Request::new(call)).await.unwrap().into_inner();
-    let last = futures::StreamExt::collect::<Vec<_>>(replies).await.pop();
+    let replies = futures::StreamExt::collect(replies).await;
+    state.finished().await;
+    replies
+}
+
+#[tokio::test]
+async fn an_engine_that_panics_reads_as_a_lost_worker() {
+    let last = replies(Superstitious(engine::Echo::default()), None, metrics()).await.pop();
     assert!(matches!(&last, Some(Err(status)) if status.code() == Code::Unavailable), "{last:?}");
+}
+
+#[tokio::test]
+async fn tokens_of_another_worker_are_of_the_clients_usage_and_not_of_this_ones_work() {
+    let registry = Registry::new();
+    let exporter = opentelemetry_prometheus::exporter().with_registry(registry.clone()).build().unwrap();
+    let provider = opentelemetry_sdk::metrics::SdkMeterProvider::builder().with_reader(exporter).build();
+    let had = ResumedChoice { token_ids: vec![20, 21, 13, 20, 21, 13], ..ResumedChoice::default() };
+    let resume = Some(Resume { choices: vec![had] });
+    let mut replies = replies(engine::Echo::default(), resume, Metrics::new(&provider.meter("test"))).await;
+    let Some(Ok(GenerateReply { reply: Some(Reply::Chunk(usage)) })) = replies.pop() else { panic!("no usage") };
+    let usage: Value = serde_json::from_slice(&usage.json).unwrap();
+    assert_eq!((&usage["usage"]["prompt_tokens"], &usage["usage"]["completion_tokens"]), (&json!(3), &json!(9)));
+    let text = prometheus::TextEncoder::new().encode_to_string(&registry.gather()).unwrap();
+    let sum = |kind: &str| {
+        let mut lines = text.lines().filter(|line| line.starts_with("gen_ai_client_token_usage_sum"));
+        lines.find(|line| line.contains(kind)).unwrap_or_else(|| panic!("no {kind} in\n{text}")).rsplit(' ').next()
+    };
+    assert_eq!((sum("\"output\""), sum("\"input\"")), (Some("3"), Some("9")));
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use futures::StreamExt as _;
-use wire::proto::{Chunk, Resume, ResumedChoice};
+use wire::proto::Chunk;
 
 use super::*;
 
