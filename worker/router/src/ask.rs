@@ -36,7 +36,8 @@ pub fn ask(
     }
     let scan = admit::scan(&body)?;
     let line = router.find(&scan.model).ok_or_else(|| Refusal::no_model(&scan.model))?;
-    let measured = router.metrics().begin(operation(endpoint), line.model().name.clone(), arrived);
+    let own_name = line.model().name.clone();
+    let measured = router.metrics().begin(operation(endpoint), own_name.clone(), arrived);
     let (model, stream, include_usage, choices) =
         (scan.model.into_owned(), scan.stream, scan.include_usage, scan.choices);
     let prefix = if endpoint == Endpoint::ChatCompletions { "chatcmpl" } else { "cmpl" };
@@ -44,6 +45,7 @@ pub fn ask(
         endpoint,
         body,
         model,
+        own_name,
         id: format!("{prefix}-{request_id}"),
         created: unix_seconds(),
         choices,

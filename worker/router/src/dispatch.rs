@@ -47,6 +47,8 @@ pub struct Call {
     pub body: Bytes,
     /// The model as the client named it.
     pub model: String,
+    /// The model's own name, by which it is found from here on: another one may take over the name that the client used.
+    pub own_name: String,
     /// `id` of every object in the answer.
     pub id: String,
     /// Unix time in seconds, `created` of every object in the answer.
@@ -112,7 +114,7 @@ pub async fn begin(router: &Router, call: &Call, journey: &mut Journey) -> Resul
             Failed::Lost if journey.moves_on() => waits_since = Instant::now(),
             Failed::Lost => return Err(Refusal::workers_failed()),
         }
-        router.metrics().retried(&call.model_label(router));
+        router.metrics().retried(&call.own_name);
     }
     Err(Refusal::workers_failed())
 }
@@ -150,16 +152,9 @@ async fn first_piece(router: &Router, running: &mut Running) -> Result<(), Faile
     Err(Failed::Final(refusal))
 }
 
-impl Call {
-    /// The model's own name for metrics, which have no room for what clients may write.
-    pub(crate) fn model_label(&self, router: &Router) -> String {
-        router.find(&self.model).map_or_else(String::new, |line| line.model().name.clone())
-    }
-}
-
 /// A worker for `call`, after a wait if need be.
 async fn admit(router: &Router, call: &Call, turn: Turn, waits_since: Instant) -> Result<Grant, Refusal> {
-    let line = router.find(&call.model).ok_or_else(|| Refusal::no_model(&call.model))?;
+    let line = router.find(&call.own_name).ok_or_else(|| Refusal::no_model(&call.model))?;
     let (sender, granted) = oneshot::channel();
     let waiter = || -> Waiter { Box::new(move |grant| sender.send(grant)) };
     let entry = Entry { weight: call.choices, arrived: router.since_start(call.arrived), turn };

@@ -67,7 +67,7 @@ impl Pieces {
     /// Nothing happens before the first [`Pieces::next`].
     pub fn new(router: &Router, asked: Asked) -> Self {
         let call = Arc::new(asked.call);
-        let line = router.find(&call.model);
+        let line = router.find(&call.own_name);
         let migrations = line.map_or(0, |line| line.model().migration_attempts);
         let journey = if asked.stream { Journey::of_stream(migrations) } else { Journey::of_whole(migrations) };
         let mut pieces = Self {
@@ -146,7 +146,7 @@ impl Pieces {
     }
 
     fn tell(&self, reason: Reason, goes_on: bool) {
-        self.router.metrics().resumed(&self.call.model_label(&self.router), reason, goes_on);
+        self.router.metrics().resumed(&self.call.own_name, reason, goes_on);
         self.span.in_scope(|| info!(reason = reason.label(), goes_on, "an answer left its worker"));
     }
 

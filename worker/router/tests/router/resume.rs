@@ -113,6 +113,21 @@ async fn a_stream_whose_worker_is_lost_after_any_piece_goes_on_with_the_next() {
 }
 
 #[tokio::test]
+async fn a_stream_goes_on_though_another_model_took_over_the_name_that_it_came_by() {
+    let gate = Arc::new(Semaphore::new(0));
+    let workers = cut_after(2, &[Step::Await(gate.clone()), Step::Fail(Code::Unavailable)]).await;
+    let rig = Rig::start(vec![migrating(&workers, 1)]).await;
+    let mut response = rig.post(CHAT, STREAM).await.into_body();
+    let mut streamed = in_time(response.frame()).await.unwrap().unwrap().into_data().unwrap().to_vec();
+    rig.tell_model(ModelSnapshot { model: "ns/older".into(), created: 1, ..model(&[]) });
+    assert_eq!(rig.router.find("m").unwrap().model().name, "ns/older");
+    gate.add_permits(1);
+    streamed.extend(in_time(response.collect()).await.unwrap().to_bytes());
+    assert_eq!(shown(&String::from_utf8(streamed).unwrap()), undisturbed().await);
+    rig.idle().await;
+}
+
+#[tokio::test]
 async fn whole_bodies_and_typed_streams_go_on_too() {
     let workers = cut_after(3, &[Step::Fail(Code::Unavailable)]).await;
     let rig = Rig::start(vec![migrating(&workers, 1)]).await;

@@ -136,7 +136,7 @@ async fn who_grants_no_window_is_cut_and_other_streams_of_the_connection_are_not
     let address = listener.local_addr().unwrap().to_string();
     let unwanted = Arc::new(tokio::sync::Notify::new());
     let routes = Routes::new(FleetServer::new(Flood(unwanted.clone()))).prepare();
-    let server = Arc::new(server(Duration::from_millis(200)));
+    let server = Arc::new(server(Duration::from_secs(1)));
     let serve = move |stream, watcher| serve_connection(stream, routes.clone(), server.clone(), watcher);
     tokio::spawn(accept(listener, std::future::pending(), Duration::ZERO, serve));
     let mut client = FleetClient::new(connect(&address));
