@@ -44,6 +44,7 @@ where
         let (answer, patience) = (Arc::<Answer>::default(), self.patience);
         tokio::spawn(async move {
             tokio::select! {
+                biased; // what the stream does is looked at first, its reader then
                 _ = ANSWER.scope(answer.clone(), stream) => {}
                 () = answer.is_left(patience) => {} // dropping the stream resets it
             }
