@@ -81,6 +81,15 @@ impl Turn {
             Self::Resume(content) => *content == worker.content,
         }
     }
+
+    /// Whether who stands so finds the same workers as one who stands like `other`.
+    fn is_like(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::First, Self::First) | (Self::Retry, Self::Retry) => true,
+            (Self::Resume(content), Self::Resume(other)) => content == other,
+            _ => false,
+        }
+    }
 }
 
 /// What came of it.
@@ -158,15 +167,25 @@ impl Line {
         drop(left);
     }
 
-    /// Gives workers to those in line, as far as there are any. `draw` is called once for each.
+    /// Gives workers to those in line, as far as there are any. `draw` is called once for each who is looked at.
     pub fn serve(self: &Arc<Self>, now: Duration, mut draw: impl FnMut() -> u64) {
         while self.queued.load(Relaxed) > 0 {
             let model = self.model.load();
             let mut guard = self.lock();
             let Waiting { queue, budget } = &mut *guard;
-            let chosen = |(entry, _): &(Entry, Waiter)| match choose(&model, entry, budget, now, draw()) {
-                Pick::Worker(index) => Some(index),
-                Pick::Wait(_) => None,
+            // who found nobody: those like them that need no less are not looked at, since many may wait for what is gone
+            let mut without: Vec<(Turn, u32)> = Vec::new();
+            let chosen = |(entry, _): &(Entry, Waiter)| {
+                if without.iter().any(|(turn, weight)| turn.is_like(&entry.turn) && *weight <= entry.weight) {
+                    return None;
+                }
+                match choose(&model, entry, budget, now, draw()) {
+                    Pick::Worker(index) => Some(index),
+                    Pick::Wait(_) => {
+                        without.push((entry.turn.clone(), entry.weight));
+                        None
+                    }
+                }
             };
             let Some(((entry, waiter), index)) = queue.take(chosen) else { return };
             self.queued.store(queue.len(), Relaxed);

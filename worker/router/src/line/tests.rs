@@ -166,6 +166,27 @@ fn a_model_that_goes_sends_its_waiters_away() {
     assert_eq!(line.counts(), (0, 0));
 }
 
+#[test]
+fn many_that_need_what_is_not_there_cost_one_look() {
+    let line = line(1, 1000);
+    let running = granted(&line, SEQUENCES_PER_WORKER);
+    let gone = |hash: &str| Turn::Resume(Arc::new(Content { hash: hash.into(), revision: "old".into() }));
+    let lost: Vec<_> = (0..50).map(|index| enter_as(&line, 1 + index % 3, gone("a")).1).collect();
+    let retries: Vec<_> = (0..50).map(|_| enter(&line, 1, true).1).collect();
+    let (_, other) = enter_as(&line, 1, gone("b"));
+    let (_, new) = enter(&line, 1, false);
+    let mut looks = 0;
+    line.serve(NOW, || {
+        looks += 1;
+        0
+    });
+    assert_eq!(line.counts(), (102, 1));
+    assert!(looks <= 3 + 1 + 1 + 1, "{looks} looks for four kinds of requests, one of three weights");
+    drop(running);
+    assert!(retries.iter().all(|retry| retry.try_recv().is_ok()) && new.try_recv().is_ok());
+    assert!(other.try_recv().is_err() && lost.iter().all(|lost| lost.try_recv().is_err()));
+}
+
 proptest! {
     #[test]
     fn counters_come_back_to_zero(

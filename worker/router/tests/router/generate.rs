@@ -150,7 +150,7 @@ async fn http2_clients_are_served_at_the_same_port() {
 async fn an_http2_client_that_grants_no_window_is_cut_and_its_other_streams_are_not() {
     let words = words(Box::leak("many ".repeat(20_000).into_boxed_str()));
     let worker = FakeWorker::start("w", move |_| Ok(words.clone())).await;
-    let patience = Patience { reader: Duration::from_millis(200), ..Patience::default() };
+    let patience = Patience { reader: Duration::from_secs(2), ..Patience::default() };
     let rig = Rig::start_with(vec![model(&[&worker])], patience).await;
     let mut sender = http2_client(&rig).await;
     let unread = sender.send_request(over_http2(STREAM)).await.unwrap();
