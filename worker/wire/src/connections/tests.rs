@@ -11,9 +11,10 @@ use tonic::{Code, Request, Response, Status, Streaming};
 
 use super::*;
 use crate::proto::{
-    Instruction, Report,
+    Instruction, ModelRemoved, Report,
     fleet_client::FleetClient,
     fleet_server::{Fleet, FleetServer},
+    instruction,
 };
 
 /// Answers each report with an instruction, and tells whether the peer's address was known.
@@ -107,6 +108,12 @@ async fn dropping_the_server_closes_its_connections() {
     answers.message().await.unwrap_err();
 }
 
+/// Of which few fill a window.
+fn large() -> Instruction {
+    let removed = ModelRemoved { model: "m".repeat(1 << 20) };
+    Instruction { instruction: Some(instruction::Instruction::Removed(removed)) }
+}
+
 /// Answers with more than any window holds, and tells when nobody wants the rest.
 struct Flood(Arc<tokio::sync::Notify>);
 
@@ -124,7 +131,7 @@ impl Fleet for Flood {
         let told = Told(self.0.clone());
         let flood = futures::stream::repeat_with(move || {
             let _ = &told;
-            Ok(Instruction::default())
+            Ok(large())
         });
         Ok(Response::new(Box::pin(flood)))
     }
@@ -144,7 +151,7 @@ async fn who_grants_no_window_is_cut_and_other_streams_of_the_connection_are_not
     let mut read = client.watch(tokio_stream::empty()).await.unwrap().into_inner();
     let reads = async {
         loop {
-            assert_eq!(read.message().await.unwrap(), Some(Instruction::default()));
+            assert_eq!(read.message().await.unwrap(), Some(large()));
             tokio::task::yield_now().await;
         }
     };
