@@ -100,28 +100,27 @@ impl Instruments {
 
     /// Records one request, once it has ended.
     pub fn record(&self, outcome: &Outcome<'_>) {
-        let labels = [
+        let mut labels = Vec::with_capacity(4);
+        labels.extend([
             KeyValue::new(OPERATION_NAME, outcome.operation),
             KeyValue::new(PROVIDER_NAME, PROVIDER),
             KeyValue::new(REQUEST_MODEL, outcome.model.to_owned()),
-        ];
-        let mut ended = labels.to_vec();
-        ended.extend(outcome.error.map(|error| KeyValue::new(ERROR_TYPE, error.to_owned())));
-        self.duration.record(outcome.duration, &ended);
+        ]);
         if let Some(first) = outcome.first_token {
             self.first_token.record(first, &labels);
         }
-        let Some((input, output)) = outcome.usage else {
-            return;
-        };
-        for (kind, tokens) in [(INPUT, input), (OUTPUT, output)] {
-            let mut labels = labels.to_vec();
-            labels.push(KeyValue::new(TOKEN_TYPE, kind));
-            self.usage.record(tokens, &labels);
-        }
-        if let (Some(first), true) = (outcome.first_token, output > 1) {
+        if let (Some(first), Some((_, output @ 2..))) = (outcome.first_token, outcome.usage) {
             self.output_token.record((outcome.duration - first) / (output - 1) as f64, &labels);
         }
+        if let Some((input, output)) = outcome.usage {
+            for (kind, tokens) in [(INPUT, input), (OUTPUT, output)] {
+                labels.push(KeyValue::new(TOKEN_TYPE, kind));
+                self.usage.record(tokens, &labels);
+                labels.pop();
+            }
+        }
+        labels.extend(outcome.error.map(|error| KeyValue::new(ERROR_TYPE, error.to_owned())));
+        self.duration.record(outcome.duration, &labels);
     }
 }
 
