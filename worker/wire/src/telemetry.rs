@@ -38,7 +38,12 @@ use prometheus::Registry;
 use tokio::task::spawn_blocking;
 use tracing::{Subscriber, warn};
 use tracing_subscriber::{
-    EnvFilter, Layer, fmt, layer::SubscriberExt as _, registry::LookupSpan, util::SubscriberInitExt as _,
+    EnvFilter, Layer,
+    filter::{LevelFilter, Targets},
+    fmt,
+    layer::{Filter, SubscriberExt as _},
+    registry::LookupSpan,
+    util::SubscriberInitExt as _,
 };
 
 pub use propagation::{Carrier, extract, inject};
@@ -50,7 +55,18 @@ const FLUSH: Duration = Duration::from_secs(5);
 /// What the SDK calls a service that nobody named.
 const UNNAMED: &str = "unknown_service";
 /// What carries telemetry itself must not make telemetry.
-const QUIET: &str = "h2=off,hyper=off,hyper_util=off,tonic=off,tower=off,opentelemetry=off,opentelemetry_sdk=off,opentelemetry_otlp=off,reqwest=off,rustls=off";
+const QUIET: [&str; 10] = [
+    "h2",
+    "hyper",
+    "hyper_util",
+    "tonic",
+    "tower",
+    "opentelemetry",
+    "opentelemetry_sdk",
+    "opentelemetry_otlp",
+    "reqwest",
+    "rustls",
+];
 
 /// Why telemetry cannot start.
 #[derive(Debug, thiserror::Error)]
@@ -83,7 +99,10 @@ pub fn start(service: &'static str) -> Result<Telemetry, Error> {
     let telemetry = tracing::subscriber::with_default(early, || Telemetry::build(service))?;
     global::set_meter_provider(telemetry.metrics.clone());
 
-    let quiet = || EnvFilter::new(format!("info,{QUIET}"));
+    let quiet = || {
+        let targets = Targets::new().with_default(LevelFilter::INFO);
+        targets.with_targets(QUIET.map(|target| (target, LevelFilter::OFF)))
+    };
     let spans = telemetry.traces.as_ref().map(|provider| {
         tracing_opentelemetry::layer()
             .with_tracer(provider.tracer("modelfleet"))
@@ -103,7 +122,10 @@ pub fn start(service: &'static str) -> Result<Telemetry, Error> {
 
 /// Logs as text, as `RUST_LOG` says.
 fn standard_error<S: Subscriber + for<'a> LookupSpan<'a>>() -> impl Layer<S> {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let filter: Box<dyn Filter<S> + Send + Sync> = match EnvFilter::try_from_default_env() {
+        Ok(asked) => Box::new(asked),
+        Err(_) => Box::new(LevelFilter::INFO), // an `EnvFilter` looks every span up whenever it is entered or left
+    };
     fmt::layer().with_writer(io::stderr).with_ansi(io::stderr().is_terminal()).with_filter(filter)
 }
 
