@@ -13,7 +13,7 @@ use bytes::Bytes;
 use http::StatusCode;
 use tokio::sync::oneshot;
 use tonic::{Code, Request, Status, Streaming};
-use tracing::{Instrument as _, debug, field::Empty, info_span};
+use tracing::{Instrument as _, Span, debug, field::Empty, info_span};
 use wire::{
     MAX_MESSAGE_BYTES,
     openai::ErrorObject,
@@ -73,7 +73,8 @@ enum Failed {
     Final(Refusal),
 }
 
-/// Brings `call` to a worker, and returns when the answer, or the rest of it, has begun to come.
+/// Brings `call` to a worker, and returns when the answer, or the rest of it, has begun to come. Each attempt is a span
+/// below `parent`.
 ///
 /// 1. Get a grant: at once if a worker is free, else in the queue, for at most the model's `maxWait`.
 /// 2. Call the worker, with what the client has already. If it refuses the request itself, so do we.
@@ -81,11 +82,12 @@ enum Failed {
 ///
 /// # Errors
 /// What the client is to be told.
-pub async fn begin(router: &Router, call: &Call, journey: &mut Journey) -> Result<Running, Refusal> {
+pub async fn begin(router: &Router, call: &Call, journey: &mut Journey, parent: &Span) -> Result<Running, Refusal> {
     let mut waits_since = if journey.content().is_some() { Instant::now() } else { call.arrived };
     for attempt in 1..=ATTEMPTS {
         let grant = admit(router, call, turn(journey, attempt), waits_since).await?;
         let span = info_span!(
+            parent: parent,
             "call worker",
             otel.name = "modelfleet.v1.Worker/Generate",
             otel.kind = "client",

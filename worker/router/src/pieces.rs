@@ -3,7 +3,7 @@
 use std::{fmt, future::Future, pin::Pin, sync::Arc, time::Duration};
 
 use serde::Deserialize;
-use tracing::{Instrument as _, Span, info, warn};
+use tracing::{Span, info, warn};
 use wire::{
     openai::ErrorObject,
     proto::{Chunk, chunk::Kind},
@@ -137,12 +137,12 @@ impl Pieces {
     }
 
     fn begin(&mut self, mut journey: Journey, why: Option<Reason>) {
-        let (router, call) = (self.router.clone(), self.call.clone());
+        let (router, call, span) = (self.router.clone(), self.call.clone(), self.span.clone());
         let beginning = async move {
-            let running = begin(&router, &call, &mut journey).await?;
+            let running = begin(&router, &call, &mut journey, &span).await?;
             Ok((running, journey))
         };
-        self.phase = Phase::Beginning(Box::pin(beginning.instrument(self.span.clone())), why);
+        self.phase = Phase::Beginning(Box::pin(beginning), why);
     }
 
     fn tell(&self, reason: Reason, goes_on: bool) {
