@@ -36,8 +36,9 @@ pub fn ask(
     }
     let scan = admit::scan(&body)?;
     let line = router.find(&scan.model).ok_or_else(|| Refusal::no_model(&scan.model))?;
-    let own_name = line.model().name.clone();
-    let measured = router.metrics().begin(operation(endpoint), own_name.clone(), arrived);
+    let known = line.model();
+    let own_name = known.name.clone();
+    let measured = router.metrics().begin(operation(endpoint), known, arrived);
     let (model, stream, include_usage, choices) =
         (scan.model.into_owned(), scan.stream, scan.include_usage, scan.choices);
     let prefix = if endpoint == Endpoint::ChatCompletions { "chatcmpl" } else { "cmpl" };

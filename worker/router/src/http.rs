@@ -62,6 +62,14 @@ impl<'a> Route<'a> {
         }
     }
 
+    /// What is done there, if a model does it.
+    fn operation(self) -> Option<&'static str> {
+        match self {
+            Self::Generate(endpoint) => Some(operation(endpoint)),
+            Self::Models | Self::Model(_) => None,
+        }
+    }
+
     fn method(self) -> Method {
         if matches!(self, Self::Generate(_)) { Method::POST } else { Method::GET }
     }
@@ -71,21 +79,23 @@ impl<'a> Route<'a> {
 pub async fn respond(router: Router, request: Request<Incoming>) -> Response<Body> {
     let arrived = Instant::now();
     let id = request_id(request.headers().get(REQUEST_ID).map(HeaderValue::as_bytes));
-    let route = Route::find(request.uri().path()).map_or("", Route::pattern);
+    let path = request.uri().path().to_owned();
+    let route = Route::find(&path);
+    let pattern = route.map_or("", Route::pattern);
     let span = info_span!(
         "request",
-        otel.name = format!("{} {route}", request.method()).trim_end(), // it counts only from the beginning
+        otel.name = format!("{} {pattern}", request.method()).trim_end(), // it counts only from the beginning
         otel.kind = "server",
         otel.status_code = Empty,
         http.request.method = request.method().as_str(),
-        http.route = route,
+        http.route = pattern,
         http.response.status_code = Empty,
-        gen_ai.operation.name = Empty,
+        gen_ai.operation.name = route.and_then(Route::operation),
         gen_ai.request.model = Empty,
         modelfleet.request.id = id,
     );
     let _ = span.set_parent(telemetry::extract(request.headers())); // fails only if nothing is exported
-    let answer = answer(&router, request, &id, arrived).instrument(span.clone()).await;
+    let answer = answer(&router, route, request, &id, arrived).instrument(span.clone()).await;
     let mut response = answer.unwrap_or_else(|refusal| refused(&refusal));
     span.record("http.response.status_code", response.status().as_u16());
     if let Ok(id) = HeaderValue::try_from(id) {
@@ -96,6 +106,7 @@ pub async fn respond(router: Router, request: Request<Incoming>) -> Response<Bod
 
 async fn answer(
     router: &Router,
+    route: Option<Route<'_>>,
     request: Request<Incoming>,
     id: &str,
     arrived: Instant,
@@ -104,9 +115,7 @@ async fn answer(
         router.metrics().rejected(refusal.reason);
         refusal
     };
-    let path = request.uri().path().to_owned();
-    let route = routed(&path, request.method()).map_err(count)?;
-    match route {
+    match routed(route, request.method()).map_err(count)? {
         Route::Generate(endpoint) => {
             let asked = read(router, endpoint, request, id, arrived).await.map_err(count)?;
             generate(router, asked).await
@@ -116,9 +125,9 @@ async fn answer(
     }
 }
 
-fn routed<'a>(path: &'a str, method: &Method) -> Result<Route<'a>, Refusal> {
+fn routed<'a>(route: Option<Route<'a>>, method: &Method) -> Result<Route<'a>, Refusal> {
     let no_route = || Refusal::protocol(StatusCode::NOT_FOUND, "There is nothing at this path", "no_route");
-    let route = Route::find(path).ok_or_else(no_route)?;
+    let route = route.ok_or_else(no_route)?;
     if *method == route.method() {
         return Ok(route);
     }
@@ -132,12 +141,10 @@ async fn read(
     id: &str,
     arrived: Instant,
 ) -> Result<Asked, Refusal> {
-    let span = Span::current();
-    span.record("gen_ai.operation.name", operation(endpoint));
     check_headers(request.headers())?;
     let body = read_body(request.into_body()).await?;
     let asked = ask(router, endpoint, body, id, arrived)?;
-    span.record("gen_ai.request.model", &asked.call.model);
+    Span::current().record("gen_ai.request.model", &asked.call.model);
     Ok(asked)
 }
 

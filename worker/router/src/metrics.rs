@@ -12,10 +12,13 @@ use opentelemetry::{
 };
 use wire::genai::{Instruments, Outcome};
 
-use crate::{resume::Reason, snapshot::Table};
+use crate::{
+    resume::Reason,
+    snapshot::{Model, Table},
+};
 
 /// The router's instruments.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Metrics {
     requests: Instruments,
     retries: Counter<u64>,
@@ -69,7 +72,7 @@ impl Metrics {
     }
 
     /// Begins to measure a request of a model that exists.
-    pub fn begin(&self, operation: &'static str, model: String, arrived: Instant) -> Measured {
+    pub fn begin(self: &Arc<Self>, operation: &'static str, model: Arc<Model>, arrived: Instant) -> Measured {
         Measured {
             metrics: self.clone(),
             operation,
@@ -85,9 +88,9 @@ impl Metrics {
 /// A request under way; recorded when it drops, as cancelled unless it was told how it ended.
 #[derive(Debug)]
 pub struct Measured {
-    metrics: Metrics,
+    metrics: Arc<Metrics>,
     operation: &'static str,
-    model: String,
+    model: Arc<Model>,
     arrived: Instant,
     first_token: Option<Duration>,
     usage: Option<(u64, u64)>,
@@ -118,7 +121,7 @@ impl Drop for Measured {
     fn drop(&mut self) {
         self.metrics.requests.record(&Outcome {
             operation: self.operation,
-            model: &self.model,
+            model: &self.model.name,
             duration: self.arrived.elapsed().as_secs_f64(),
             first_token: self.first_token.map(|first| first.as_secs_f64()),
             usage: self.usage,

@@ -32,7 +32,7 @@ struct State {
     table: Arc<ArcSwap<Table>>,
     freed: Freed,
     channels: Channels,
-    metrics: Metrics,
+    metrics: Arc<Metrics>,
     started: Instant,
     waiting: Notify,
     synced: AtomicBool,
@@ -58,7 +58,7 @@ impl Router {
         let freed: Freed = Arc::new(move |line| line.serve(started.elapsed(), || fastrand::u64(..)));
         let table = Arc::new(ArcSwap::<Table>::default());
         Self(Arc::new(State {
-            metrics: Metrics::new(meter, &table),
+            metrics: Arc::new(Metrics::new(meter, &table)),
             table,
             freed,
             channels: Channels::default(),
@@ -161,7 +161,7 @@ impl Router {
         &self.0.channels
     }
 
-    pub(crate) fn metrics(&self) -> &Metrics {
+    pub(crate) fn metrics(&self) -> &Arc<Metrics> {
         &self.0.metrics
     }
 
