@@ -125,6 +125,7 @@ impl Service {
                 first => break first,
             }
         };
+        let pieces = Box::new(pieces); // it moves at each step
         let responses = stream::unfold((first, pieces), move |(first, mut pieces)| {
             let id = id.clone();
             async move {

@@ -235,6 +235,7 @@ async fn generate(router: &Router, asked: Asked) -> Result<Response<Body>, Refus
 
 /// Server-sent events: `first`, then what comes.
 fn events(first: Option<Piece>, pieces: Pieces, include_usage: bool) -> Response<Body> {
+    let pieces = Box::new(pieces); // it moves at each step
     let frames = stream::unfold((first, pieces), move |(first, mut pieces)| async move {
         let piece = match first {
             Some(piece) => piece,
