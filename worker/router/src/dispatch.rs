@@ -13,6 +13,7 @@ use bytes::Bytes;
 use http::StatusCode;
 use tokio::sync::oneshot;
 use tonic::{Code, Request, Status, Streaming};
+use tower::ServiceExt as _;
 use tracing::{Instrument as _, Span, debug, field::Empty, info_span};
 use wire::{
     MAX_MESSAGE_BYTES,
@@ -23,6 +24,7 @@ use wire::{
 };
 
 use crate::{
+    ahead::Ahead,
     line::{Entered, Entry, Line, Turn, Waiter},
     load::{Grant, WorkerLoad},
     pick::Why,
@@ -235,7 +237,8 @@ async fn head(
         resume,
     });
     wire::telemetry::inject(request.metadata_mut());
-    let mut client = WorkerClient::new(router.channels().get(worker.target()))
+    let channel = router.channels().get(worker.target());
+    let mut client = WorkerClient::new(channel.map_request(|call: http::Request<_>| call.map(Ahead::of)))
         .max_decoding_message_size(MAX_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_MESSAGE_BYTES);
     let mut replies = client.generate(request).await.map_err(|status| refused(&status))?.into_inner();

@@ -11,6 +11,7 @@
 
 pub mod admit;
 pub mod aggregate;
+mod ahead;
 pub mod ask;
 pub mod budget;
 pub mod channels;
