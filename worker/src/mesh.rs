@@ -148,6 +148,16 @@ impl Mesh {
     pub fn others_run(&self, own_id: &str, replica: u32) -> bool {
         self.peers.iter().any(|peer| peer.running && peer.id != own_id && peer.replica == replica)
     }
+
+    /// Whether each expert that the worker with this ordinal of `replica` holds is with another one too, which has it in
+    /// memory and stays.
+    pub fn others_hold(&self, ordinal: u32, replica: u32) -> bool {
+        let stays = |peer: &&proto::Peer| peer.replica == replica && peer.loaded && !peer.leaving;
+        let staying: BTreeSet<u32> = self.peers.iter().filter(stays).map(|peer| peer.ordinal).collect();
+        let elsewhere = |holders: &Vec<u32>| holders.iter().any(|other| *other != ordinal && staying.contains(other));
+        let mut experts = self.placement.layers.values().flatten();
+        experts.all(|holders| !holders.contains(&ordinal) || elsewhere(holders))
+    }
 }
 
 fn of_replica(other: &proto::ReplicaPlacement) -> Option<(u32, Placement)> {
@@ -296,6 +306,23 @@ mod tests {
         let at = |epoch, sequence| Mesh { version: proto::Version { epoch, sequence }, ..Mesh::default() };
         assert!(at(2, 0).is_newer_than(&at(1, 9)) && at(1, 2).is_newer_than(&at(1, 1)));
         assert!(!at(1, 1).is_newer_than(&at(1, 1)) && !at(1, 9).is_newer_than(&at(2, 0)));
+    }
+
+    #[test]
+    fn what_one_holds_is_elsewhere_only_with_peers_that_have_it_and_stay() {
+        let peer = |ordinal, loaded, leaving| proto::Peer { ordinal, loaded, leaving, ..proto::Peer::default() };
+        let mesh = |peers| {
+            let placement = Some(placement(&[&[0, 1], &[1, 2], &[2]]));
+            Mesh::from_snapshot(proto::MeshSnapshot { peers, placement, ..snapshot(1) }, &Mesh::default())
+        };
+        assert!(mesh(vec![peer(0, true, false), peer(2, true, false)]).others_hold(1, 0));
+        assert!(!mesh(vec![peer(0, true, false), peer(1, true, false)]).others_hold(2, 0), "one expert is only there");
+        assert!(!mesh(vec![peer(0, false, false), peer(2, true, false)]).others_hold(1, 0), "it still loads");
+        assert!(!mesh(vec![peer(0, true, false), peer(2, true, true)]).others_hold(1, 0), "it ends too");
+        assert!(
+            !mesh(vec![peer(0, true, false), peer(2, true, false)]).others_hold(1, 1),
+            "they are of another replica"
+        );
     }
 
     #[test]

@@ -231,6 +231,7 @@ async fn run(
     let threads = std::thread::available_parallelism().map_or(1, usize::from).min(4);
     let pool = Pool::start(&loaded.experts, threads, metrics.clone())?;
     let experts = ExpertsService::new(loaded.experts.clone(), pool, &options.content_hash);
+    let asked = experts.asked();
     let service = GenerateService::new(loaded.model, driver.clone(), state.clone(), metrics);
     let (routes, health) = routes(service, experts).await;
     tokio::spawn(keeper.follow());
@@ -240,7 +241,7 @@ async fn run(
         _ = &mut shutdown => return Ok(()),
     }
     let (experts, dense_bytes) = (Some(loaded.experts), loaded.dense_bytes);
-    state.serving(Serving { driver: driver.clone(), experts, dense_bytes, suspects });
+    state.serving(Serving { driver: driver.clone(), experts, asked, dense_bytes, suspects });
     info!(model = options.model, replica = options.replica, ordinal = options.ordinal, "serving");
 
     let (stop, mut stopped) = watch::channel(None);
@@ -321,7 +322,7 @@ fn loading_report(done_bytes: u64, total_bytes: u64) -> Report {
 
 /// 1. No new requests from here on.
 /// 2. Running ones finish, or are cut when the time is over.
-/// 3. Experts are served until no peer of the mesh runs, or the time is over.
+/// 3. Experts are served until no peer of the mesh needs them, or the time is over.
 async fn drain(state: &State, timeout: Duration, how: Shutdown) {
     let deadline = tokio::time::Instant::now() + timeout;
     state.drain();
@@ -331,7 +332,7 @@ async fn drain(state: &State, timeout: Duration, how: Shutdown) {
         state.cut();
         return;
     }
-    if how == Shutdown::Drain && tokio::time::timeout_at(deadline, state.alone()).await.is_err() {
+    if how == Shutdown::Drain && tokio::time::timeout_at(deadline, state.unneeded()).await.is_err() {
         info!("peers may still need experts of this worker; the time is over");
     }
 }

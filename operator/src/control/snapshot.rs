@@ -92,7 +92,8 @@ fn stands_in(other: &ReplicaFacts, replica: &ReplicaFacts) -> bool {
 }
 
 fn peer(replica: &ReplicaFacts, worker: &WorkerFacts, words: &Words) -> Peer {
-    let running = match phase(replica, worker, words) {
+    let phase = phase(replica, worker, words);
+    let running = match phase {
         WorkerPhase::Serving => true,
         WorkerPhase::Draining => words.get(&worker.id).is_none_or(|word| !word.idle),
         WorkerPhase::Unspecified | WorkerPhase::Loading | WorkerPhase::Drained => false,
@@ -105,6 +106,7 @@ fn peer(replica: &ReplicaFacts, worker: &WorkerFacts, words: &Words) -> Peer {
         ordinal: worker.ordinal,
         loaded: loaded(replica, worker, words),
         running,
+        leaving: matches!(phase, WorkerPhase::Draining | WorkerPhase::Drained),
     }
 }
 

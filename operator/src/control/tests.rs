@@ -372,15 +372,15 @@ async fn mesh_names_what_to_hold_besides_how_long_to_wait_and_the_replicas_that_
 }
 
 #[tokio::test]
-async fn draining_worker_without_requests_holds_nobody_up() {
+async fn draining_worker_leaves_and_without_requests_holds_nobody_up() {
     let fleet = leading();
     let address = serving(&fleet).await;
     let (mut w0, w1) = (Peer::worker(&address, "w0", 0), Peer::worker(&address, "w1", 1));
     w1.phase(Phase::Draining, None).await;
-    let running = |mesh: &MeshSnapshot| (mesh.peers[0].loaded, mesh.peers[0].running);
-    while running(&w0.mesh().await) != (true, true) {}
+    let told = |mesh: MeshSnapshot| (mesh.peers[0].loaded, mesh.peers[0].running, mesh.peers[0].leaving);
+    while told(w0.mesh().await) != (true, true, true) {}
     w1.say(Say::WorkerLoad(proto::WorkerLoad::default())).await;
-    while running(&w0.mesh().await) != (true, false) {}
+    while told(w0.mesh().await) != (true, false, true) {}
 }
 
 #[tokio::test]

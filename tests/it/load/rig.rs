@@ -94,6 +94,7 @@ impl EchoWorker {
         state.serving(Serving {
             driver: driver.clone(),
             experts: None,
+            asked: Arc::default(),
             dense_bytes: 0,
             suspects: Board::new(metrics.clone()).suspects(),
         });

@@ -174,7 +174,8 @@ impl MeshExchange {
         self.lacks.clear();
     }
 
-    /// Those that may be asked for an expert now: of our replica, else of the first other one that has any.
+    /// Those that may be asked for an expert now: of our replica, else of the first other one that has any; those that
+    /// stay before those that leave.
     fn candidates(&self, layer: u32, expert: u32, tried: &[Place]) -> Vec<Place> {
         let now = Instant::now();
         let lacks = |place| self.lacks.get(&(place, layer, expert)).is_some_and(|&until| now < until);
@@ -182,7 +183,9 @@ impl MeshExchange {
             !tried.contains(place) && self.holders.get(place).is_some_and(Holder::is_asked) && !lacks(*place)
         };
         let of = |replica: u32, ordinals: &[u32]| -> Vec<Place> {
-            ordinals.iter().map(|&ordinal| Place { replica, ordinal }).filter(asked).collect()
+            let asked = ordinals.iter().map(|&ordinal| Place { replica, ordinal }).filter(asked);
+            let (leaving, staying): (Vec<_>, Vec<_>) = asked.partition(|place| self.holders[place].peer.leaving);
+            if staying.is_empty() { leaving } else { staying }
         };
         let own = of(self.own.replica, self.mesh.placement.holders(layer, expert));
         let others = self.mesh.others.iter().filter(|(replica, _)| *replica != self.own.replica);

@@ -150,11 +150,15 @@ fn run(copies: Copies, max_wait_ms: u64, plan: Plan) -> Run {
 
 /// As [`run`], counted by `metrics` and traced below `span`.
 fn run_seen(copies: Copies, max_wait_ms: u64, plan: Plan, metrics: Arc<Metrics>, span: Span) -> Run {
+    run_on(mesh(copies, max_wait_ms), copies, plan, metrics, span)
+}
+
+/// As [`run_seen`], on this mesh.
+fn run_on(snapshot: MeshSnapshot, copies: Copies, plan: Plan, metrics: Arc<Metrics>, span: Span) -> Run {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
     runtime.block_on(async {
         let net = Net::new(&holders(copies), plan);
         let meshes = Meshes::new(Mesh::default());
-        let snapshot = mesh(copies, max_wait_ms);
         let (engine, experts) = load(&Placement::from(snapshot.placement.as_ref().unwrap()).held(0));
         meshes.take(snapshot).unwrap();
         let own = own(&experts);
@@ -226,6 +230,17 @@ fn where_experts_are_changes_no_bit() {
         let run = run(copies, 0, Box::new(|_| None));
         assert!(run.answers == alone, "{copies:?}");
         assert!(run.net.calls() > 0 && run.net.bitten().is_empty());
+    }
+}
+
+#[test]
+fn a_holder_that_leaves_is_asked_only_for_what_no_other_has() {
+    for copies in [TWO, ALONE] {
+        let mut snapshot = mesh(copies, 0);
+        snapshot.peers[1].leaving = true;
+        let run = run_on(snapshot, copies, Box::new(|_| None), metrics(), Span::none());
+        assert!(run.answers == undisturbed().answers, "{copies:?}");
+        assert_eq!(run.net.calls_to(HOLDERS[1]) == 0, copies == TWO, "{copies:?}");
     }
 }
 

@@ -65,7 +65,8 @@ impl Holder {
     }
 
     /// Takes in what a snapshot says of it.
-    pub(super) fn hear_of(&self, peer: &Peer) {
+    pub(super) fn hear_of(&mut self, peer: &Peer) {
+        self.peer.leaving = peer.leaving;
         self.standing.expect(peer.loaded);
         if peer.loaded {
             self.link.hurry();

@@ -1,7 +1,10 @@
 //! `modelfleet.v1.Experts`: computes rows for peers.
 
 use std::{
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -27,12 +30,18 @@ pub struct ExpertsService {
     experts: Arc<Experts>,
     pool: Arc<Pool>,
     content_hash: Arc<str>,
+    asked: Arc<AtomicU64>,
 }
 
 impl ExpertsService {
     /// Serves `experts` of the model files with this content hash.
     pub fn new(experts: Arc<Experts>, pool: Pool, content_hash: &str) -> Self {
-        Self { experts, pool: Arc::new(pool), content_hash: content_hash.into() }
+        Self { experts, pool: Arc::new(pool), content_hash: content_hash.into(), asked: Arc::default() }
+    }
+
+    /// Counts the rows that peers ask for.
+    pub fn asked(&self) -> Arc<AtomicU64> {
+        self.asked.clone()
     }
 
     /// Checks everything about a call that can be checked without computing.
@@ -69,6 +78,7 @@ impl ExpertsService {
 
     /// Queues a call; `Some` is the reply to one that is not computed.
     fn take(&self, call: RunCall, replies: &mpsc::Sender<Result<RunReply, Status>>) -> Option<RunReply> {
+        self.asked.fetch_add(call.pair_rows.len() as u64, Ordering::Relaxed);
         if let Err((reason, message)) = self.check(&call) {
             return Some(refuse(&call, reason, &message));
         }

@@ -86,6 +86,8 @@ struct Holder {
     life: watch::Sender<u64>,
     down_until: Instant,
     frozen_until: Instant,
+    /// Calls of rows so far.
+    calls: usize,
 }
 
 /// A message's way.
@@ -100,6 +102,7 @@ impl Net {
             life: watch::Sender::new(0),
             down_until: now,
             frozen_until: now,
+            calls: 0,
         };
         let holders = holders.iter().map(|(address, experts)| ((*address).to_owned(), holder(experts))).collect();
         Self(Arc::new(Mutex::new(State { holders, plan, calls: 0, bitten: BTreeMap::new() })))
@@ -112,6 +115,11 @@ impl Net {
     /// Calls of rows so far.
     pub(super) fn calls(&self) -> usize {
         self.state().calls
+    }
+
+    /// Those to one holder.
+    pub(super) fn calls_to(&self, address: &str) -> usize {
+        self.state().holders[address].calls
     }
 
     /// How often each kind of fault happened.
@@ -127,6 +135,7 @@ impl Net {
         }
         let number = state.calls;
         state.calls += 1;
+        state.holders.get_mut(to).expect("the call came to it").calls += 1;
         let fault = (state.plan)(number)?;
         *state.bitten.entry(fault.name()).or_default() += 1;
         let holder = state.holders.get_mut(to).expect("the call came to it");

@@ -2,7 +2,11 @@
 
 use std::{
     collections::BTreeSet,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
 };
 
 use engine::Experts;
@@ -15,6 +19,9 @@ use crate::{
     mesh::{Mesh, Meshes},
 };
 
+/// How long a worker that others can do without is not asked before it ends.
+const UNASKED: Duration = Duration::from_secs(1);
+
 /// The state of one worker.
 pub struct State {
     /// The pod's UID, or the local token.
@@ -25,6 +32,8 @@ pub struct State {
     pub content_hash: String,
     /// Index of the replica.
     pub replica: u32,
+    /// Its place in the replica.
+    pub ordinal: u32,
     /// Who holds which experts.
     pub meshes: Meshes,
     /// The newest version whose experts are all in memory.
@@ -41,6 +50,8 @@ pub struct Serving {
     pub driver: Driver,
     /// The routed experts; none if the engine has none.
     pub experts: Option<Arc<Experts>>,
+    /// Rows that peers asked for so far.
+    pub asked: Arc<AtomicU64>,
     /// Bytes of the other weights.
     pub dense_bytes: u64,
     /// Ids of peers that are not asked because they failed.
@@ -74,6 +85,7 @@ impl State {
             model: options.model.clone(),
             content_hash: options.content_hash.clone(),
             replica: options.replica,
+            ordinal: options.ordinal,
             meshes: Meshes::new(mesh),
             loaded: watch::Sender::new(None),
             stage: watch::Sender::new(Stage::Loading),
@@ -133,10 +145,28 @@ impl State {
         drop(all); // the semaphore is never closed
     }
 
-    /// Waits until no other worker of the mesh may need experts from here.
-    pub async fn alone(&self) {
+    /// Waits until no other worker of the mesh needs experts from here: none runs, or others hold all of them too and
+    /// nobody asked for a while.
+    pub async fn unneeded(&self) {
         let mut mesh = self.meshes.follow();
-        let _ = mesh.wait_for(|mesh| !mesh.others_run(&self.id, self.replica)).await; // the sender lives as long as we do
+        let none_runs = mesh.wait_for(|mesh| !mesh.others_run(&self.id, self.replica));
+        tokio::select! {
+            _ = none_runs => {} // the sender lives as long as we do
+            () = self.unasked() => {}
+        }
+    }
+
+    async fn unasked(&self) {
+        let asked = || self.with_serving(|serving| serving.asked.load(Ordering::Relaxed));
+        let mut before = asked();
+        loop {
+            tokio::time::sleep(UNASKED).await;
+            let now = asked();
+            if now == before && self.meshes.newest().others_hold(self.ordinal, self.replica) {
+                return;
+            }
+            before = now;
+        }
     }
 
     /// Whether the experts are in memory and requests are taken.

@@ -296,7 +296,7 @@ async fn replies<E: engine::Engine + Send + 'static>(
     let driver = Driver::start(engine, engine::NoPeers, metrics.clone()).unwrap();
     let state = State::new(Mesh::from_json(&options.placement).unwrap(), &options);
     let (_suspect, suspects) = watch::channel(Default::default());
-    state.serving(Serving { driver: driver.clone(), experts: None, dense_bytes: 0, suspects });
+    state.serving(Serving { driver: driver.clone(), experts: None, asked: Arc::default(), dense_bytes: 0, suspects });
     let service = GenerateService::new(model, driver, state.clone(), metrics);
     let call = GenerateCall {
         endpoint: Endpoint::Completions.into(),

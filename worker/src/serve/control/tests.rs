@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use tokio_stream::wrappers::ReceiverStream;
-use wire::proto::MeshSnapshot;
+use wire::proto::{self, MeshSnapshot};
 
 use super::*;
 use crate::serve::state::Serving;
@@ -46,7 +46,7 @@ async fn suspects_are_told_at_each_change_and_the_load_of_each_expert_again_and_
     let metrics = crate::metrics::Metrics::new(&opentelemetry::global::meter("test"));
     let (suspects, doubted) = tokio::sync::watch::channel(std::collections::BTreeSet::new());
     let driver = crate::drive::Driver::start(engine, engine::NoPeers, metrics).unwrap();
-    state.serving(Serving { driver, experts: Some(experts), dense_bytes: 1, suspects: doubted });
+    state.serving(Serving { driver, experts: Some(experts), asked: Arc::default(), dense_bytes: 1, suspects: doubted });
     let (_instructions, incoming) = mpsc::channel(8);
     let (reports, mut heard) = mpsc::channel(64);
     tokio::spawn(follow(ReceiverStream::new(incoming), state.clone(), reports));
@@ -99,4 +99,28 @@ async fn a_snapshot_is_acknowledged_once_no_step_runs_on_an_older_one() {
     assert!(early.is_err(), "a step still runs on the first");
     state.meshes.end_step();
     assert_eq!(acknowledged().await, 3);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_worker_is_unneeded_once_others_hold_what_it_holds() {
+    let state = State::new(Mesh::default(), &options());
+    let copies = |ordinals: &[u32]| {
+        let experts = vec![proto::Holders { ordinals: ordinals.to_vec() }];
+        Some(proto::Placement { shards: 2, layers: vec![proto::LayerPlacement { layer: 1, experts }] })
+    };
+    let peer = proto::Peer { id: "peer".into(), ordinal: 1, loaded: true, running: true, ..proto::Peer::default() };
+    let snapshot = |sequence, ordinals: &[u32], peer: &proto::Peer| {
+        let version = Some(Version { epoch: 1, sequence });
+        let (placement, peers) = (copies(ordinals), vec![peer.clone()]);
+        state.meshes.take(MeshSnapshot { version, placement, peers, ..MeshSnapshot::default() }).unwrap();
+    };
+    let needed = async || tokio::time::timeout(Duration::from_secs(60), state.unneeded()).await.is_err();
+    snapshot(1, &[0], &peer);
+    assert!(needed().await, "a peer runs, and nobody else has the expert");
+    snapshot(2, &[0, 1], &peer);
+    assert!(!needed().await);
+    snapshot(3, &[0, 1], &proto::Peer { leaving: true, ..peer.clone() });
+    assert!(needed().await, "the other one leaves too");
+    snapshot(4, &[0], &proto::Peer { running: false, ..peer.clone() });
+    assert!(!needed().await, "nothing runs");
 }
