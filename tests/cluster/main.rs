@@ -7,6 +7,7 @@
 mod ask;
 mod cluster;
 mod scenario;
+mod stream;
 
 use std::time::Instant;
 
@@ -32,7 +33,7 @@ async fn main() {
         refuse: bad_yaml_is_refused_and_the_model_serves_on, what_is_missing_is_named,
             a_quota_that_refuses_pods_is_shown, a_claim_of_one_node_is_refused_to_many_workers;
         scale: the_scale_subresource_works, load_brings_replicas_and_quiet_takes_them;
-        change: a_rollout_loses_no_request, shards_change_and_a_pod_goes_and_no_request_notices,
+        change: a_rollout_loses_no_request, changes_under_load_cost_no_request,
             deletion_leaves_nothing_in_any_phase;
         survive: a_node_that_is_cut_off_costs_no_stream, a_node_that_dies_costs_no_stream;
         observe: one_trace_has_router_worker_and_experts, no_text_is_in_the_telemetry;

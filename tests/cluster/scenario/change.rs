@@ -6,7 +6,12 @@ use serde_json::Value;
 use crate::{
     ask::{Asking, Client},
     cluster::{Cluster, MODELS, text},
+    scenario::survive::{router_beside, spare_node},
+    stream::Streams,
 };
+
+/// Streams that end while a model is changed again and again.
+const ENOUGH: u64 = 5000;
 
 /// Replica by replica, each known to the routers before an old one goes; a loop of requests notices nothing.
 pub(crate) async fn a_rollout_loses_no_request(cluster: &Cluster) -> anyhow::Result<()> {
@@ -16,7 +21,7 @@ pub(crate) async fn a_rollout_loses_no_request(cluster: &Cluster) -> anyhow::Res
     ensure!(old.len() == 2, "a StatefulSet for each of two replicas: {old:?}");
     let client = Client::router(cluster).await?;
     let asking = Asking::start(&client, "tiny-r1-rolled", 4);
-    edit(cluster, r#"{"spec": {"model": {"revision": "next"}}}"#).await?;
+    edit(cluster, "rolled", r#"{"spec": {"model": {"revision": "next"}}}"#).await?;
     let mut most = 0;
     cluster
         .until("both replicas are new", 240, async || {
@@ -50,14 +55,9 @@ async fn check_gates(cluster: &Cluster) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn edit(cluster: &Cluster, patch: &str) -> anyhow::Result<()> {
-    let arguments = ["patch", "modeldeployment", "rolled", "--namespace", MODELS, "--type", "merge", "--patch", patch];
-    cluster.kubectl(&arguments).await.map(drop)
-}
-
 /// All children are gone, whether the model was being described, loaded, served or rolled.
 pub(crate) async fn deletion_leaves_nothing_in_any_phase(cluster: &Cluster) -> anyhow::Result<()> {
-    edit(cluster, r#"{"spec": {"model": {"revision": "main"}}}"#).await?;
+    edit(cluster, "rolled", r#"{"spec": {"model": {"revision": "main"}}}"#).await?;
     cluster
         .until("the rollout is under way", 60, async || {
             let sets = sets(cluster).await?;
@@ -83,13 +83,16 @@ pub(crate) async fn deletion_leaves_nothing_in_any_phase(cluster: &Cluster) -> a
     cluster.delete("rolled").await.context("when it was ready")
 }
 
-/// `shards` from 4 to 6 to 3, and a pod deleted, while requests run: none fails, and no worker that stays is replaced.
-pub(crate) async fn shards_change_and_a_pod_goes_and_no_request_notices(cluster: &Cluster) -> anyhow::Result<()> {
+/// A pod deleted, a node drained, a rollout, `shards` from 4 to 6 to 3 and again, all while streams run: of [`ENOUGH`] none
+/// fails or says something else, and no worker that stays is replaced for other shards.
+pub(crate) async fn changes_under_load_cost_no_request(cluster: &Cluster) -> anyhow::Result<()> {
     cluster.apply_example("redundant.yaml").await?;
     cluster.ready("redundant", 120).await?;
+    let node = spare_node(cluster, "redundant").await?;
+    let client = Client::new(&format!("{}:8080", router_beside(cluster, &node).await?));
+    let streams = Streams::start(&client, "tiny-r1-redundant").await?;
+
     let before = uids(cluster).await?;
-    let client = Client::router(cluster).await?;
-    let asking = Asking::start(&client, "tiny-r1-redundant", 8);
     let victim = before.keys().nth(1).context("four workers")?;
     cluster.kubectl(&["delete", "pod", victim, "--namespace", MODELS, "--grace-period=0", "--force"]).await?;
     cluster
@@ -101,24 +104,49 @@ pub(crate) async fn shards_change_and_a_pod_goes_and_no_request_notices(cluster:
         })
         .await?;
     cluster.ready("redundant", 60).await?;
+
+    let drain = ["drain", &node, "--ignore-daemonsets", "--delete-emptydir-data", "--timeout=150s"];
+    let drained = cluster.kubectl(&drain).await;
+    let settled = cluster.ready("redundant", 120).await;
+    cluster.kubectl(&["uncordon", &node]).await?;
+    drained?;
+    settled?;
+
+    let old = uids(cluster).await?;
+    edit(cluster, "redundant", r#"{"spec": {"model": {"maxContextTokens": 512}}}"#).await?;
+    cluster
+        .until("all workers are of the new revision", 240, async || {
+            let (model, now) = (cluster.model("redundant").await?, uids(cluster).await?);
+            ensure!(now.len() == 4 && !now.keys().any(|name| old.contains_key(name)), "{now:?}: {}", model.summary());
+            model.expect("Ready", "True")
+        })
+        .await?;
+
     let before = uids(cluster).await?;
-    for (shards, printed) in [(6, "6/6"), (3, "3/3")] {
-        let patch = format!(r#"{{"spec": {{"parallelism": {{"expert": {{"shards": {shards}}}}}}}}}"#);
-        let arguments = ["patch", "modeldeployment", "redundant", "--namespace", MODELS, "--type", "merge", "--patch"];
-        cluster.kubectl(&[&arguments[..], &[&patch]].concat()).await?;
+    for shards in [6, 3].into_iter().cycle() {
+        let change = format!(r#"{{"spec": {{"parallelism": {{"expert": {{"shards": {shards}}}}}}}}}"#);
+        edit(cluster, "redundant", &change).await?;
         cluster
             .until(&format!("{shards} workers"), 150, async || {
                 let (model, pods) = (cluster.model("redundant").await?, uids(cluster).await?.len());
-                ensure!(model.printed("shards") == printed && pods == shards, "{pods} pods: {}", model.summary());
+                let all = format!("{shards}/{shards}");
+                ensure!(model.printed("shards") == all && pods == shards, "{pods} pods: {}", model.summary());
                 model.expect("Ready", "True")
             })
             .await?;
+        if shards == 3 && streams.whole() >= ENOUGH {
+            break;
+        }
     }
     let after = uids(cluster).await?;
     ensure!(after.iter().all(|(name, uid)| before.get(name) == Some(uid)), "{before:?} became {after:?}");
-    let answered = asking.stop_without_error().await?;
-    ensure!(answered >= 100, "only {answered} requests ran meanwhile");
+    streams.stop().await?;
     cluster.delete("redundant").await
+}
+
+async fn edit(cluster: &Cluster, model: &str, patch: &str) -> anyhow::Result<()> {
+    let arguments = ["patch", "modeldeployment", model, "--namespace", MODELS, "--type", "merge", "--patch", patch];
+    cluster.kubectl(&arguments).await.map(drop)
 }
 
 async fn uids(cluster: &Cluster) -> anyhow::Result<std::collections::BTreeMap<String, String>> {
