@@ -272,8 +272,9 @@ impl State {
         let Who::Stranger(mut process) = std::mem::replace(&mut stream.who, Who::Known(key.clone())) else {
             return;
         };
-        self.heard_epoch = self.heard_epoch.max(process.hello.epoch).max(process.highest_acknowledged());
-        if let Some(before) = self.processes.remove(&key) {
+        let before = self.processes.remove(&key);
+        self.hear_epoch(&process, before.as_ref());
+        if let Some(before) = before {
             process.take_over(before);
         }
         self.touch(&process);
@@ -281,6 +282,16 @@ impl State {
         self.effects.speak = true;
         self.look_at_leases(now);
         self.rise_above(now);
+    }
+
+    /// Takes in which epoch a process has heard, on its first stream or a later one.
+    fn hear_epoch(&mut self, process: &Process, before: Option<&Process>) {
+        let heard = process.hello.epoch.max(process.highest_acknowledged());
+        // The Lease counts holders, so two leaders after each other can come to one epoch. A process that has ours before
+        // it heard us has it from the other, and would take what we say for old.
+        let is_new = before.is_none_or(|before| before.hello.process != process.hello.process);
+        let is_anothers = is_new && self.lead.as_ref().is_some_and(|lead| lead.epoch == heard);
+        self.heard_epoch = self.heard_epoch.max(heard.saturating_add(u64::from(is_anothers)));
     }
 
     fn hear(&mut self, key: &Key, stream: StreamId, report: report::Report, now: Instant) {

@@ -218,6 +218,18 @@ async fn higher_epoch_in_a_hello_is_exceeded() {
     assert_eq!(fleet.epoch(), Some(42));
 }
 
+/// The Lease counts holders. A leader that let go of it and took it back counted once more than the Lease, and the next
+/// one begins where that one was: its versions would be older than what the processes have.
+#[tokio::test]
+async fn epoch_that_a_process_has_from_another_leader_is_not_used_again() {
+    let fleet = leading();
+    let address = serving(&fleet).await;
+    let mut router = by_hand(&address, proto::Hello { epoch: 1, ..hello(Role::Router, "r1") }).await;
+    let told = router.model().await.version.unwrap();
+    assert!(told.epoch > 1, "{told:?}");
+    assert_eq!(fleet.epoch(), Some(told.epoch));
+}
+
 /// A process whose hello has the epoch that is given, and not the one that `watch` heard.
 async fn by_hand(address: &str, hello: proto::Hello) -> Peer {
     let (say, reports) = mpsc::channel(1);
