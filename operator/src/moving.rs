@@ -105,8 +105,7 @@ pub fn next(
                     if has_room(replica, plan, &moved, description, model) { moved } else { kept }
                 }
                 (Some(_), _) => {
-                    // in tens, or each report of a load would be another status
-                    advice = Some(decision.figures.gain_permille / 100 * 10);
+                    advice = Some(advised(decision.figures.gain_permille));
                     kept
                 }
                 (None, _) => kept,
@@ -137,6 +136,11 @@ pub fn next(
     };
     let also = published.also_hold.as_ref().and_then(named).map(besides);
     Ok(named(&published.placement).map(|plan| Move { plan, also, why, advice }))
+}
+
+/// A gain in percent, as it is told: in fives, or each report of a load would be another status.
+fn advised(gain_permille: u64) -> u64 {
+    gain_permille / 50 * 5
 }
 
 /// How many pods the StatefulSet has while `next` is the next version. It grows before a wider placement is published,
@@ -285,5 +289,16 @@ impl Replica {
         let template = &self.set.as_ref()?.spec.as_ref()?.template;
         let container = template.spec.as_ref()?.containers.iter().find(|one| one.name == crate::render::WORKER)?;
         memory_bytes(container.resources.as_ref()?.requests.as_ref()?.get("memory")?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_gain_that_is_worth_a_move_is_told_as_more_than_none() {
+        assert_eq!(advised(Policy::default().least_gain_permille), 5);
+        assert_eq!(advised(349), 30, "in fives");
     }
 }
