@@ -161,10 +161,11 @@ fn progressing(case: &Case<'_>, rollout: Option<&RolloutStatus>) -> Finding {
     if case.decision.step.why == Why::Complete && matches!(case.decision.planning, Planning::Planned(_)) {
         return Finding::yes(kind, Reason::RolledOut, format!("revision {} runs", case.decision.revision));
     }
-    let moved = rollout.and_then(|rollout| rollout.last_progress_time.as_ref());
-    let still = moved.map_or(0, |moved| case.now.duration_since(moved.0).as_secs().max(0)).unsigned_abs();
+    let moved = rollout.and_then(|rollout| rollout.last_progress_time.as_ref()).map_or(case.now, |moved| moved.0);
+    let still = case.now.duration_since(moved).as_secs().max(0).unsigned_abs();
     if still >= case.model.progress_deadline.as_secs() {
-        let message = format!("no progress for {still} s: {}", case.decision.step.why);
+        // since when, not for how long: a message that counts is a write each time anyone looks
+        let message = format!("no progress since {moved}: {}", case.decision.step.why);
         return Finding::no(kind, Reason::ProgressDeadlineExceeded, message);
     }
     if case.decision.running.is_none() && case.decision.planning == Planning::Describing {

@@ -365,6 +365,9 @@ fn no_progress_for_long_is_told() {
     assert_eq!(scene.says(ConditionType::Progressing).1, "True RollingOut");
     scene.now += std::time::Duration::from_secs(600);
     assert_eq!(scene.says(ConditionType::Progressing).1, "False ProgressDeadlineExceeded");
+    scene.md.status = Some(scene.status());
+    scene.now += std::time::Duration::from_secs(2);
+    assert_eq!(Some(scene.status()), scene.md.status, "what is stuck is not written anew each time it is looked at");
 }
 
 #[test]
