@@ -248,7 +248,9 @@ async fn look_closer(
 
 /// When to look again, if nothing wakes us before.
 fn next(decision: &Decision, leaving: bool, applied: Applied, written: StatusWrite) -> Result<Action, Error> {
-    let rests = decision.step.why == Why::Complete && decision.moving.is_none() && !leaving;
+    // nothing wakes us when a node gets another label
+    let apart = decision.together.is_none();
+    let rests = decision.step.why == Why::Complete && decision.moving.is_none() && apart && !leaving;
     let moving = !rests || decision.running.is_none() || decision.scaling.is_some();
     let pause = if applied.unconfirmed || written == StatusWrite::Postponed {
         CONFIRM

@@ -15,7 +15,7 @@ use planner::{
 use crate::{
     control::LoadView,
     error::Error,
-    moving::{self, Besides, Move, Stuck},
+    moving::{self, Besides, Move, Standing, Stuck},
     observe::Observed,
     render::{Install, Names, Record, Revision, Workload, template},
     replica::{Replica, replicas},
@@ -144,7 +144,7 @@ impl Moves {
             return Self(replicas.iter().map(|_| Ok(None)).collect());
         };
         let stays = |one: &Replica| one.revision == *revision && one.stands() && one.draining_since.is_none();
-        let next = |one: &Replica| moving::next(one, plan, &record.description, model, seen);
+        let next = |replica| moving::next(Standing { replica, record }, plan, model, seen);
         Self(replicas.iter().map(|one| if stays(one) { next(one) } else { Ok(None) }).collect())
     }
 
@@ -158,9 +158,18 @@ impl Moves {
 
     fn together(&self) -> Option<NoRoom> {
         self.0.iter().find_map(|one| match one {
-            Err(Stuck::Domains(why)) => Some(why.clone()),
+            Err(Stuck::NoRoom(why)) => Some(why.clone()),
             _ => None,
         })
+    }
+
+    /// What the pods of a new replica must ask for where those of another one are too small; `None`: what is planned.
+    fn outgrown(&self) -> Option<Bytes> {
+        let needed = self.0.iter().filter_map(|one| match one {
+            Err(Stuck::Outgrown(needed)) => Some(*needed),
+            _ => None,
+        });
+        needed.max()
     }
 }
 
@@ -372,7 +381,7 @@ fn routers_know(seen: &Observed) -> bool {
 /// For a rollout, one that has outgrown its pods is of another revision.
 fn id(replica: &Replica, moves: &Result<Option<Move>, Stuck>) -> ReplicaId {
     let revision = match moves {
-        Err(Stuck::Outgrown) => format!("{} too small", replica.revision),
+        Err(Stuck::Outgrown(_)) => format!("{} too small", replica.revision),
         _ => replica.revision.to_string(),
     };
     ReplicaId { revision, index: replica.index }
@@ -393,7 +402,9 @@ fn targets(
     // An index is free once nothing of the replica that had it is left, its last pod included.
     let taken = |index: &u32| replicas.iter().any(|one| one.revision == basis.revision && one.index == *index);
     let free = (0..).filter(|index| !taken(index)).take(step.create.len());
-    targets.extend(free.map(|index| Target::new(basis.revision.clone(), index, basis.plan.clone())));
+    let request = moves.outgrown().map(|needed| needed.max(basis.plan.fullest().total()));
+    let new = |index| Target { request, ..Target::new(basis.revision.clone(), index, basis.plan.clone()) };
+    targets.extend(free.map(new));
     targets
 }
 

@@ -7,7 +7,7 @@ use kube::ResourceExt;
 
 use crate::{
     control::{Availability, ModelFacts, ReplicaFacts, WorkerFacts},
-    decide::{Decision, Planning},
+    decide::{Decision, Planning, Target},
     launch::WORKER_PORT,
     render::Names,
     replica::{Replica, Worker},
@@ -53,15 +53,25 @@ fn availability(model: &ValidModel, decision: &Decision) -> Availability {
 fn replica(names: &Names, replica: &Replica, decision: &Decision) -> Option<ReplicaFacts> {
     let record = decision.records.iter().find(|record| record.revision == replica.revision)?;
     let target = decision.targets.iter().find(|one| one.revision == replica.revision && one.index == replica.index);
+    let plan = replica.plan.as_ref()?;
+    if target.is_some_and(|target| is_placed_anew(replica, target)) {
+        return None;
+    }
     Some(ReplicaFacts {
         replica: replica.index,
         revision: replica.revision.to_string(),
         content_hash: record.description.content_hash.clone(),
-        placement: replica.plan.as_ref()?.placement.clone(),
+        placement: plan.placement.clone(),
         also_hold: replica.also.as_ref().map(|also| also.plan().placement.clone()),
         draining: target.is_none_or(|target| target.draining_since.is_some()),
         workers: replica.workers.iter().filter_map(|one| worker(names, replica, one)).collect(),
     })
+}
+
+/// Its first table gives way to another before anyone has asked by it, so nobody is told of that one any more.
+fn is_placed_anew(replica: &Replica, target: &Target) -> bool {
+    let differs = replica.plan.as_ref().is_some_and(|plan| plan.placement != target.plan.placement);
+    differs && target.also.is_none() && !replica.began()
 }
 
 /// A worker, once it has an address.

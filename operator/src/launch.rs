@@ -187,6 +187,14 @@ pub struct Route<'a> {
     pub operators: &'a [String],
 }
 
+/// Gives a flag that is among the arguments another value.
+pub fn set_flag(arguments: &mut [String], flag: &str, value: String) {
+    let at = arguments.iter().position(|argument| argument == flag);
+    if let Some(old) = at.and_then(|at| arguments.get_mut(at + 1)) {
+        *old = value;
+    }
+}
+
 /// `modelfleet-worker serve`
 pub fn serve(serve: &Serve<'_>) -> Launch {
     let mut arguments = vec!["serve".to_owned()];

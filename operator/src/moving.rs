@@ -5,7 +5,7 @@
 //!
 //! 1. A placement that still is what the spec asks for stays; else the planner makes another from it.
 //! 2. A worker that would need more memory than its pod asked for cannot get it while it runs: then the rollout
-//!    replaces the replica instead.
+//!    replaces the replica instead, by one that asks for as much.
 //! 3. Each version is kept in the ConfigMap of the replica before it is published, so that whoever leads goes on from it.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -19,11 +19,15 @@ use planner::{
 };
 
 use crate::{
-    control::ExpertLoadView,
+    control::{ExpertLoadView, WorkerPhase},
     observe::{Observed, node_of},
+    render::Record,
     replica::{Replica, Worker},
     validate::{ValidModel, memory_bytes},
 };
+
+/// Of workers that have read their weights.
+const LOADED: [WorkerPhase; 3] = [WorkerPhase::Serving, WorkerPhase::Draining, WorkerPhase::Drained];
 
 /// The plan whose experts workers hold besides those that they are asked for.
 #[derive(Debug, Clone, PartialEq)]
@@ -59,23 +63,34 @@ pub struct Move {
 /// Why a replica cannot come to the wanted plan where it is.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Stuck {
-    /// Its pods are too small, so others must take its place.
-    Outgrown,
-    /// Its pods are in too few failure domains.
-    Domains(NoRoom),
+    /// Its pods are too small, so others must take its place, whose fullest worker needs this much.
+    Outgrown(Bytes),
+    /// No pods would do: there are too few failure domains, or too little memory in them.
+    NoRoom(NoRoom),
+}
+
+/// What a replica runs, and what each of its pods asked of its node, if it is ours to ask for.
+#[derive(Debug, Clone, Copy)]
+pub struct Standing<'a> {
+    /// The replica.
+    pub replica: &'a Replica,
+    /// Of its revision.
+    pub record: &'a Record,
+}
+
+impl Standing<'_> {
+    /// `None`: the user wrote how much, so other pods would ask for no more.
+    fn memory_request(&self) -> Option<Bytes> {
+        self.replica.memory_request().filter(|_| !self.record.asks_for_memory())
+    }
 }
 
 /// The next version of a replica's placement, if `wanted` is what the spec asks for now.
 ///
 /// # Errors
 /// [`Stuck`], if it cannot be reached by moving experts.
-pub fn next(
-    replica: &Replica,
-    wanted: &Plan,
-    description: &ModelDescription,
-    model: &ValidModel,
-    seen: &Observed,
-) -> Result<Option<Move>, Stuck> {
+pub fn next(standing: Standing<'_>, wanted: &Plan, model: &ValidModel, seen: &Observed) -> Result<Option<Move>, Stuck> {
+    let (replica, description) = (standing.replica, &standing.record.description);
     let Some(plan) = &replica.plan else {
         return Ok(None);
     };
@@ -102,7 +117,7 @@ pub fn next(
             match (decision.to, model.rebalance) {
                 (Some(placement), Rebalance::Apply) => {
                     let moved = with(placement, plan, wanted, description);
-                    if has_room(replica, plan, &moved, description, model) { moved } else { kept }
+                    if fits(standing, plan, &moved, wanted, model).is_ok() { moved } else { kept }
                 }
                 (Some(_), _) => {
                     advice = Some(advised(decision.figures.gain_permille));
@@ -114,8 +129,12 @@ pub fn next(
         Some(kept) => kept,
         None => with(placed(&problem, plan, wanted, model)?, plan, wanted, description),
     };
-    if target.placement != plan.placement && !has_room(replica, plan, &target, description, model) {
-        return Err(Stuck::Outgrown);
+    if target.placement != plan.placement {
+        fits(standing, plan, &target, wanted, model)?;
+    }
+    if !replica.began() {
+        // nobody asks by any table yet, so the first one may as well be another
+        return Ok(Some(Move { plan: target, ..Move::default() }));
     }
     let published = Published {
         placement: plan.placement.clone(),
@@ -176,7 +195,7 @@ fn placed(problem: &Problem<'_>, plan: &Plan, wanted: &Plan, model: &ValidModel)
         let distinct = |domains: &[u32]| count(domains.iter().collect::<BTreeSet<_>>().len());
         let apart = problem.domains.map_or(problem.shards, distinct);
         let domains = wanted.spread_over(model.redundancy, domain_name(&model.spread_across), apart);
-        Stuck::Domains(domains.unwrap_or(NoRoom::Copies(why)))
+        Stuck::NoRoom(domains.unwrap_or(NoRoom::Copies(why)))
     })
 }
 
@@ -221,26 +240,38 @@ fn domains(replica: &Replica, shards: u32, model: &ValidModel, seen: &Observed) 
     Some(next.collect())
 }
 
-/// Tells whether the workers have room for the target, and for what both plans hold while experts move.
-fn has_room(replica: &Replica, plan: &Plan, target: &Plan, description: &ModelDescription, model: &ValidModel) -> bool {
-    let asked = replica.memory_request();
-    if asked.is_some_and(|asked| target.fullest().total() > asked) {
-        return false;
+/// Whether the workers have room for the target, and for what both plans hold while experts move.
+fn fits(standing: Standing<'_>, plan: &Plan, target: &Plan, wanted: &Plan, model: &ValidModel) -> Result<(), Stuck> {
+    let total = target.fullest().total();
+    let within =
+        |limit: Bytes| total <= limit && (!standing.replica.began() || meanwhile(standing, plan, target) <= limit);
+    let is_granted = standing.memory_request().is_none_or(|asked| total <= asked);
+    if is_granted && model.worker_memory.is_none_or(within) {
+        return Ok(());
     }
-    let Some(limit) = model.worker_memory else { return true };
-    let (before, after) = (&plan.placement, &target.placement);
-    let weights: BTreeMap<u32, Bytes> =
-        description.moe_layers.iter().map(|layer| (layer.layer, layer.expert_bytes)).collect();
-    (0..plan.shards.max(target.shards)).all(|ordinal| {
+    // as other pods would be made: with the cache of the wanted plan
+    let need = Need { experts: target.fullest().experts, ..wanted.fullest() };
+    match model.worker_memory.filter(|limit| need.total() > *limit) {
+        Some(limit) => Err(Stuck::NoRoom(NoRoom::MemoryTooSmall { limit, shards: target.shards, need })),
+        None => Err(Stuck::Outgrown(need.total())),
+    }
+}
+
+/// What the fullest worker needs that holds the experts of both plans.
+fn meanwhile(standing: Standing<'_>, plan: &Plan, target: &Plan) -> Bytes {
+    let layers = &standing.record.description.moe_layers;
+    let weights: BTreeMap<u32, Bytes> = layers.iter().map(|layer| (layer.layer, layer.expert_bytes)).collect();
+    let held = |ordinal: u32| {
         let mut held: BTreeSet<(u32, u32)> = BTreeSet::new();
-        for placement in [before, after] {
+        for placement in [&plan.placement, &target.placement] {
             let experts = placement.held_by(ordinal).into_iter();
             held.extend(experts.flat_map(|(layer, experts)| experts.into_iter().map(move |expert| (layer, expert))));
         }
-        let bytes: Bytes = held.iter().map(|(layer, _)| weights.get(layer).copied().unwrap_or_default()).sum();
-        let rest = target.fullest();
-        rest.total().minus(rest.experts).plus(bytes) <= limit
-    })
+        held.iter().map(|(layer, _)| weights.get(layer).copied().unwrap_or_default()).sum::<Bytes>()
+    };
+    let most = (0..plan.shards.max(target.shards)).map(held).max().unwrap_or_default();
+    let rest = target.fullest();
+    rest.total().minus(rest.experts).plus(most)
 }
 
 /// What the workers said of the published version.
@@ -278,6 +309,12 @@ fn count(number: usize) -> u32 {
 }
 
 impl Replica {
+    /// A request may have run on it: some worker has loaded, or the routers were told of it.
+    pub fn began(&self) -> bool {
+        let loaded = |worker: &Worker| worker.view.as_ref().is_some_and(|view| LOADED.contains(&view.phase));
+        self.workers.iter().any(|worker| worker.gated() || worker.probed() || loaded(worker))
+    }
+
     /// Pods that its StatefulSet makes.
     pub fn pods(&self) -> u32 {
         let sized = self.set.as_ref().and_then(|set| set.spec.as_ref()).and_then(|spec| spec.replicas);

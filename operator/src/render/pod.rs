@@ -95,6 +95,9 @@ pub(super) fn place(template: &mut PodTemplateSpec, set: &str, target: &Target) 
         *volume = config_volume(PLACEMENT_VOLUME, set);
     }
     for worker in spec.containers.iter_mut().filter(|container| container.name == WORKER) {
+        // a replica made after the number of shards changed has another cache than the first one of its revision
+        let arguments = worker.args.get_or_insert_default();
+        launch::set_flag(arguments, "--kv-cache-tokens", target.plan.kv_cache_tokens.0.to_string());
         let requests = worker.resources.get_or_insert_default().requests.get_or_insert_default();
         requests.entry("memory".to_owned()).or_insert_with(|| quantity(target.memory_request()));
     }
@@ -217,10 +220,7 @@ fn for_revision(mut launch: Launch, revision: &Revision) -> Launch {
 
 /// A revision is recorded once for all replicas, so a worker reads its replica from its pod's label.
 fn replica_from_label(launch: &mut Launch) {
-    let flag = launch.arguments.iter().position(|argument| argument == "--replica");
-    if let Some(value) = flag.and_then(|flag| launch.arguments.get_mut(flag + 1)) {
-        *value = format!("$({REPLICA_VARIABLE})");
-    }
+    launch::set_flag(&mut launch.arguments, "--replica", format!("$({REPLICA_VARIABLE})"));
     launch.environment.push(launch::Variable {
         name: REPLICA_VARIABLE.to_owned(),
         value: Value::PodField(format!("metadata.labels['{REPLICA}']")),

@@ -67,6 +67,14 @@ impl Record {
         found.map(|config| Self::read(revision, config)).transpose()
     }
 
+    /// The user wrote what a worker asks of its node, so it is not the plan that decides.
+    pub fn asks_for_memory(&self) -> bool {
+        let mut containers = self.template.spec.iter().flat_map(|spec| &spec.containers);
+        let worker = containers.find(|container| container.name == WORKER);
+        let requests = worker.and_then(|worker| worker.resources.as_ref()?.requests.as_ref());
+        requests.is_some_and(|requests| requests.contains_key("memory"))
+    }
+
     /// The ConfigMap `NAME-REV`.
     pub fn render(&self, names: &Names) -> ConfigMap {
         ConfigMap {

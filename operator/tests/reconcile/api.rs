@@ -111,7 +111,7 @@ impl Api {
 
     /// Applies as a user would: not counted, no fault.
     pub fn apply(&self, object: Value) {
-        let key = (plural(text(&object["kind"])), "default".to_owned(), text(&object["metadata"]["name"]).to_owned());
+        let key = key(&plural(text(&object["kind"])), text(&object["metadata"]["name"]));
         let answer = self.state(|state| state.apply(&key, object, false));
         self.0.changed.notify_waiters();
         assert!(answer.is_ok(), "{answer:?}");
@@ -120,7 +120,7 @@ impl Api {
     /// Changes an object as a controller or a user would: not counted, no fault. Says whether there is one.
     pub fn edit(&self, plural: &str, name: &str, edit: impl FnOnce(&mut Value)) -> bool {
         let found = self.state(|state| {
-            let key = (plural.to_owned(), "default".to_owned(), name.to_owned());
+            let key = key(plural, name);
             let object = state.objects.get(&key).cloned();
             object.is_some_and(|mut object| {
                 edit(&mut object);
@@ -134,7 +134,7 @@ impl Api {
 
     /// Deletes as a user would, without its dependents.
     pub fn delete(&self, plural: &str, name: &str) {
-        self.state(|state| state.remove(&(plural.to_owned(), "default".to_owned(), name.to_owned())));
+        self.state(|state| state.remove(&key(plural, name)));
         self.0.changed.notify_waiters();
     }
 
@@ -191,6 +191,12 @@ impl Api {
         });
         Response::new(BodyExt::boxed_unsync(StreamBody::new(events.boxed())))
     }
+}
+
+/// Where an object is that a test names: nodes are in no namespace.
+fn key(plural: &str, name: &str) -> Key {
+    let namespace = if plural == "nodes" { "" } else { "default" };
+    (plural.to_owned(), namespace.to_owned(), name.to_owned())
 }
 
 type Answer = Result<Value, (u16, String)>;

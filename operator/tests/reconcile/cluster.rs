@@ -30,6 +30,8 @@ pub struct Cluster {
     pub stage: Shared,
     /// While set, no pod is made.
     pub no_pods: Arc<AtomicBool>,
+    /// While set, pods are made and get no node.
+    pub full: Arc<AtomicBool>,
     description: Arc<Mutex<Value>>,
     _tasks: JoinSet<()>,
 }
@@ -37,7 +39,13 @@ pub struct Cluster {
 impl Cluster {
     /// Starts one whose processes connect to `operators`.
     pub fn start(operators: Vec<String>, description: Value) -> Self {
-        let (api, stage, no_pods) = (Api::default(), Shared::default(), Arc::new(AtomicBool::new(false)));
+        let (api, stage) = (Api::default(), Shared::default());
+        let (no_pods, full) = (Arc::<AtomicBool>::default(), Arc::<AtomicBool>::default());
+        for name in ["node-0", "node-1", "node-2"] {
+            api.apply(json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": name, "labels": {}}}));
+            let ready = json!({"conditions": [{"type": "Ready", "status": "True"}]});
+            assert!(api.edit("nodes", name, |node| node["status"] = ready));
+        }
         api.apply(json!({
             "apiVersion": "v1", "kind": "Pod",
             "metadata": {"name": "router", "labels": {
@@ -52,6 +60,7 @@ impl Cluster {
             api: api.clone(),
             stage: stage.clone(),
             no_pods: no_pods.clone(),
+            full: full.clone(),
             operators,
             description: description.clone(),
             running: Mutex::default(),
@@ -64,7 +73,21 @@ impl Cluster {
                 node.turn();
             }
         });
-        Self { api, stage, no_pods, description, _tasks: tasks }
+        Self { api, stage, no_pods, full, description, _tasks: tasks }
+    }
+
+    /// Cuts a node off: its pods are to go, and nobody ends them.
+    pub fn lose(&self, node: &str) {
+        assert!(self.api.edit("nodes", node, |node| node["status"]["conditions"][0]["status"] = "Unknown".into()));
+        for pod in self.api.list("pods").iter().filter(|pod| pod["spec"]["nodeName"] == node) {
+            self.terminate(&text(&pod["metadata"]["name"]));
+        }
+    }
+
+    /// Marks a pod as one that is to go.
+    pub fn terminate(&self, pod: &str) {
+        let at = "2026-01-01T00:00:00Z";
+        assert!(self.api.edit("pods", pod, |pod| pod["metadata"]["deletionTimestamp"] = at.into()));
     }
 
     /// Changes what describers tell.
@@ -77,6 +100,7 @@ struct Node {
     api: Api,
     stage: Shared,
     no_pods: Arc<AtomicBool>,
+    full: Arc<AtomicBool>,
     operators: Vec<String>,
     description: Arc<Mutex<Value>>,
     /// Processes by pod UID.
@@ -89,6 +113,7 @@ impl Node {
         if !self.no_pods.load(Ordering::Relaxed) {
             self.make_pods();
         }
+        self.bind_pods();
         self.run_pods();
     }
 
@@ -140,19 +165,43 @@ impl Node {
             "apiVersion": "apps/v1", "kind": kind, "name": owner["metadata"]["name"],
             "uid": owner["metadata"]["uid"], "controller": true}]);
         self.api.apply(pod);
-        // deleted meanwhile, it is nobody's business
-        let _ = self.api.edit("pods", name, |pod| {
-            let scheduled = json!({"type": "PodScheduled", "status": "True"});
-            pod["status"] = json!({"podIP": "127.0.0.1", "conditions": [scheduled]});
-        });
+    }
+
+    /// Spreads pods over the nodes that live, by ordinal.
+    fn bind_pods(&self) {
+        let (nodes, full) = (self.live_nodes(), self.full.load(Ordering::Relaxed));
+        for pod in self.api.list("pods").iter().filter(|pod| pod["spec"]["nodeName"].is_null() && !is_router(pod)) {
+            let said = !pod["status"]["conditions"].is_null();
+            if nodes.is_empty() || full && said {
+                continue;
+            }
+            let node = &nodes[place(pod).ordinal as usize % nodes.len()];
+            // deleted meanwhile, it is nobody's business
+            let _ = self.api.edit("pods", &text(&pod["metadata"]["name"]), |pod| {
+                let scheduled = json!({"type": "PodScheduled", "status": if full { "False" } else { "True" }});
+                pod["status"] = json!({"conditions": [scheduled]});
+                if !full {
+                    pod["status"]["podIP"] = "127.0.0.1".into();
+                    pod["spec"]["nodeName"] = node.as_str().into();
+                }
+            });
+        }
+    }
+
+    fn live_nodes(&self) -> Vec<String> {
+        let nodes = self.api.list("nodes").into_iter();
+        let live = nodes.filter(|node| node["status"]["conditions"][0]["status"] == "True");
+        live.map(|node| text(&node["metadata"]["name"])).collect()
     }
 
     fn run_pods(&self) {
-        let pods = self.api.list("pods");
+        let mut pods = self.api.list("pods");
+        let nodes = self.live_nodes();
+        pods.retain(|pod| nodes.contains(&text(&pod["spec"]["nodeName"])));
         let mut running = self.running.lock().unwrap();
         let ids: Vec<String> = pods.iter().map(|pod| text(&pod["metadata"]["uid"])).collect();
         running.retain(|id, _| ids.contains(id));
-        for pod in pods.iter().filter(|pod| pod["metadata"]["name"] != "router") {
+        for pod in &pods {
             let place = place(pod);
             running.entry(place.id.clone()).or_insert_with(|| self.start(pod, place.clone()));
             self.probe(pod, &place.id);
@@ -192,6 +241,10 @@ impl Node {
             pod["status"]["containerStatuses"] = json!([status("worker", loaded)]);
         });
     }
+}
+
+fn is_router(pod: &Value) -> bool {
+    pod["metadata"]["name"] == "router"
 }
 
 fn place(pod: &Value) -> Place {

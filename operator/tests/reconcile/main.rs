@@ -14,6 +14,7 @@ mod crash;
 mod fault;
 mod golden;
 mod life;
+mod node;
 mod path;
 mod process;
 mod world;
