@@ -282,7 +282,12 @@ fn workers(replica: &Replica, pods: u32) -> Workers {
             None => {
                 workers.gone.insert(ordinal);
             }
-            Some(None) => {}
+            Some(None) => {
+                // without a node no process of it ever ran
+                if replica.worker(ordinal).is_some_and(|worker| node_of(&worker.pod).is_none()) {
+                    workers.gone.insert(ordinal);
+                }
+            }
             Some(Some(view)) => {
                 if view.placement_loaded {
                     workers.loaded.insert(ordinal);

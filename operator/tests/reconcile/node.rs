@@ -1,6 +1,6 @@
 //! Nodes: the failure domains that they are, the room that they have, and one that is lost.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, sync::atomic::Ordering};
 
 use serde_json::{Value, json};
 
@@ -98,5 +98,23 @@ async fn a_pod_that_hangs_on_a_lost_node_is_deleted_and_replaced_elsewhere() {
     assert_ne!(world.api().get("pods", &lost).unwrap()["spec"]["nodeName"], "node-1");
     assert_eq!(uid(&slow), waits, "one whose node lives has its time to end");
     world.api().delete("pods", &slow);
+    world.ready().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_without_a_node_keeps_nobody_from_going_on_without_it() {
+    let world = World::with(1).await;
+    let _operator = world.operator(0).await;
+    let mut model = model();
+    model["spec"]["parallelism"]["expert"] = json!({"shards": 3});
+    model["spec"]["resources"] = json!({"requests": {"memory": "256Mi"}});
+    world.api().apply(model);
+    world.ready().await;
+    world.cluster.full.store(true, Ordering::Relaxed);
+    let pod = world.names("pods").into_iter().find(|name| name.ends_with("-0-2")).unwrap();
+    world.api().delete("pods", &pod);
+    world.says("Unschedulable").await;
+    world.edit(|spec| spec["parallelism"]["expert"]["shards"] = json!(2));
+    world.until("two workers", |world| world.status()["printed"]["shards"] == "2/2").await;
     world.ready().await;
 }
