@@ -171,7 +171,11 @@ fn experts(case: &Case<'_>, plan: &Plan, replicas: &[&Replica]) -> Option<Expert
     };
     let covered = plan.placement.layers.iter().map(covered).min().unwrap_or(0);
     let (total, covered) = (signed(unsigned(first.experts.len())), signed(unsigned(covered)));
-    let min_copies = replicas.iter().filter_map(|replica| min_copies(replica)).max().unwrap_or(0);
+    // one that starts has none yet, which is no loss
+    let worked = replicas.iter().filter(|replica| replica.ready() || !replica.lost().is_empty());
+    let min_copies = worked.filter_map(|replica| min_copies_of(replica)).min();
+    let min_copies = min_copies.or_else(|| replicas.iter().filter_map(|replica| min_copies_of(replica)).max());
+    let min_copies = min_copies.unwrap_or(0);
     Some(ExpertCounts { total, covered, min_copies: signed(min_copies), skew_percent: skew(case, replicas) })
 }
 
@@ -186,7 +190,7 @@ fn skew(case: &Case<'_>, replicas: &[&Replica]) -> Option<i32> {
 }
 
 /// The fewest live holders that an expert has in a replica.
-fn min_copies(replica: &Replica) -> Option<u32> {
+fn min_copies_of(replica: &Replica) -> Option<u32> {
     let lives = |ordinal: &&u32| replica.worker(**ordinal).is_some_and(crate::replica::Worker::holds);
     let layers = &replica.plan.as_ref()?.placement.layers;
     let copies = layers.iter().flat_map(|layer| &layer.experts).map(|holders| holders.iter().filter(lives).count());

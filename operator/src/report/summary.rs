@@ -30,22 +30,21 @@ pub(super) fn line(text: &str) -> String {
 }
 
 /// `worker 2 lost, experts 16/16 covered, minimum copies 1`; of copies only where there are.
-pub(super) fn lost(ordinals: &[u32], experts: Option<&ExpertCounts>, redundancy: u32) -> String {
-    let workers = workers(ordinals);
+pub(super) fn lost(names: &[String], experts: Option<&ExpertCounts>, redundancy: u32) -> String {
+    let workers = workers(names);
     let covered = experts.map(|experts| format!(", experts {}/{} covered", experts.covered, experts.total));
     let copies = experts.filter(|_| redundancy > 0).map(|experts| format!(", minimum copies {}", experts.min_copies));
     format!("{workers} lost{}{}", covered.unwrap_or_default(), copies.unwrap_or_default())
 }
 
 /// `worker 2 does not answer all peers`
-pub(super) fn suspected(ordinals: &[u32]) -> String {
-    let verb = if ordinals.len() == 1 { "does" } else { "do" };
-    format!("{} {verb} not answer all peers", workers(ordinals))
+pub(super) fn suspected(names: &[String]) -> String {
+    let verb = if names.len() == 1 { "does" } else { "do" };
+    format!("{} {verb} not answer all peers", workers(names))
 }
 
-fn workers(ordinals: &[u32]) -> String {
-    let names: Vec<String> = ordinals.iter().map(u32::to_string).collect();
-    match names.as_slice() {
+fn workers(names: &[String]) -> String {
+    match names {
         [one] => format!("worker {one}"),
         many => format!("workers {}", many.join(", ")),
     }

@@ -71,18 +71,19 @@ impl Scene {
     }
 
     fn add_worker(&mut self, set: &k8s_openapi::api::apps::v1::StatefulSet, ordinal: u32) {
+        let id = format!("pod-{}", self.seen.pods.len());
         let mut pod = serde_json::to_value(&set.spec.as_ref().unwrap().template).unwrap();
         pod["metadata"]["name"] = format!("{}-{ordinal}", set.metadata.name.as_ref().unwrap()).into();
-        pod["metadata"]["uid"] = format!("pod-{ordinal}").into();
+        pod["metadata"]["uid"] = id.clone().into();
         pod["metadata"]["creationTimestamp"] = "2026-01-01T00:00:01Z".into();
         pod["metadata"]["labels"]["apps.kubernetes.io/pod-index"] = ordinal.to_string().into();
         pod["status"] = ready();
         self.seen.pods.push(Arc::new(serde_json::from_value(pod).unwrap()));
         let labels = set.metadata.labels.as_ref().unwrap();
         self.seen.fleet.workers.push(WorkerView {
-            id: format!("pod-{ordinal}"),
+            id,
             revision: labels["modelfleet.io/revision"].clone(),
-            replica: 0,
+            replica: labels["modelfleet.io/replica"].parse().unwrap(),
             ordinal,
             address: String::new(),
             content_hash: String::new(),
@@ -334,6 +335,17 @@ fn a_worker_that_is_made_again_was_lost_however_young_the_replica_is() {
     );
     let scene = scene.made(1, "2026-01-01T00:00:02Z");
     assert_eq!(scene.says(ConditionType::Degraded).1, "False AsDesired", "it is one of the first");
+}
+
+#[test]
+fn of_several_replicas_the_one_that_lost_a_worker_is_named_with_what_it_has_left() {
+    let expert = json!({"shards": 4, "redundancy": 1});
+    let mut scene = Scene::installed(spec(json!({"replicas": 2, "parallelism": {"expert": expert}})));
+    assert_eq!(scene.status().experts.unwrap().min_copies, 2);
+    scene.seen.pods.remove(6);
+    scene.seen.fleet.workers.remove(6);
+    let summary = "Degraded: worker 2 of replica 1 lost, experts 16/16 covered, minimum copies 1";
+    assert_eq!(scene.says(ConditionType::Degraded), told(summary, "True WorkerLost"));
 }
 
 #[test]

@@ -23,10 +23,10 @@ pub(super) struct Trouble {
     pub(super) image: Option<String>,
     /// A container that ends again and again.
     pub(super) crash: Option<String>,
-    /// Ordinals of workers that worked before.
-    pub(super) lost: Vec<u32>,
-    /// Ordinals of workers that run and do not answer some of their peers.
-    pub(super) suspected: Vec<u32>,
+    /// Workers that worked before: `2`, or `2 of replica 1` where there are several.
+    pub(super) lost: Vec<String>,
+    /// Workers that run and do not answer some of their peers, told in the same way.
+    pub(super) suspected: Vec<String>,
     /// Pods that are not there yet, or have no node.
     pub(super) pending: usize,
     /// Workers whose files are on the way.
@@ -66,12 +66,14 @@ impl Trouble {
     pub(super) fn find(case: &Case<'_>) -> Self {
         let mut trouble = Self { model: describer(case), ..Self::default() };
         let stays = |one: &&Replica| one.stands() && one.draining_since.is_none();
-        for replica in case.decision.replicas.iter().filter(stays) {
+        let standing: Vec<&Replica> = case.decision.replicas.iter().filter(stays).collect();
+        for replica in &standing {
+            let name = |ordinal: u32| worker_name(replica, ordinal, &standing);
             trouble.not_made = trouble.not_made.take().or_else(|| not_made(replica, case));
-            trouble.lost.extend(replica.lost());
+            trouble.lost.extend(replica.lost().into_iter().map(name));
             let suspected = |worker: &&Worker| worker.view.as_ref().is_some_and(|view| view.suspected_by > 0);
             let suspected = replica.workers.iter().filter(|worker| worker.ready()).filter(suspected);
-            trouble.suspected.extend(suspected.map(|worker| worker.ordinal));
+            trouble.suspected.extend(suspected.map(|worker| name(worker.ordinal)));
             for ordinal in 0..replica.shards().max(replica.pods()) {
                 match replica.worker(ordinal) {
                     Some(worker) => trouble.add(worker, case),
@@ -85,10 +87,6 @@ impl Trouble {
         }
         let together = case.decision.together.as_ref().map(ToString::to_string);
         trouble.unschedulable = together.or(trouble.unschedulable.take());
-        trouble.lost.sort_unstable();
-        trouble.lost.dedup();
-        trouble.suspected.sort_unstable();
-        trouble.suspected.dedup();
         trouble
     }
 
@@ -119,6 +117,18 @@ impl Trouble {
             let loading = |progress: &ProgressView| progress.phase == ProgressPhase::Loading;
             self.loading.add(progress.filter(|progress| reads && loading(progress)));
         }
+    }
+}
+
+/// An ordinal, with its replica where there are several, and with the revision of that where there are several.
+fn worker_name(replica: &Replica, ordinal: u32, all: &[&Replica]) -> String {
+    let others = || all.iter().filter(|one| !std::ptr::eq(**one, replica));
+    if others().any(|one| one.revision != replica.revision) {
+        format!("{ordinal} of replica {}-{}", replica.revision, replica.index)
+    } else if others().next().is_some() {
+        format!("{ordinal} of replica {}", replica.index)
+    } else {
+        ordinal.to_string()
     }
 }
 
