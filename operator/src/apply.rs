@@ -74,7 +74,8 @@ struct Inner {
     leadership: Leadership,
     permits: Semaphore,
     written: Mutex<HashMap<Owner, HashMap<Key, Written>>>,
-    statuses: Mutex<HashMap<Owner, (ModelDeploymentStatus, Instant)>>,
+    /// The status written last, with the UID of the object that has it.
+    statuses: Mutex<HashMap<Owner, (Option<String>, ModelDeploymentStatus, Instant)>>,
 }
 
 /// Namespace and name of a ModelDeployment.
@@ -121,8 +122,9 @@ impl Writer {
     /// The status that `md` has: the one written last, until the watch shows it.
     pub fn status_of(&self, md: &ModelDeployment) -> Option<ModelDeploymentStatus> {
         let statuses = lock(&self.0.statuses);
-        let last = statuses.get(&owner(md)).filter(|(_, at)| md.status.is_none() || at.elapsed() < LAG);
-        last.map(|(status, _)| status.clone()).or_else(|| md.status.clone())
+        let last = statuses.get(&owner(md)).filter(|(uid, ..)| *uid == md.metadata.uid);
+        let last = last.filter(|(_, _, at)| md.status.is_none() || at.elapsed() < LAG);
+        last.map(|(_, status, _)| status.clone()).or_else(|| md.status.clone())
     }
 
     /// Writes the status of `md` if it differs from the one it has, at most once a second.
@@ -138,7 +140,7 @@ impl Writer {
             return Ok(StatusWrite::Same);
         }
         let owner = owner(md);
-        let last = lock(&self.0.statuses).get(&owner).map(|(_, at)| at.elapsed());
+        let last = lock(&self.0.statuses).get(&owner).map(|(_, _, at)| at.elapsed());
         if last.is_some_and(|since| since < STATUS_PAUSE) {
             return Ok(StatusWrite::Postponed);
         }
@@ -158,7 +160,7 @@ impl Writer {
             written.map_err(|source| Error::Apply { kind: kind.clone(), name: name.clone(), source: source.into() })
         };
         self.write(&kind, &name, call).await?;
-        lock(&self.0.statuses).insert(owner, (status.clone(), Instant::now()));
+        lock(&self.0.statuses).insert(owner, (md.metadata.uid.clone(), status.clone(), Instant::now()));
         Ok(StatusWrite::Written)
     }
 

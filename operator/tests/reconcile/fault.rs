@@ -81,6 +81,20 @@ async fn an_object_that_cannot_be_read_harms_only_itself() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_object_made_again_under_its_name_has_a_status_of_its_own() {
+    let world = World::with(1).await;
+    let _operator = world.operator(0).await;
+    let mut bad = model();
+    bad["spec"]["model"]["source"] = json!("file:///models/tiny");
+    world.api().apply(bad.clone());
+    world.says("Refused: ").await;
+    // too fast for anyone to see that it was gone
+    world.api().delete("modeldeployments", "tiny");
+    world.api().apply(bad);
+    world.says("Refused: ").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_object_of_somebody_else_stays_as_it_is_and_is_named() {
     let world = World::with(1).await;
     let _operator = world.operator(0).await;
