@@ -471,10 +471,15 @@ impl Context {
 
     /// Notes whose experts begin to move, so that none move again before that has paid for itself.
     fn remember_moves(&self, model: &str, decision: &Decision) {
+        let replica = |target: &Target| (target.revision.to_string(), target.index);
+        let mut all = lock(&self.moved);
+        let moved = all.entry(model.to_owned()).or_default();
+        moved.retain(|known, _| decision.targets.iter().any(|target| replica(target) == *known));
         let begins = |target: &&Target| matches!(target.also, Some(Besides::Next(_)));
-        for target in decision.targets.iter().filter(begins) {
-            let replica = (target.revision.to_string(), target.index);
-            lock(&self.moved).entry(model.to_owned()).or_default().insert(replica, tokio::time::Instant::now());
+        let begun = decision.targets.iter().filter(begins);
+        moved.extend(begun.map(|target| (replica(target), tokio::time::Instant::now())));
+        if moved.is_empty() {
+            all.remove(model);
         }
     }
 
