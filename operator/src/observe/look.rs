@@ -2,7 +2,8 @@
 //! nodes.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
+    hash::Hash,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -14,10 +15,10 @@ use tokio::time::Instant;
 
 use crate::{apply::CALL, error::Error, render::claim};
 
-/// A node is read anew after this long.
-const NODE_AGE: Duration = Duration::from_secs(5);
-/// A node that nobody asked for so long is forgotten.
-const NODE_KEPT: Duration = Duration::from_secs(3600);
+/// What was read is read anew after this long.
+const AGE: Duration = Duration::from_secs(5);
+/// What nobody asked for so long is forgotten.
+const KEPT: Duration = Duration::from_secs(3600);
 
 /// A PersistentVolumeClaim, as far as it matters.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,24 +38,20 @@ pub struct NodeView {
     pub ready: bool,
 }
 
-/// Nodes by name, and when each was read; `None`: it is gone.
-type Nodes = HashMap<String, (Instant, Option<NodeView>)>;
-/// Claims by namespace and name; `None`: there was none.
-type Claims = HashMap<(String, String), Option<Claim>>;
-
-/// Reads single objects. While the API server does not answer, what it said last holds: routers and workers are told
-/// what changes without it.
+/// Reads single objects, each at most every few seconds. While the API server does not answer, what it said last holds:
+/// routers and workers are told what changes without it.
 #[derive(Clone)]
 pub struct Look {
     client: Client,
-    nodes: Arc<Mutex<Nodes>>,
-    claims: Arc<Mutex<Claims>>,
+    nodes: Known<String, NodeView>,
+    /// By namespace and name.
+    claims: Known<(String, String), Claim>,
 }
 
 impl Look {
     /// Reads through `client`.
     pub fn new(client: Client) -> Self {
-        Self { client, nodes: Arc::default(), claims: Arc::default() }
+        Self { client, nodes: Known::default(), claims: Known::default() }
     }
 
     /// The claim that the source of `md` names; `None` if it names none, or one that is not there yet.
@@ -65,15 +62,15 @@ impl Look {
         let Some(name) = claim(&md.spec.model.source) else {
             return Ok(None);
         };
-        let namespace = md.namespace().unwrap_or_default();
-        let api: Api<PersistentVolumeClaim> = Api::namespaced(self.client.clone(), &namespace);
+        let key = (md.namespace().unwrap_or_default(), name.to_owned());
+        if let Some(claim) = self.claims.fresh(&key, Instant::now()) {
+            return Ok(claim);
+        }
+        let api: Api<PersistentVolumeClaim> = Api::namespaced(self.client.clone(), &key.0);
         let modes = |claim: PersistentVolumeClaim| claim.spec.and_then(|spec| spec.access_modes).unwrap_or_default();
         let found = read("PersistentVolumeClaim", name, api.get_opt(name)).await;
         let found = found.map(|found| found.map(|claim| Claim { name: name.to_owned(), modes: modes(claim) }));
-        let key = (namespace, name.to_owned());
-        let found = found.or_else(|error| lock(&self.claims).get(&key).cloned().ok_or(error))?;
-        lock(&self.claims).insert(key, found.clone());
-        Ok(found)
+        self.claims.keep(key, found, Instant::now())
     }
 
     /// The nodes of these pods, by name; one that is gone is not among them.
@@ -81,36 +78,60 @@ impl Look {
     /// # Errors
     /// If the API server refuses or does not answer, and never told of one of them.
     pub async fn nodes(&self, pods: &[&Pod]) -> Result<BTreeMap<String, NodeView>, Error> {
-        let mut nodes = BTreeMap::new();
-        for name in pods.iter().filter_map(|pod| node_of(pod)) {
-            if !nodes.contains_key(name)
-                && let Some(node) = self.node(name).await?
-            {
-                nodes.insert(name.to_owned(), node);
-            }
-        }
-        Ok(nodes)
+        let names: BTreeSet<&str> = pods.iter().filter_map(|pod| node_of(pod)).collect();
+        let nodes = names.into_iter().map(|name| async move { Ok((name.to_owned(), self.node(name).await?)) });
+        // at once: one that is not answered must not keep the others waiting
+        let nodes = futures::future::try_join_all(nodes).await?;
+        Ok(nodes.into_iter().filter_map(|(name, node)| Some((name, node?))).collect())
     }
 
     async fn node(&self, name: &str) -> Result<Option<NodeView>, Error> {
-        let known = lock(&self.nodes).get(name).cloned();
-        if let Some((_, node)) = known.clone().filter(|(at, _)| at.elapsed() < NODE_AGE) {
+        if let Some(node) = self.nodes.fresh(&name.to_owned(), Instant::now()) {
             return Ok(node);
         }
         let api: Api<Node> = Api::all(self.client.clone());
-        let node = match read("Node", name, api.get_opt(name)).await {
-            Ok(node) => node.map(view),
-            Err(error) => return known.map(|(_, node)| node).ok_or(error),
-        };
-        let mut nodes = lock(&self.nodes);
-        nodes.retain(|_, (at, _)| at.elapsed() < NODE_KEPT);
-        nodes.insert(name.to_owned(), (Instant::now(), node.clone()));
-        Ok(node)
+        let found = read("Node", name, api.get_opt(name)).await;
+        self.nodes.keep(name.to_owned(), found.map(|node| node.map(view)), Instant::now())
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+/// What was read, and when; `None`: there was nothing. All clones are one.
+struct Known<K, V>(Arc<Mutex<Entries<K, V>>>);
+
+type Entries<K, V> = HashMap<K, (Instant, Option<V>)>;
+
+impl<K, V> Clone for Known<K, V> {
+    fn clone(&self) -> Self {
+        Self(self.0.clone())
+    }
+}
+
+impl<K, V> Default for Known<K, V> {
+    fn default() -> Self {
+        Self(Arc::default())
+    }
+}
+
+impl<K: Eq + Hash, V: Clone> Known<K, V> {
+    /// What is known of `key` and not too old at `now`.
+    fn fresh(&self, key: &K, now: Instant) -> Option<Option<V>> {
+        let entries = self.entries();
+        let (_, value) = entries.get(key).filter(|(at, _)| now.duration_since(*at) < AGE)?;
+        Some(value.clone())
+    }
+
+    /// Keeps what was found of `key` by `now`. If that failed, what was found last, for as long as if it was found anew.
+    fn keep(&self, key: K, found: Result<Option<V>, Error>, now: Instant) -> Result<Option<V>, Error> {
+        let mut entries = self.entries();
+        let value = found.or_else(|error| entries.get(&key).map(|(_, value)| value.clone()).ok_or(error))?;
+        entries.retain(|_, (at, _)| now.duration_since(*at) < KEPT);
+        entries.insert(key, (now, value.clone()));
+        Ok(value)
+    }
+
+    fn entries(&self) -> MutexGuard<'_, Entries<K, V>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// The node that a pod is bound to.
@@ -132,4 +153,29 @@ async fn read<T>(
     let late = |_| Error::Timeout { kind: kind.to_owned(), name: name.to_owned(), after: CALL };
     let found = tokio::time::timeout(CALL, call).await.map_err(late)?;
     found.map_err(|source| Error::Read { kind: kind.to_owned(), name: name.to_owned(), source: Box::new(source) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_read_holds_for_a_while_and_until_it_can_be_read_again() {
+        let (known, start) = (Known::default(), Instant::now());
+        let refused = || Err(Error::Foreign { kind: "Node".to_owned(), name: "one".to_owned() });
+        assert!(known.keep("one", refused(), start).is_err(), "nothing was ever known");
+        assert_eq!(known.fresh(&"one", start), None);
+        assert_eq!(known.keep("one", Ok(Some(1)), start).unwrap(), Some(1));
+        let later = start + AGE;
+        assert_eq!(
+            known.fresh(&"one", later - Duration::from_millis(1)),
+            Some(Some(1)),
+            "it is not asked for each time"
+        );
+        assert_eq!(known.fresh(&"one", later), None);
+        assert_eq!(known.keep("one", refused(), later).unwrap(), Some(1));
+        assert_eq!(known.fresh(&"one", later), Some(Some(1)), "who does not answer is not asked each time either");
+        assert_eq!(known.keep("two", Ok(None), later + KEPT).unwrap(), None);
+        assert_eq!(known.entries().len(), 1, "what nobody asks for is forgotten");
+    }
 }

@@ -139,7 +139,8 @@ async fn a_claim_that_cannot_be_read_again_is_as_it_was() {
     let pod = world.names("pods").into_iter().find(|name| name.ends_with("-0-1")).unwrap();
     world.api().delete("pods", &pod);
     world.says("Degraded: worker 1 lost").await;
-    assert!(asked.load(Ordering::Relaxed) > 0, "it was asked for, in vain");
+    world.until("it is asked for, in vain", |_| asked.load(Ordering::Relaxed) > 0).await;
+    world.says("Degraded: worker 1 lost").await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
