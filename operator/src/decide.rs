@@ -116,7 +116,8 @@ pub struct Decision {
     pub advice: Option<u64>,
     /// Why copies of experts cannot be kept apart.
     pub together: Option<NoRoom>,
-    /// StatefulSets that stay as they are, because the record they were made from is lost.
+    /// Replicas whose objects stay as they are: the record that they were made from is lost, or no watch told of their
+    /// StatefulSet yet.
     pub left_alone: Vec<String>,
 }
 
@@ -210,10 +211,15 @@ pub fn decide(
     };
     let moves = Moves::of(&planning, &revision, &records, &replicas, model, seen);
     let step = basis.as_ref().map(|basis| next_step(model, basis, &replicas, &moves, seen, made, now));
-    let step = step.unwrap_or_default();
+    let mut step = step.unwrap_or_default();
+    if replicas.iter().any(Replica::is_unseen) {
+        // it may be the very one that would be made
+        step.create.clear();
+    }
     let targets = targets(&replicas, basis.as_ref(), &moves, &step, seen, now);
     let has_record = |replica: &&Replica| records.iter().any(|record| record.revision == replica.revision);
-    let left_alone = replicas.iter().filter(|replica| replica.set.is_some() && !has_record(replica));
+    let is_left = |replica: &&Replica| replica.is_unseen() || replica.set.is_some() && !has_record(replica);
+    let left_alone = replicas.iter().filter(is_left);
     Ok(Decision {
         describe: planning == Planning::Describing && !described_in_vain(names, &revision, seen),
         moving: moves.why(),

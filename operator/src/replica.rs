@@ -95,6 +95,11 @@ impl Replica {
         self.set.as_ref().is_some_and(|set| set.metadata.deletion_timestamp.is_none())
     }
 
+    /// Pods of it stay, so there is a StatefulSet of which no watch told yet; or it is gone, and they are about to go.
+    pub fn is_unseen(&self) -> bool {
+        self.set.is_none() && self.workers.iter().any(|worker| !worker.terminating())
+    }
+
     /// All its workers are ready, and every router knows them.
     pub fn ready(&self) -> bool {
         let ready = |ordinal: u32| self.worker(ordinal).is_some_and(Worker::ready);

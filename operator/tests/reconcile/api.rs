@@ -71,6 +71,8 @@ struct State {
     calls: Vec<Call>,
     writes: usize,
     plan: Option<Plan>,
+    /// The plural whose watches are silent.
+    silent: Option<String>,
 }
 
 impl Api {
@@ -87,6 +89,12 @@ impl Api {
     /// Installs a fault plan.
     pub fn break_by(&self, plan: impl FnMut(&Call) -> Option<Fault> + Send + 'static) {
         self.state(|state| state.plan = Some(Box::new(plan)));
+    }
+
+    /// Watches of a kind (by plural) tell nothing from now on, until it is another one's or nobody's turn.
+    pub fn silence(&self, plural: Option<&str>) {
+        self.state(|state| state.silent = plural.map(str::to_owned));
+        self.0.changed.notify_waiters();
     }
 
     /// Ends the fault plan.
@@ -177,6 +185,9 @@ impl Api {
             loop {
                 let changed = inner.changed.notified();
                 let next = api.state(|state| {
+                    if state.silent.as_ref() == Some(&path.plural) {
+                        return None;
+                    }
                     let later = |one: &&(u64, &str, String, Value)| one.0 > from && one.2 == path.plural;
                     let mine = |one: &&(u64, &str, String, Value)| path.selects(&one.3);
                     state.history.iter().filter(later).find(mine).cloned()

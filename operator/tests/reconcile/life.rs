@@ -79,13 +79,11 @@ async fn rolls_replica_by_replica_and_never_leaves_the_routers_without() {
         .await;
     world.ready().await;
     assert_eq!(world.condition("Progressing")["reason"], "RolledOut");
-    let stage = world.cluster.stage.lock().unwrap();
-    for snapshot in &stage.seen {
+    for snapshot in &world.cluster.stage.lock().unwrap().seen {
         let taking = snapshot.workers.iter().filter(|worker| !worker.draining).count();
         assert!(taking >= 2, "{snapshot:?}");
     }
-    let records = world.names("configmaps");
-    assert_eq!(records.len(), 3, "the old revision's records are gone: {records:?}");
+    world.until("the old revision's records are gone", |world| world.names("configmaps").len() == 3).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
