@@ -74,9 +74,11 @@ struct Inner {
     leadership: Leadership,
     permits: Semaphore,
     written: Mutex<HashMap<Owner, HashMap<Key, Written>>>,
-    /// The status written last, with the UID of the object that has it.
-    statuses: Mutex<HashMap<Owner, (Option<String>, ModelDeploymentStatus, Instant)>>,
+    statuses: Mutex<HashMap<Owner, StatusOf>>,
 }
+
+/// The UID of the object that has it, the status written last, and when.
+type StatusOf = (Option<String>, ModelDeploymentStatus, Instant);
 
 /// Namespace and name of a ModelDeployment.
 type Owner = (String, String);
