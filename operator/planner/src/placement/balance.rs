@@ -9,7 +9,7 @@ use super::copies::{Domains, Holders};
 mod fill;
 mod level;
 
-/// A copy changes its expert only if the new one's copies are busier than this many eighths of the old one's.
+/// A copy changes its expert only if it is worth more to the new one than this many eighths of its worth to the old one.
 const HOTTER_EIGHTHS: u128 = 10;
 /// The load is level if no worker has more than the mean and this part of it.
 const LEVEL: u64 = 128;
@@ -59,8 +59,8 @@ impl Task<'_> {
         Some(if is_lower || has_more { new } else { old }.holders)
     }
 
-    /// How many copies each expert gets: all slots are used, for the experts whose copies would be busiest. A copy that
-    /// is there changes its expert only for a clearly busier one.
+    /// How many copies each expert gets: all slots are used, where a copy is worth most. A copy that is there changes its
+    /// expert only for one to which it is worth clearly more.
     fn counts(&self, before: &Holders) -> Vec<usize> {
         let slots: usize = self.slots.iter().map(|slots| *slots as usize).sum();
         let of = |(holders, rows): (&Vec<u32>, &u64)| {
@@ -96,17 +96,23 @@ impl Task<'_> {
         counts
     }
 
-    /// Rows of each copy if the expert had one less than it has, if it can.
+    /// What the last copy is worth to an expert, if it can spare it.
     fn spared(&self, counts: &[usize], expert: usize) -> Option<(u64, usize)> {
         let count = counts[expert];
-        (count > self.copies).then(|| (self.rows[expert] / (count as u64 - 1), expert))
+        (count > self.copies).then(|| (self.worth(expert, count - 1), expert))
     }
 
-    /// Rows of each copy now, if another one would help.
+    /// What another copy is worth to an expert, if it would help.
     fn busy(&self, counts: &[usize], expert: usize) -> Option<(u64, Reverse<usize>)> {
-        let rows = self.rows[expert];
-        (rows > 0 && counts[expert] < self.slots.len())
-            .then(|| (rows.checked_div(counts[expert] as u64).unwrap_or(rows), Reverse(expert)))
+        let is_able = self.rows[expert] > 0 && counts[expert] < self.slots.len();
+        is_able.then(|| (self.worth(expert, counts[expert]), Reverse(expert)))
+    }
+
+    /// What a copy is worth to an expert that has `count` others: the rows of each. An eighth less if one of them is extra
+    /// already: two experts with an extra copy each let more load flow than one with two.
+    fn worth(&self, expert: usize, count: usize) -> u64 {
+        let rows = self.rows[expert] / count as u64;
+        if count > self.copies { rows - rows / 8 } else { rows }
     }
 }
 

@@ -29,46 +29,64 @@ impl Split<'_> {
         }
     }
 
-    /// Gives the experts the copies that they lack. Those with extra copies first, to workers that no split connects
-    /// yet, so that load can flow from any worker to any other; then the busiest, to the idlest worker.
+    /// Gives the experts the copies that they lack. Those with extra copies first, each to a worker far from the others
+    /// that hold the expert, so that load can flow from any worker to any other over few between; then the busiest, to
+    /// the idlest worker.
     pub(super) fn fill(&mut self, counts: &[usize]) -> Option<()> {
-        let mut connected = Components::new(self.held.len());
-        for holders in &self.holders {
-            connected.join(holders);
-        }
         let mut order: Vec<usize> = (0..counts.len()).filter(|e| self.holders[*e].len() < counts[*e]).collect();
         order.sort_unstable_by_key(|e| (counts[*e] == self.task.copies, Reverse(self.task.rows[*e]), *e));
         let (hot, cold): (Vec<usize>, Vec<usize>) = order.into_iter().partition(|e| counts[*e] > self.task.copies);
         for expert in hot {
             while self.holders[expert].len() < counts[expert] {
-                match self.to_connect(expert, counts[expert], &mut connected) {
+                match self.to_connect(expert, counts[expert]) {
                     Some(worker) => self.add_copy(expert, worker as u32),
                     // it may go without its extra copies
                     None if self.domains_without(expert, u32::MAX) >= self.task.copies => break,
                     None => return None,
                 }
-                connected.join(&self.holders[expert]);
             }
         }
         self.fill_cold(&cold)
     }
 
-    /// The worker for another copy of a hot expert: not connected with the others yet, then with the fewest copies.
-    fn to_connect(&self, expert: usize, count: usize, connected: &mut Components) -> Option<usize> {
+    /// The worker for another copy of a hot expert: of most distance to its holders less copies that it has.
+    fn to_connect(&self, expert: usize, count: usize) -> Option<usize> {
         let left = count - self.holders[expert].len();
-        let own: Vec<usize> = self.holders[expert].iter().map(|holder| connected.root(*holder)).collect();
-        let mut best = None;
-        for worker in 0..self.held.len() {
-            let held = self.held[worker].len();
-            if held as u32 >= self.task.slots[worker] || !self.can_add(expert, worker as u32, left) {
-                continue;
-            }
-            let rank = (own.contains(&connected.root(worker as u32)), held, self.load[worker], worker);
-            if best.is_none_or(|best| rank < best) {
-                best = Some(rank);
-            }
+        let distances = self.distances(expert);
+        let able = |worker: &usize| {
+            (self.held[*worker].len() as u32) < self.task.slots[*worker] && self.can_add(expert, *worker as u32, left)
+        };
+        let rank = |worker: &usize| {
+            let nearness = self.held.len() - distances[*worker];
+            (self.held[*worker].len() + nearness, self.load[*worker], *worker)
+        };
+        (0..self.held.len()).filter(able).min_by_key(rank)
+    }
+
+    /// How far each worker is from the nearest holder of an expert, if two workers that hold a common expert are one
+    /// apart; as many as there are workers where no chain leads.
+    fn distances(&self, expert: usize) -> Vec<usize> {
+        let workers = self.held.len();
+        let mut distances = vec![workers; workers];
+        let mut reached = self.holders[expert].clone();
+        for holder in &reached {
+            distances[*holder as usize] = 0;
         }
-        best.map(|(_, _, _, worker)| worker)
+        let mut looked_at = 0;
+        while looked_at < reached.len() && reached.len() < workers {
+            let from = reached[looked_at] as usize;
+            let next = distances[from] + 1;
+            for common in &self.held[from] {
+                for worker in &self.holders[*common] {
+                    if distances[*worker as usize] > next {
+                        distances[*worker as usize] = next;
+                        reached.push(*worker);
+                    }
+                }
+            }
+            looked_at += 1;
+        }
+        distances
     }
 
     /// Each copy that must be goes to the idlest worker that may have it.
@@ -98,32 +116,5 @@ impl Split<'_> {
             }
         }
         Some(())
-    }
-}
-
-/// Which workers are connected by experts that they both hold.
-struct Components {
-    parents: Vec<u32>,
-}
-
-impl Components {
-    fn new(workers: usize) -> Self {
-        Components { parents: (0..workers as u32).collect() }
-    }
-
-    fn root(&mut self, worker: u32) -> usize {
-        let mut at = worker;
-        while self.parents[at as usize] != at {
-            self.parents[at as usize] = self.parents[self.parents[at as usize] as usize];
-            at = self.parents[at as usize];
-        }
-        at as usize
-    }
-
-    fn join(&mut self, holders: &[u32]) {
-        for pair in holders.windows(2) {
-            let (one, other) = (self.root(pair[0]), self.root(pair[1]));
-            self.parents[one.max(other)] = one.min(other) as u32;
-        }
     }
 }
