@@ -256,7 +256,10 @@ async fn run(
             drain(state, running, how).await;
             (Ok(()), closing)
         }
-        () = driver.ended() => (Err(Error::Engine), Duration::ZERO),
+        () = driver.ended() => {
+            state.cut(); // not ready, and whatever is here goes on elsewhere
+            (Err(Error::Engine), Duration::ZERO)
+        }
     };
     stop.send_replace(Some(()));
     let _ = tokio::time::timeout(grace, server).await; // what is open then is closed with the process
