@@ -300,8 +300,8 @@ impl MeshExchange {
         self.again(&flight, flight.past.after(flight.to), result, gathered)
     }
 
-    /// The deadline is over for the first time: the holder is doubted, and its rows go to other copies. Where there is
-    /// none, its answer is waited for.
+    /// The deadline is over for the first time: the holder is doubted, and its rows go to other copies. Its answer is
+    /// still listened to; where there is no other copy, it is waited for.
     fn is_late(&mut self, mut flight: Flight, gathered: &Gathered) -> Vec<Flight> {
         let now = Instant::now();
         if let Some(holder) = self.holders.get_mut(&flight.to) {
@@ -313,10 +313,11 @@ impl MeshExchange {
         }
         let mut flights = self.again(&flight, flight.past.after(flight.to), CallResult::Late, gathered);
         let elsewhere: usize = flights.iter().map(|flight| flight.part.pairs.len()).sum();
-        if elsewhere < gathered.lacking(&flight.part).len() {
-            (flight.stage, flight.deadline) = (Stage::Overdue, now + LOOK_EVERY);
-            flights.push(flight);
-        }
+        (flight.stage, flight.deadline) = match elsewhere < gathered.lacking(&flight.part).len() {
+            true => (Stage::Overdue, now + LOOK_EVERY),
+            false => (Stage::Listened, self.until),
+        };
+        flights.push(flight);
         flights
     }
 

@@ -301,6 +301,26 @@ fn a_slow_holder_without_a_copy_is_waited_for() {
 }
 
 #[test]
+fn an_answer_that_comes_late_counts_if_the_other_copy_is_lost_too() {
+    let usual = undisturbed().took;
+    // the first holder is late, and again if it is asked again; whoever is asked instead is never heard again
+    let mut late_since = None;
+    let plan: Plan = Box::new(move |call| match call {
+        19 => {
+            late_since = Some(tokio::time::Instant::now());
+            Some(Fault::DelayReply(400))
+        }
+        20 => Some(Fault::Freeze(60_000)),
+        _ => late_since.is_some_and(|at| at.elapsed() < Duration::from_millis(400)).then_some(Fault::DelayReply(400)),
+    });
+    let run = run(TWO, 0, plan);
+    assert_eq!(run.net.bitten()["freeze"], 1);
+    assert!(run.answers == undisturbed().answers);
+    let cost = run.took.saturating_sub(usual);
+    assert!(cost < Duration::from_millis(500), "the late answer was there after 400 ms; it cost {cost:?}");
+}
+
+#[test]
 fn who_waits_too_long_is_told_which_expert_nobody_held() {
     let run = run(ALONE, 1500, Box::new(|call| (call == 4).then_some(Fault::KillBefore(60_000))));
     assert_eq!(run.net.bitten(), BTreeMap::from([("kill before", 1)]));
