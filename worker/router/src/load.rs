@@ -39,9 +39,12 @@ impl WorkerLoad {
         self.suspect_until.load(Relaxed) > now.as_millis() as u64 || self.is_tried.load(Relaxed)
     }
 
-    /// It did not answer: it gets nothing for a while, longer with each failure in a row. Where nobody answered at its
-    /// address, its name is tried next, and the other way round.
+    /// It did not answer: it gets nothing for a while, longer with each failure in a row; what fails in that while is no
+    /// further one. Where nobody answered at its address, its name is tried next, and the other way round.
     pub fn failed(&self, now: Duration, nobody_there: bool) {
+        if self.suspect_until.load(Relaxed) > now.as_millis() as u64 {
+            return; // several answers were lost at once
+        }
         let failures = self.failures.fetch_add(1, Relaxed).min(8);
         let suspicion = (FIRST_SUSPICION * 2_u32.pow(failures)).min(LONGEST_SUSPICION);
         self.suspect_until.store((now + suspicion).as_millis() as u64, Relaxed);
@@ -140,12 +143,13 @@ mod tests {
         let at = Duration::from_millis;
         load.failed(at(1000), false);
         assert!(load.is_suspect(at(1499)) && !load.is_suspect(at(1500)));
+        (0..100).for_each(|_| load.failed(at(1499), false));
+        assert!(!load.is_suspect(at(1500)), "all that was lost at once is one failure");
         load.failed(at(1500), false);
         assert!(load.is_suspect(at(2499)) && !load.is_suspect(at(2500)));
-        for _ in 0..100 {
-            load.failed(at(3000), false);
-        }
-        assert!(load.is_suspect(at(10_999)) && !load.is_suspect(at(11_000)));
+        (10..100).for_each(|second| load.failed(at(second * 1000), false));
+        load.failed(at(200_000), false);
+        assert!(load.is_suspect(at(207_999)) && !load.is_suspect(at(208_000)));
         load.answered();
         assert!(!load.is_suspect(at(3000)));
         load.failed(at(3000), false);
@@ -157,9 +161,9 @@ mod tests {
         let load = WorkerLoad::default();
         load.failed(Duration::ZERO, true);
         assert!(load.is_by_name());
-        load.failed(Duration::ZERO, false);
+        load.failed(Duration::from_secs(10), false);
         assert!(load.is_by_name());
-        load.failed(Duration::ZERO, true);
+        load.failed(Duration::from_secs(20), true);
         assert!(!load.is_by_name());
     }
 }
