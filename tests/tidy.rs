@@ -22,7 +22,7 @@ const BORDERS: [(&str, &[&str], &[&str]); 8] = [
 ];
 
 /// Modules that decide. They see values only, so that a simulator, a test and a program get the same answer.
-const PURE: [&str; 16] = [
+const PURE: [&str; 17] = [
     "operator/planner/src",
     "operator/src/launch.rs",
     "operator/src/moving.rs",
@@ -35,6 +35,7 @@ const PURE: [&str; 16] = [
     "worker/router/src/budget.rs",
     "worker/router/src/patience.rs",
     "worker/router/src/pick.rs",
+    "worker/router/src/pulse.rs",
     "worker/router/src/queue.rs",
     "worker/router/src/resume.rs",
     "worker/src/experts/pace.rs",

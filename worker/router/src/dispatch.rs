@@ -67,7 +67,8 @@ pub struct Call {
 enum Failed {
     /// Nobody answered at the worker's address.
     NobodyThere,
-    /// It does not take this request: it drains, is full, or has other files.
+    /// It does not take this request: it drains, is full, has other files, or gives no sign of life. What stops a whole
+    /// worker was there before the request.
     NotTaken,
     /// It was lost with the request.
     Lost,
@@ -80,7 +81,7 @@ enum Failed {
 ///
 /// 1. Get a grant: at once if a worker is free, else in the queue, for at most the model's `maxWait`.
 /// 2. Call the worker, with what the client has already. If it refuses the request itself, so do we.
-/// 3. If it cannot be reached, drains, hangs or is lost, go back to 1, before all others; it is suspect for a while.
+/// 3. If it cannot be reached, drains, hangs, is silent or lost, go back to 1, before all others; it is suspect for a while.
 ///
 /// # Errors
 /// What the client is to be told.
@@ -150,7 +151,7 @@ async fn first_piece(router: &Router, running: &mut Running) -> Result<(), Faile
             return Ok(());
         }
         Err(Broken::Deadline) => Refusal::deadline(),
-        Err(Broken::Leaves(Reason::Draining)) => return Err(Failed::NotTaken),
+        Err(Broken::Leaves(Reason::Draining | Reason::Silent)) => return Err(Failed::NotTaken),
         Err(Broken::Leaves(_)) => return Err(Failed::Lost),
     };
     Err(Failed::Final(refusal))
@@ -204,8 +205,20 @@ async fn ask(
     let began = Instant::now();
     let limit = began + grant.line().pace.limit(call.body.len(), router.patience());
     let ends = call.deadline.map_or(limit, |deadline| deadline.min(limit));
-    match until(Some(ends), head(router, call, resume, grant)).await {
+    let life = &grant.worker().load.life;
+    let asked = async {
+        tokio::select! {
+            biased;
+            head = head(router, call, resume, grant) => head,
+            () = life.silence() => {
+                debug!("a worker that was to take the request gives no sign of life");
+                Err(Failed::NotTaken)
+            }
+        }
+    };
+    match until(Some(ends), asked).await {
         Some(Ok(replies)) => {
+            life.heard();
             grant.line().pace.took(began.elapsed());
             Ok(replies)
         }

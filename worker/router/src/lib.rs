@@ -3,10 +3,10 @@
 //! A request's way: [`edge`] (connections, time) → [`http`] or [`grpc`] (routes) → [`admit`] (limits, what routing
 //! needs) → [`mod@line`] (queue, grant) → [`pick`] → [`dispatch`] (call, retry) → [`running`] (one worker's answer) →
 //! [`pieces`] (the answer as it comes, from whichever worker, as [`resume`] has it) → server-sent events, one body of
-//! [`aggregate`], or typed responses. [`control`] brings the snapshots of [`snapshot`].
+//! [`aggregate`], or typed responses. [`control`] brings the snapshots of [`snapshot`]; [`vigil`] knows who is there.
 //!
-//! Architecture Invariant: `admit`, `aggregate`, `budget`, `line`, `load`, `patience`, `pick`, `queue`, `resume` and
-//! `snapshot` know no `async`, no runtime and no socket; time and chance are their arguments. The router needs no
+//! Architecture Invariant: `admit`, `aggregate`, `budget`, `line`, `load`, `patience`, `pick`, `pulse`, `queue`, `resume`
+//! and `snapshot` know no `async`, no runtime and no socket; time and chance are their arguments. The router needs no
 //! cluster rights, and serves on without an operator.
 
 pub mod admit;
@@ -26,6 +26,7 @@ pub mod metrics;
 pub mod patience;
 pub mod pick;
 pub mod pieces;
+pub mod pulse;
 pub mod queue;
 pub mod refusal;
 pub mod resume;
@@ -33,6 +34,7 @@ pub mod router;
 pub mod running;
 pub mod serve;
 pub mod snapshot;
+pub mod vigil;
 
 pub use patience::Patience;
 pub use router::Router;

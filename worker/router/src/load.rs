@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use crate::{line::Line, snapshot::Worker};
+use crate::{line::Line, snapshot::Worker, vigil::Life};
 
 const FIRST_SUSPICION: Duration = Duration::from_millis(500);
 const LONGEST_SUSPICION: Duration = Duration::from_secs(8);
@@ -26,6 +26,7 @@ pub struct WorkerLoad {
     is_tried: AtomicBool,
     by_name: AtomicBool,
     leaving: AtomicBool,
+    pub(crate) life: Life,
 }
 
 impl WorkerLoad {
@@ -34,9 +35,11 @@ impl WorkerLoad {
         self.outstanding.load(Relaxed)
     }
 
-    /// Whether it failed a moment ago, or is being tried again with one request.
+    /// Whether it failed a moment ago, is being tried again with one request, or gives no sign of life.
     pub fn is_suspect(&self, now: Duration) -> bool {
-        self.suspect_until.load(Relaxed) > now.as_millis() as u64 || self.is_tried.load(Relaxed)
+        self.suspect_until.load(Relaxed) > now.as_millis() as u64
+            || self.is_tried.load(Relaxed)
+            || self.life.is_silent()
     }
 
     /// It did not answer: it gets nothing for a while, longer with each failure in a row; what fails in that while is no

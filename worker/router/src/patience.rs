@@ -17,9 +17,7 @@ const BYTES_PER_MILLISECOND: usize = 256;
 pub struct Patience {
     /// For a worker to take a call of a small body, where nothing is known of others.
     pub head: Duration,
-    /// Without a piece of a running answer, until its worker is asked whether it is there; and for its answer.
-    pub silence: Duration,
-    /// Without a piece, until another worker gets the answer although this one is there.
+    /// Without a piece of a running answer, until another worker gets it although this one is there.
     pub slow: Duration,
     /// For a client to read something of what there is to read.
     pub reader: Duration,
@@ -27,12 +25,7 @@ pub struct Patience {
 
 impl Default for Patience {
     fn default() -> Self {
-        Self {
-            head: Duration::from_secs(10),
-            silence: Duration::from_millis(1500),
-            slow: Duration::from_secs(120),
-            reader: Duration::from_secs(60),
-        }
+        Self { head: Duration::from_secs(10), slow: Duration::from_secs(120), reader: Duration::from_secs(60) }
     }
 }
 

@@ -20,7 +20,7 @@ const MOST_TOKENS: usize = 1 << 20;
 pub enum Reason {
     /// The stream broke.
     Lost,
-    /// The worker is silent, and does not say that it is there.
+    /// The worker gives no sign of life.
     Silent,
     /// The worker is there, but sends nothing.
     Slow,
@@ -45,8 +45,8 @@ impl Reason {
 pub struct Sight {
     /// Its worker takes no new requests, or is no longer listed.
     pub is_leaving: bool,
-    /// Its worker was asked whether it is there, and did not answer.
-    pub is_dumb: bool,
+    /// Its worker gives no sign of life.
+    pub is_silent: bool,
     /// Since the last piece.
     pub silent_for: Duration,
     /// Whether a token has come: the first may take long.
@@ -57,7 +57,7 @@ pub struct Sight {
 pub fn leave(sight: &Sight, patience: &Patience) -> Option<Reason> {
     if sight.is_leaving {
         Some(Reason::Draining)
-    } else if sight.is_dumb {
+    } else if sight.is_silent {
         Some(Reason::Silent)
     } else if sight.has_tokens && sight.silent_for >= patience.slow {
         Some(Reason::Slow)
@@ -217,11 +217,11 @@ mod tests {
     #[test]
     fn why_an_answer_leaves() {
         let patience = Patience::default();
-        let fine = Sight { is_leaving: false, is_dumb: false, silent_for: patience.silence, has_tokens: true };
+        let fine = Sight { is_leaving: false, is_silent: false, silent_for: patience.slow / 2, has_tokens: true };
         let table = [
             (fine, None),
-            (Sight { is_leaving: true, is_dumb: true, ..fine }, Some(Reason::Draining)),
-            (Sight { is_dumb: true, ..fine }, Some(Reason::Silent)),
+            (Sight { is_leaving: true, is_silent: true, ..fine }, Some(Reason::Draining)),
+            (Sight { is_silent: true, ..fine }, Some(Reason::Silent)),
             (Sight { silent_for: patience.slow, ..fine }, Some(Reason::Slow)),
             (Sight { silent_for: patience.slow, has_tokens: false, ..fine }, None),
         ];

@@ -1,4 +1,4 @@
-//! An answer under way at one worker: its pieces, and whether its worker is still there.
+//! An answer under way at one worker: its pieces, and whether it had better go on elsewhere.
 
 use std::{
     pin::Pin,
@@ -7,7 +7,6 @@ use std::{
 
 use tokio::time::Sleep;
 use tonic::Streaming;
-use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 use tracing::{Span, debug};
 use wire::proto::{Chunk, GenerateReply, generate_reply::Reply};
 
@@ -28,8 +27,8 @@ pub struct Running {
     alarm: Pin<Box<Sleep>>,
     /// How often it rang since the last piece.
     rings: u32,
-    probe: Option<Pin<Box<dyn Future<Output = bool> + Send>>>,
-    is_dumb: bool,
+    /// Its worker gives no sign of life; `None` once that was heard.
+    silence: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
     has_tokens: bool,
 }
 
@@ -42,7 +41,9 @@ pub enum Broken {
     Deadline,
 }
 
-/// How often the alarm rings in the time of a silence.
+/// How often an answer to which nothing happens is looked at; what happens to it and its worker is told at once.
+const LOOK_EVERY: Duration = Duration::from_millis(400);
+/// How often the alarm rings at least until an answer is slow.
 const RINGS: u32 = 4;
 
 impl Running {
@@ -57,14 +58,13 @@ impl Running {
         let alarm = Box::pin(tokio::time::sleep_until(deadline.map_or(rings, |deadline| deadline.min(rings)).into()));
         Self {
             first: None,
+            silence: Some(Box::pin(grant.worker().load.life.silence())),
             replies,
             deadline,
             grant,
             span,
             alarm,
             rings: 0,
-            probe: None,
-            is_dumb: false,
             has_tokens: false,
         }
     }
@@ -99,17 +99,17 @@ impl Running {
                         self.span.in_scope(|| debug!(?code, "lost a worker"));
                         return Err(Broken::Leaves(Reason::Lost));
                     };
-                    (self.rings, self.probe, self.is_dumb) = (0, None, false);
+                    self.rings = 0;
+                    let life = &self.grant.worker().load.life;
+                    life.heard();
+                    self.silence.get_or_insert_with(|| Box::pin(life.silence()));
                     self.has_tokens |= !chunk.token_ids.is_empty();
                     return Ok(chunk);
                 }
-                answers = answer(&mut self.probe) => {
-                    (self.probe, self.is_dumb) = (None, !answers);
-                    if !answers {
-                        self.blame(router);
-                        if may_leave {
-                            self.look(router)?;
-                        }
+                () = until(&mut self.silence) => {
+                    self.silence = None;
+                    if may_leave {
+                        self.look(router)?;
                     }
                 }
                 () = &mut self.alarm => {
@@ -137,15 +137,6 @@ impl Running {
             return Err(Broken::Deadline);
         }
         self.rings += 1;
-        if self.rings.is_multiple_of(RINGS) && self.probe.is_none() {
-            let channel = router.channels().get(self.grant.worker().target());
-            let within = router.patience().silence;
-            self.probe = Some(Box::pin(async move {
-                let check = async { HealthClient::new(channel).check(HealthCheckRequest::default()).await };
-                // any answer is one: a connection that is lost breaks the stream itself
-                tokio::time::timeout(within, check).await.is_ok()
-            }));
-        }
         let next = now + interval(router);
         self.alarm.as_mut().reset(self.deadline.map_or(next, |deadline| deadline.min(next)).into());
         Ok(())
@@ -154,7 +145,7 @@ impl Running {
     fn look(&self, router: &Router) -> Result<(), Broken> {
         let sight = Sight {
             is_leaving: self.grant.worker().load.is_leaving(),
-            is_dumb: self.is_dumb,
+            is_silent: self.grant.worker().load.life.is_silent(),
             silent_for: interval(router) * self.rings,
             has_tokens: self.has_tokens,
         };
@@ -172,12 +163,12 @@ impl std::fmt::Debug for Running {
 }
 
 fn interval(router: &Router) -> Duration {
-    router.patience().silence / RINGS
+    (router.patience().slow / RINGS).min(LOOK_EVERY)
 }
 
-async fn answer(probe: &mut Option<Pin<Box<dyn Future<Output = bool> + Send>>>) -> bool {
-    match probe {
-        Some(probe) => probe.await,
+async fn until(silence: &mut Option<Pin<Box<dyn Future<Output = ()> + Send>>>) {
+    match silence {
+        Some(silence) => silence.await,
         None => std::future::pending().await,
     }
 }

@@ -5,7 +5,7 @@ use std::{future::Future, io, time::Duration};
 use tokio::{net::TcpListener, sync::watch};
 use tracing::info;
 
-use crate::{edge, grpc, router::Router};
+use crate::{edge, grpc, router::Router, vigil};
 
 /// The sockets, bound by the caller.
 #[derive(Debug)]
@@ -70,5 +70,6 @@ pub async fn serve(
         ended = doors => ended,
         () = end => unreachable!("it waits for ever"),
         () = health => unreachable!("it waits for ever"),
+        () = vigil::keep(router.clone()) => unreachable!("it watches for ever"),
     }
 }

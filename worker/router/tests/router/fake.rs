@@ -4,7 +4,7 @@ use std::{
     pin::Pin,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicUsize, Ordering::SeqCst},
+        atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst},
     },
 };
 
@@ -16,6 +16,10 @@ use tokio::{
     task::{AbortHandle, JoinHandle},
 };
 use tonic::{Request, Response, Status, metadata::MetadataMap, service::Routes};
+use tonic_health::pb::{
+    HealthCheckRequest, HealthCheckResponse,
+    health_server::{Health, HealthServer},
+};
 use wire::proto::{
     Chunk, Endpoint, GenerateCall, GenerateReply, Head, WorkerEntry,
     chunk::Kind,
@@ -82,6 +86,10 @@ pub(crate) struct Seen {
     /// Answers that began, and answers that ended or were cancelled.
     pub(crate) begun: AtomicUsize,
     pub(crate) ended: AtomicUsize,
+    /// Signs of life that it was asked for.
+    pub(crate) signs: AtomicUsize,
+    /// Gives none.
+    pub(crate) is_mute: AtomicBool,
 }
 
 impl FakeWorker {
@@ -91,6 +99,7 @@ impl FakeWorker {
         let seen = Arc::<Seen>::default();
         let scripted = Scripted { script: Box::new(script), seen: seen.clone() };
         let routes = Routes::new(WorkerServer::new(scripted).max_decoding_message_size(wire::MAX_MESSAGE_BYTES));
+        let routes = routes.add_service(HealthServer::new(Signs(seen.clone())));
         let server = tokio::spawn(wire::serve(listener, routes, std::future::pending()));
         let closes = server.abort_handle();
         Self { id: id.to_owned(), address, seen, server, closes }
@@ -143,6 +152,25 @@ impl FakeWorker {
 struct Scripted {
     script: Box<dyn Fn(&GenerateCall) -> Script + Send + Sync>,
     seen: Arc<Seen>,
+}
+
+struct Signs(Arc<Seen>);
+
+#[tonic::async_trait]
+impl Health for Signs {
+    type WatchStream = stream::Empty<Result<HealthCheckResponse, Status>>;
+
+    async fn check(&self, _: Request<HealthCheckRequest>) -> Result<Response<HealthCheckResponse>, Status> {
+        self.0.signs.fetch_add(1, SeqCst);
+        if self.0.is_mute.load(SeqCst) {
+            std::future::pending::<()>().await;
+        }
+        Ok(Response::new(HealthCheckResponse::default()))
+    }
+
+    async fn watch(&self, _: Request<HealthCheckRequest>) -> Result<Response<Self::WatchStream>, Status> {
+        Err(Status::unimplemented("nobody watches"))
+    }
 }
 
 /// Counts the end of an answer, however it comes.

@@ -279,10 +279,7 @@ async fn without_another_worker_or_attempt_a_stream_ends_where_it_is_though_that
     }
 }
 
-fn hasty() -> Patience {
-    let short = Duration::from_millis(200);
-    Patience { head: short, silence: short, slow: short, reader: short }
-}
+const SHORT: Duration = Duration::from_millis(200);
 
 #[tokio::test]
 async fn a_stream_leaves_a_worker_that_freezes_and_one_that_sends_nothing() {
@@ -290,11 +287,9 @@ async fn a_stream_leaves_a_worker_that_freezes_and_one_that_sends_nothing() {
     let (thaws, frozen) = mpsc::channel();
     let freezes = Step::Freeze(Arc::new(Mutex::new(frozen)));
     let waits = Step::Await(Arc::new(Semaphore::new(0)));
-    let long = Duration::from_secs(30);
-    for (step, patience, reason) in [
-        (freezes, Patience { slow: long, ..hasty() }, "silent"),
-        (waits, Patience { silence: Duration::from_secs(2), ..hasty() }, "slow"),
-    ] {
+    for (step, patience, reason) in
+        [(freezes, Patience::default(), "silent"), (waits, Patience { slow: SHORT, ..Patience::default() }, "slow")]
+    {
         let gate = Arc::new(Semaphore::new(0));
         let workers = cut_after(3, &[Step::Await(gate.clone()), step]).await;
         let rig = Rig::start_with(vec![migrating(&workers, 1)], patience).await;
@@ -313,11 +308,50 @@ async fn a_worker_that_does_not_take_a_call_in_time_is_passed_over() {
     let hangs = FakeWorker::start("hangs", move |_| Ok(vec![Step::Await(gate.clone())])).await;
     let fine = FakeWorker::start("fine", |_| Ok(words("fine"))).await;
     let workers = [hangs, fine];
-    let rig = Rig::start_with(vec![migrating(&workers, 0)], hasty()).await;
+    let patience = Patience { head: SHORT, ..Patience::default() };
+    let rig = Rig::start_with(vec![migrating(&workers, 0)], patience).await;
     for _ in 0..20 {
         assert_eq!(rig.ask(WHOLE).await.0, 200);
     }
     let asked = workers[0].calls();
     assert!((1..10).contains(&asked), "{asked} of 20 requests went where nothing comes");
+    rig.idle().await;
+}
+
+#[tokio::test]
+async fn a_worker_that_sends_nothing_but_gives_signs_of_life_keeps_its_streams() {
+    let gate = Arc::new(Semaphore::new(0));
+    let workers = cut_after(3, &[Step::Await(gate.clone()), Step::Finish(0, "stop"), Step::Usage(3, 5)]).await;
+    let rig = Rig::start(vec![migrating(&workers, 1)]).await;
+    let response = rig.post(CHAT, STREAM).await;
+    let running = workers.iter().find(|worker| worker.calls() == 1).unwrap();
+    eventually("it was asked and asked again", || running.seen.signs.load(SeqCst) > 5).await;
+    gate.add_permits(1);
+    let shown = shown(&text(response).await);
+    assert_eq!(shown.last(), Some(&Value::Null), "it was whole");
+    rig.idle().await;
+    assert!(!rig.metrics().contains("resumed_streams_total{"), "{}", rig.metrics());
+}
+
+#[tokio::test]
+async fn a_request_leaves_workers_that_give_no_sign_of_life_however_many_there_are() {
+    let mut mute = Vec::new();
+    for id in ["a", "b", "c", "d"] {
+        let gate = Arc::new(Semaphore::new(0));
+        let worker = FakeWorker::start(id, move |_| Ok(vec![Step::Await(gate.clone())])).await;
+        worker.seen.is_mute.store(true, SeqCst);
+        mute.push(worker);
+    }
+    let fine = FakeWorker::start("fine", |_| Ok(words("fine"))).await;
+    let patience = Patience { head: Duration::from_secs(600), ..Patience::default() };
+    let rig = Rig::start_with(vec![migrating(&mute, 0)], patience).await;
+    let asked = rig.ask(WHOLE);
+    let comes = async {
+        eventually("all were asked", || mute.iter().all(|worker| worker.calls() == 1)).await;
+        mute.push(fine);
+        rig.tell_model(migrating(&mute, 0));
+    };
+    let ((status, _), ()) = tokio::join!(asked, comes);
+    assert_eq!(status, 200);
     rig.idle().await;
 }
