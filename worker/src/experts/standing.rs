@@ -44,17 +44,17 @@ impl Board {
 
     /// `suspect` is asked under the lock: of two tasks that tell at once, the last has seen what both did.
     fn set(&self, id: &str, suspect: impl FnOnce() -> bool) {
-        let mut is_suspect = false;
-        let changed = self.suspects.send_if_modified(|suspects| {
-            is_suspect = suspect();
-            if is_suspect { suspects.insert(id.to_owned()) } else { suspects.remove(id) }
+        self.suspects.send_if_modified(|suspects| {
+            let is_suspect = suspect();
+            let changed = if is_suspect { suspects.insert(id.to_owned()) } else { suspects.remove(id) };
+            if changed && is_suspect {
+                self.metrics.suspected();
+            }
+            if changed {
+                self.metrics.suspects(suspects.len());
+            }
+            changed
         });
-        if changed && is_suspect {
-            self.metrics.suspected();
-        }
-        if changed {
-            self.metrics.suspects(self.suspects.borrow().len());
-        }
     }
 }
 
