@@ -4,7 +4,6 @@
 //! must be the same, piece by piece, log probabilities included. Every fault is shown to have bitten.
 
 mod ask;
-mod fault;
 
 use std::{
     path::PathBuf,
@@ -16,13 +15,13 @@ use std::{
 };
 
 use anyhow::{Context, ensure};
-use tests::local::{Fleet, Process, metrics, runs, signal};
+use tests::{
+    fault::{Fault, Faults},
+    local::{Fleet, Process, metrics, runs, signal},
+};
 use tokio::task::JoinHandle;
 
-use self::{
-    ask::{Answer, Ask},
-    fault::{Fault, Faults},
-};
+use self::ask::{Answer, Ask};
 use crate::http::chat;
 
 /// Streams at once.
@@ -134,18 +133,11 @@ impl Load {
     }
 }
 
-/// The workers as they were printed last.
-fn workers(fleet: &Fleet) -> Vec<Process> {
-    let mut latest = std::collections::BTreeMap::new();
-    latest.extend(fleet.workers().into_iter().map(|process| (process.name.clone(), process)));
-    latest.into_values().collect()
-}
-
 async fn inject(fleet: &Fleet, load: &Load, count: usize, draw: &mut fastrand::Rng) -> anyhow::Result<Faults> {
     let mut faults = Faults::new();
     while faults.bitten() < count && !load.stops.load(Relaxed) {
         load.go_on(draw.u64(1..=APART), &mut faults).await?;
-        let worker = draw.choice(workers(fleet)).context("there are workers")?;
+        let worker = draw.choice(fleet.workers()).context("there are workers")?;
         let fault = Fault::drawn(draw, faults.can_reset());
         tokio::task::block_in_place(|| faults.inject(fault, &worker))?;
     }
@@ -169,7 +161,7 @@ fn counted(text: &str, name: &str, reason: &str) -> f64 {
 async fn drain(fleet: &Fleet, load: &Load, worker: &Process) -> anyhow::Result<()> {
     let begun = Instant::now();
     signal(worker.pid, "TERM")?;
-    let is_back = || workers(fleet).iter().any(|other| other.name == worker.name && other.pid != worker.pid);
+    let is_back = || fleet.workers().iter().any(|other| other.name == worker.name && other.pid != worker.pid);
     while !load.stops.load(Relaxed) && (runs(worker.pid) || !is_back()) {
         ensure!(begun.elapsed() < PATIENCE, "{} does not end, or does not come back", worker.name);
         tokio::time::sleep(Duration::from_millis(5)).await; // polls
@@ -184,7 +176,7 @@ async fn workers_that_are_told_to_end_hand_their_streams_over() {
     let mut drained = Ok(());
     for number in 0..DRAINS {
         drained = load.go_on(APART, &mut Faults::new()).await;
-        let worker = &workers(&fleet)[number % 2];
+        let worker = &fleet.workers()[number % 2];
         drained = drained.and(drain(&fleet, &load, worker).await);
         if drained.is_err() {
             break;

@@ -1,6 +1,8 @@
-//! What the integration tests share: where the repository and its programs are, a fleet, a collector, a hub.
+//! What the integration tests and benchmarks share: where the repository and its programs are, a fleet, what can happen to
+//! it, a collector, a hub.
 
 pub mod collector;
+pub mod fault;
 pub mod hub;
 pub mod local;
 
@@ -15,13 +17,14 @@ pub fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the tests crate lies one folder below the root")
 }
 
-/// A program of ours, as cargo built it beside the running test.
+/// A program of ours, as cargo built it beside the running test or benchmark.
 ///
 /// # Panics
 /// If it is not there: `cargo test` of the tests crate alone builds no program of another crate.
 pub fn program(name: &str) -> PathBuf {
-    let test = env::current_exe().expect("a running test has a path");
-    let folder = test.parent().and_then(Path::parent).expect("tests lie in target/PROFILE/deps");
+    let running = env::current_exe().expect("a running program has a path");
+    let folder = running.parent().expect("programs lie in target/PROFILE");
+    let folder = folder.parent().filter(|_| folder.ends_with("deps")).unwrap_or(folder); // tests do
     let path = folder.join(name);
     assert!(path.exists(), "{} is missing: run `cargo build` first", path.display());
     path

@@ -1,7 +1,7 @@
 //! A fleet in local mode, as a user starts it: the `modelfleet` program and the processes that it makes.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     io::{BufRead, BufReader},
     path::Path,
     process::{Child, Command, Stdio},
@@ -122,9 +122,11 @@ impl Fleet {
         self.printed().iter().filter_map(|line| process(line)).collect()
     }
 
-    /// The processes whose name is not the router's.
+    /// The workers as they were printed last, by name.
     pub fn workers(&self) -> Vec<Process> {
-        self.processes().into_iter().filter(|process| process.name != "router").collect()
+        let workers = self.processes().into_iter().filter(|process| process.name != "router");
+        let latest: BTreeMap<String, Process> = workers.map(|process| (process.name.clone(), process)).collect();
+        latest.into_values().collect()
     }
 
     /// `http://HOST:PORT` of the router.

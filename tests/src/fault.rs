@@ -5,8 +5,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use crate::local::{Process, runs, signal};
 use anyhow::{Context, ensure};
-use tests::local::{Process, runs, signal};
 
 /// How long a frozen process is frozen, at most: longer than the router waits for a sign of life.
 const LONGEST_FREEZE: Duration = Duration::from_secs(5);
@@ -15,7 +15,7 @@ const SHOWS: Duration = Duration::from_secs(10);
 
 /// What happens to a worker.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Fault {
+pub enum Fault {
     /// SIGKILL.
     Kill,
     /// SIGSTOP, and SIGCONT after a while.
@@ -25,7 +25,8 @@ pub(super) enum Fault {
 }
 
 impl Fault {
-    pub(super) fn drawn(draw: &mut fastrand::Rng, can_reset: bool) -> Self {
+    /// One at random; resets where they are possible.
+    pub fn drawn(draw: &mut fastrand::Rng, can_reset: bool) -> Self {
         match draw.u32(..if can_reset { 3 } else { 2 }) {
             0 => Self::Kill,
             1 => Self::Freeze(LONGEST_FREEZE.mul_f64(draw.f64().powi(2))),
@@ -35,7 +36,7 @@ impl Fault {
 }
 
 /// The faults so far. Those who are frozen go on when it is dropped.
-pub(super) struct Faults {
+pub struct Faults {
     kills: usize,
     freezes: usize,
     resets: usize,
@@ -50,20 +51,27 @@ impl std::fmt::Debug for Faults {
 }
 
 impl Faults {
-    pub(super) fn new() -> Self {
+    /// None yet.
+    #[expect(clippy::new_without_default, reason = "it tries what this machine lets it do")]
+    pub fn new() -> Self {
         Self { kills: 0, freezes: 0, resets: 0, can_reset: can_reset(), frozen: Vec::new() }
     }
 
-    pub(super) fn can_reset(&self) -> bool {
+    /// Whether connections can be reset here.
+    pub fn can_reset(&self) -> bool {
         self.can_reset
     }
 
-    pub(super) fn bitten(&self) -> usize {
+    /// How many have bitten.
+    pub fn bitten(&self) -> usize {
         self.kills + self.freezes + self.resets
     }
 
     /// Does it to `worker`, unless that is gone or frozen, and counts it once it has bitten.
-    pub(super) fn inject(&mut self, fault: Fault, worker: &Process) -> anyhow::Result<()> {
+    ///
+    /// # Errors
+    /// If it does not bite.
+    pub fn inject(&mut self, fault: Fault, worker: &Process) -> anyhow::Result<()> {
         let pid = worker.pid;
         if !runs(pid) || self.frozen.iter().any(|&(frozen, _)| frozen == pid) {
             return Ok(());
@@ -89,11 +97,11 @@ impl Faults {
     }
 
     /// Lets those go on whose time is over.
-    pub(super) fn thaw(&mut self, now: Instant) {
+    pub fn thaw(&mut self, now: Instant) {
         self.frozen.retain(|&(pid, until)| {
             let is_over = until <= now;
-            if is_over && runs(pid) {
-                let _ = signal(pid, "CONT"); // it may end in between
+            if is_over {
+                go_on(pid);
             }
             !is_over
         });
@@ -102,7 +110,13 @@ impl Faults {
 
 impl Drop for Faults {
     fn drop(&mut self) {
-        self.thaw(Instant::now() + LONGEST_FREEZE);
+        self.frozen.iter().for_each(|&(pid, _)| go_on(pid));
+    }
+}
+
+fn go_on(pid: u32) {
+    if runs(pid) {
+        let _ = signal(pid, "CONT"); // it may end in between
     }
 }
 

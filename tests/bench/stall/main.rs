@@ -1,0 +1,220 @@
+//! `stalls FAULTS`: how long streams stand still when a worker is lost, as `tests/bench/stalls` describes it.
+//!
+//! For each fault a few streams are begun, one after the other, so that it is known where each runs. Once all of them are
+//! well under way the fault comes; each is read to its end and compared with the undisturbed answer.
+
+mod rows;
+mod stream;
+
+use std::{
+    fmt,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, bail, ensure};
+use tests::{
+    fault::{Fault, Faults},
+    local::{Fleet, Process, metrics},
+};
+
+use self::{
+    rows::Rows,
+    stream::{Pieces, Stream},
+};
+
+/// Workers; one more than there are streams, so that one holds experts and runs nothing.
+const SHARDS: usize = 4;
+const STREAMS: usize = SHARDS - 1;
+/// Of all layers of the model.
+const EXPERTS: u32 = 48;
+/// A frozen process is frozen until the streams have ended, and longer than that never.
+const FROZEN: Duration = Duration::from_secs(60);
+/// The longest that one step of the benchmark may take.
+const PATIENCE: Duration = Duration::from_secs(90);
+/// Between two looks at a condition.
+const LOOK_EVERY: Duration = Duration::from_millis(2);
+
+/// What happens to whom.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Kind {
+    /// Of each expert, beside the one.
+    copies: u32,
+    is_frozen: bool,
+    /// Whether the measured streams run at the victim; else they only need its experts.
+    runs_them: bool,
+}
+
+impl Kind {
+    /// Without a copy a frozen holder is waited for as long as it is frozen, which measures nothing.
+    const ALL: [Self; 6] = [
+        Self { copies: 1, is_frozen: false, runs_them: false },
+        Self { copies: 1, is_frozen: false, runs_them: true },
+        Self { copies: 1, is_frozen: true, runs_them: false },
+        Self { copies: 1, is_frozen: true, runs_them: true },
+        Self { copies: 0, is_frozen: false, runs_them: false },
+        Self { copies: 0, is_frozen: false, runs_them: true },
+    ];
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let how = if self.is_frozen { "frozen" } else { "killed" };
+        let who = if self.runs_them { "runs the stream" } else { "holds experts" };
+        f.pad(&format!("{how}, {who}"))
+    }
+}
+
+/// One stream that a fault hit.
+pub(crate) struct Hit {
+    /// The longest gap after the fault, beyond the median gap before it.
+    stall: Duration,
+    /// What was left of that gap when a killed process was back.
+    after_back: Option<Duration>,
+    is_same: bool,
+}
+
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    let faults = std::env::args().nth(1).context("usage: stalls FAULTS")?;
+    let faults: usize = faults.parse().context("FAULTS is a number")?;
+    let mut rows = Rows::default();
+    for copies in [1, 0] {
+        let kinds = Kind::ALL.into_iter().filter(|kind| kind.copies == copies);
+        let measured = measure(copies, &kinds.collect::<Vec<_>>(), faults, &mut rows).await;
+        measured.inspect_err(|_| rows.print())?;
+    }
+    rows.print();
+    ensure!(rows.are_same(), "an answer was not the undisturbed one");
+    Ok(())
+}
+
+/// All kinds in turn, `faults` times.
+async fn measure(copies: u32, kinds: &[Kind], faults: usize, rows: &mut Rows) -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    let file = folder.path().join("model.yaml");
+    let model = tests::root().join("manifests/models/tiny-r1");
+    let yaml = format!(
+        "apiVersion: modelfleet.io/v1alpha1\nkind: ModelDeployment\nmetadata: {{name: tiny-r1}}\nspec:\n  \
+         model: {{source: \"file://{}\"}}\n  parallelism: {{expert: {{shards: {SHARDS}, redundancy: {copies}}}}}\n",
+        model.display()
+    );
+    std::fs::write(&file, yaml)?;
+    let mut fleet = tokio::task::block_in_place(|| Fleet::start(&file, &[]))?;
+    tokio::task::block_in_place(|| fleet.ready())?;
+    let url = fleet.url()?;
+    let mut undisturbed = Vec::new();
+    for number in 0..STREAMS {
+        undisturbed.push(Stream::begin(&url, number).await?.end().await?.text());
+    }
+    for _ in 0..faults {
+        for &kind in kinds {
+            let hits = strike(&fleet, &url, kind, &undisturbed).await.with_context(|| format!("{kind}"));
+            let hits = hits.with_context(|| format!("{:#?}", fleet.printed()))?;
+            rows.add(kind, hits);
+        }
+    }
+    tokio::task::block_in_place(|| fleet.stop())
+}
+
+/// One fault, from whole fleet to whole fleet. No stream is hit by a fault that struck after its end.
+async fn strike(fleet: &Fleet, url: &str, kind: Kind, undisturbed: &[String]) -> anyhow::Result<Vec<Hit>> {
+    let workers = at_rest(fleet, kind.copies).await?;
+    let (mut streams, mut homes) = (Vec::new(), Vec::new());
+    for number in 0..undisturbed.len() {
+        let before = running(&workers).await?;
+        streams.push(Stream::begin(url, number).await?);
+        homes.push(joined(&workers, &before).await?);
+    }
+    let runs_any = |worker: &&Process| homes.contains(&worker.name);
+    let victim = workers.iter().find(|worker| runs_any(worker) == kind.runs_them).context("there are such workers")?;
+    for stream in &streams {
+        stream.is_under_way().await?;
+    }
+    let mut faults = Faults::new();
+    let fault = if kind.is_frozen { Fault::Freeze(FROZEN) } else { Fault::Kill };
+    let struck = Instant::now();
+    tokio::task::block_in_place(|| faults.inject(fault, victim))?;
+    ensure!(faults.bitten() == 1, "{} was gone before", victim.name);
+    let back = async { if kind.is_frozen { Ok(None) } else { is_back(fleet, victim).await.map(Some) } };
+    let ended = async {
+        let mut ended = Vec::new();
+        for stream in streams {
+            ended.push(stream.end().await?);
+        }
+        anyhow::Ok(ended)
+    };
+    let (back, ended) = tokio::try_join!(back, ended)?;
+    let hit = |(number, (pieces, home)): (usize, (Pieces, String))| {
+        let (from, until) = pieces.longest_gap_after(struck)?;
+        let stall = (until - from).saturating_sub(pieces.usual_gap_before(struck)?);
+        let after_back = back.map(|back| until.saturating_duration_since(back.max(from)));
+        let counts = !kind.runs_them || home == victim.name;
+        counts.then(|| Hit { stall, after_back, is_same: pieces.text() == undisturbed[number] })
+    };
+    Ok(ended.into_iter().zip(homes).enumerate().filter_map(hit).collect())
+}
+
+/// The workers, once each holds all that it is to hold, and nothing else, suspects nobody, and runs nothing.
+async fn at_rest(fleet: &Fleet, copies: u32) -> anyhow::Result<Vec<Process>> {
+    let begun = Instant::now();
+    let mut seen = Vec::new();
+    while begun.elapsed() < PATIENCE {
+        let workers = fleet.workers();
+        seen.clear();
+        for worker in &workers {
+            seen.push(told(worker, &["experts_held", "suspect_peers", "running_sequences"]).await.unwrap_or_default());
+        }
+        let held: f64 = seen.iter().filter_map(|told| told.first()).sum();
+        let is_calm = seen.iter().all(|told| matches!(told[..], [_, suspects, running] if suspects + running == 0.0));
+        if held == f64::from(EXPERTS * (1 + copies)) && is_calm {
+            return Ok(workers);
+        }
+        tokio::time::sleep(LOOK_EVERY).await; // polls
+    }
+    bail!("the fleet does not come to rest: {seen:?}")
+}
+
+/// The values of a worker's gauges.
+async fn told(worker: &Process, gauges: &[&str]) -> anyhow::Result<Vec<f64>> {
+    let text = metrics(&worker.admin().await?).await?;
+    let value = |gauge: &&str| {
+        let name = format!("modelfleet_worker_{gauge}");
+        let line = text.lines().find(|line| line.starts_with(&name)).with_context(|| format!("{name} is told"))?;
+        line.rsplit(' ').next().and_then(|value| value.parse().ok()).with_context(|| format!("{line} has a number"))
+    };
+    gauges.iter().map(value).collect()
+}
+
+/// Sequences that run at each worker.
+async fn running(workers: &[Process]) -> anyhow::Result<Vec<f64>> {
+    let mut running = Vec::new();
+    for worker in workers {
+        running.extend(told(worker, &["running_sequences"]).await?);
+    }
+    Ok(running)
+}
+
+/// The name of the worker that runs more than `before`.
+async fn joined(workers: &[Process], before: &[f64]) -> anyhow::Result<String> {
+    let begun = Instant::now();
+    while begun.elapsed() < PATIENCE {
+        let now = running(workers).await?;
+        let more = now.iter().zip(before).position(|(now, before)| now > before);
+        if let Some(index) = more {
+            return Ok(workers[index].name.clone());
+        }
+    }
+    bail!("a stream runs nowhere")
+}
+
+/// When another process in the place of `victim` took requests.
+async fn is_back(fleet: &Fleet, victim: &Process) -> anyhow::Result<Instant> {
+    let begun = Instant::now();
+    while begun.elapsed() < PATIENCE {
+        if fleet.workers().iter().any(|worker| worker.name == victim.name && worker.pid != victim.pid) {
+            return Ok(Instant::now());
+        }
+        tokio::time::sleep(LOOK_EVERY).await; // polls
+    }
+    bail!("{} does not come back", victim.name)
+}
