@@ -5,8 +5,9 @@ use std::{
     time::Duration,
 };
 
-/// The least time that a worker has to take a call, however fast others are.
-const LEAST_HEAD: Duration = Duration::from_secs(1);
+/// The least time that a worker has to take a call, however fast others are: one that gives no sign of life is left long
+/// before, so this one only has much to do.
+const LEAST_HEAD: Duration = Duration::from_secs(5);
 /// How many times slower than the slowest of late one may be.
 const SLOWER: u64 = 20;
 /// Bytes of a body for which a worker gets another millisecond: it parses, renders and tokenizes them first.
@@ -62,8 +63,8 @@ mod tests {
         let (pace, patience) = (Pace::default(), Patience::default());
         let limit = || pace.limit(0, &patience);
         assert_eq!(limit(), patience.head, "nothing is known");
-        pace.took(Duration::from_millis(200));
-        assert_eq!(limit(), Duration::from_secs(4));
+        pace.took(Duration::from_millis(400));
+        assert_eq!(limit(), Duration::from_secs(8));
         pace.took(Duration::from_secs(9));
         assert_eq!(limit(), patience.head);
         for _ in 0..200 {
