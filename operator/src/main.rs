@@ -165,7 +165,7 @@ async fn run(arguments: RunArguments, telemetry: &Telemetry) -> anyhow::Result<(
         let fleet = fleet.clone();
         async move { fleet.serve(listener, std::future::pending()).await }
     });
-    let admin = Admin { ready: || Ok(()), registry: telemetry.registry() };
+    let admin = Admin { ready: || Ok(()), registry: telemetry.registry(), pages: Vec::new() };
     let admin = tokio::spawn(admin::serve(admin_listener, admin, std::future::pending()));
     let ended = tokio::select! {
         () = controller::run(client, settings, fleet, terminated()?) => Ok(()),

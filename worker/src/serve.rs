@@ -12,6 +12,7 @@ use std::{
 
 use engine::{Engine as _, ModelEngine};
 use prometheus::Registry;
+use serde_json::json;
 use tokio::{
     net::TcpListener,
     sync::{mpsc, watch},
@@ -19,8 +20,9 @@ use tokio::{
 use tonic::service::Routes;
 use tonic_health::server::HealthReporter;
 use tracing::{info, warn};
-use wire::proto::{
-    Failure, Progress, Report, experts_server::ExpertsServer, progress, report, worker_server::WorkerServer,
+use wire::{
+    admin::{self, Admin, Page},
+    proto::{Failure, Progress, Report, experts_server::ExpertsServer, progress, report, worker_server::WorkerServer},
 };
 
 use crate::{
@@ -175,9 +177,11 @@ pub async fn serve(
     let state = State::new(mesh, &options);
     let (reports, receiver) = mpsc::channel(256);
     tokio::spawn(control::follow(control::stream(&options, receiver), state.clone(), reports.clone()));
-    let ready = state.clone();
-    let admin = wire::admin::Admin { ready: move || ready.ready(), registry };
-    tokio::spawn(wire::admin::serve(listeners.admin, admin, std::future::pending()));
+    let (ready, told) = (state.clone(), state.clone());
+    let read = move || told.expert_load().map(|load| json!(load)).ok_or_else(|| "no experts are in memory".to_owned());
+    let pages = vec![Page { path: admin::EXPERTS, read: Arc::new(read) }];
+    let admin = Admin { ready: move || ready.ready(), registry, pages };
+    tokio::spawn(admin::serve(listeners.admin, admin, std::future::pending()));
 
     let served = run(&options, listeners.grpc, &state, metrics, &reports, shutdown).await;
     if let Err(error) = &served {

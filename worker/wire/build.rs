@@ -15,6 +15,11 @@ fn main() -> Result<(), Box<dyn Error>> {
     std::fs::write(out.join("modelfleet.bin"), descriptors.encode_to_vec())?;
     let inference = protox::compile([&paths[0]], ["proto"])?;
     std::fs::write(out.join("inference.bin"), inference.encode_to_vec())?;
-    tonic_prost_build::configure().bytes(".modelfleet.v1").compile_fds(descriptors)?;
+    let mut generated = tonic_prost_build::configure().bytes(".modelfleet.v1");
+    for told_as_json in ["ExpertLoad", "LayerLoad"] {
+        let path = format!(".modelfleet.v1.{told_as_json}");
+        generated = generated.type_attribute(path, "#[derive(serde::Serialize, serde::Deserialize)]");
+    }
+    generated.compile_fds(descriptors)?;
     Ok(())
 }

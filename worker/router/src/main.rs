@@ -74,7 +74,7 @@ async fn run(arguments: Arguments, telemetry: &telemetry::Telemetry) -> anyhow::
     let ready = move || {
         if *ready.borrow() { Ok(()) } else { Err("does not know the models yet, or ends".to_owned()) }
     };
-    let admin = Admin { ready, registry: telemetry.registry() };
+    let admin = Admin { ready, registry: telemetry.registry(), pages: Vec::new() };
     let admin = tokio::spawn(admin::serve(admin_listener, admin, std::future::pending()));
 
     let hello = hello(&arguments, http, grpc);

@@ -4,10 +4,15 @@ use std::path::Path;
 
 use opentelemetry::metrics::MeterProvider as _;
 use serde_json::{Value, json};
-use tokio::{sync::oneshot, task::JoinHandle};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+    sync::oneshot,
+    task::JoinHandle,
+};
 use tonic::{Code, Status, Streaming, transport::Channel};
 use wire::proto::{
-    Endpoint, GenerateCall, GenerateReply, Resume, ResumedChoice, chunk::Kind, generate_reply::Reply,
+    Endpoint, ExpertLoad, GenerateCall, GenerateReply, Resume, ResumedChoice, chunk::Kind, generate_reply::Reply,
     worker_client::WorkerClient, worker_server::Worker as _,
 };
 
@@ -18,6 +23,7 @@ mod resume;
 
 struct Running {
     client: WorkerClient<Channel>,
+    admin: String,
     end: Option<oneshot::Sender<Shutdown>>,
     task: JoinHandle<Result<(), Error>>,
     _dir: tempfile::TempDir,
@@ -52,12 +58,13 @@ impl Running {
         let bind = || TcpListener::bind("127.0.0.1:0");
         let listeners = Listeners { grpc: bind().await.unwrap(), admin: bind().await.unwrap() };
         let address = listeners.grpc.local_addr().unwrap().to_string();
+        let admin = listeners.admin.local_addr().unwrap().to_string();
         let (end, ended) = oneshot::channel();
         let shutdown = async { ended.await.unwrap_or(Shutdown::Drain) };
         let options = options(max_sequences, &address);
         let task = tokio::spawn(serve(options, listeners, Registry::new(), metrics(), shutdown));
         let client = WorkerClient::new(wire::connect(&address));
-        Self { client, end: Some(end), task, _dir: dir }
+        Self { client, admin, end: Some(end), task, _dir: dir }
     }
 
     async fn generate(&self, endpoint: Endpoint, body: Value) -> Result<Streaming<GenerateReply>, Status> {
@@ -157,6 +164,26 @@ async fn a_sum_is_thought_about_and_answered() {
     assert_eq!(usage["completion_tokens"], answer.tokens);
     assert_eq!(usage["total_tokens"].as_u64(), Some(usage["prompt_tokens"].as_u64().unwrap() + answer.tokens as u64));
     assert_eq!(answer.usage["choices"], json!([]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_rows_of_each_expert_are_told_to_whom_asks() {
+    let worker = Running::start(8).await;
+    let answer = worker.answer(Endpoint::ChatCompletions, sum()).await;
+    let mut stream = TcpStream::connect(&worker.admin).await.unwrap();
+    stream.write_all(b"GET /experts HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await.unwrap();
+    let mut page = String::new();
+    stream.read_to_string(&mut page).await.unwrap();
+    let load: ExpertLoad = serde_json::from_str(page.split_once("\r\n\r\n").unwrap().1).unwrap();
+    assert_eq!(
+        load.layers.iter().map(|layer| (layer.layer, layer.rows.len())).collect::<Vec<_>>(),
+        [(1, 16), (2, 16), (3, 16)]
+    );
+    // four experts for each token that was read; the last one that was written was not read any more
+    let read = answer.usage["usage"]["total_tokens"].as_u64().unwrap() - 1;
+    for layer in &load.layers {
+        assert_eq!(layer.rows.iter().sum::<u64>(), 4 * read);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

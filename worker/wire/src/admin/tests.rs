@@ -32,13 +32,20 @@ async fn probes_and_metrics_tell_what_the_process_knows() {
     let ready = move || {
         if seen.load(Relaxed) { Ok(()) } else { Err("no snapshot yet".to_owned()) }
     };
-    tokio::spawn(serve(listener, Admin { ready, registry }, std::future::pending()));
+    let seen = is_ready.clone();
+    let read = move || if seen.load(Relaxed) { Ok(serde_json::json!([1, 2])) } else { Err("too early".to_owned()) };
+    let pages = vec![Page { path: "/numbers", read: Arc::new(read) }];
+    tokio::spawn(serve(listener, Admin { ready, registry, pages }, std::future::pending()));
 
     assert!(get(&address, "/healthz").await.starts_with("HTTP/1.1 200"));
     let not_ready = get(&address, "/readyz").await;
     assert!(not_ready.starts_with("HTTP/1.1 503") && not_ready.contains("no snapshot yet"), "{not_ready}");
+    let nothing_yet = get(&address, "/numbers").await;
+    assert!(nothing_yet.starts_with("HTTP/1.1 503") && nothing_yet.ends_with("too early\n"), "{nothing_yet}");
     is_ready.store(true, Relaxed);
     assert!(get(&address, "/readyz").await.starts_with("HTTP/1.1 200"));
     assert!(get(&address, "/metrics").await.contains("modelfleet_test_total 7"));
+    let page = get(&address, "/numbers").await;
+    assert!(page.contains("content-type: application/json") && page.ends_with("[1,2]"), "{page}");
     assert!(get(&address, "/debug").await.starts_with("HTTP/1.1 404"));
 }
