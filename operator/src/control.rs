@@ -152,8 +152,8 @@ impl Fleet {
     }
 
     /// Models about which something was heard that a reconciler must look at: a process came or went, a worker changed
-    /// its phase, a snapshot was acknowledged, a download moved on by a tenth, a request waits for a model without
-    /// workers. Repetitions are merged. For one reader: two would each get a part.
+    /// its phase, a snapshot was acknowledged, a download moved on by a tenth, the rows of its experts doubled, a request
+    /// waits for a model without workers. Repetitions are merged. For one reader: two would each get a part.
     pub fn changed(&self) -> impl Stream<Item = String> + Send + use<> {
         stream::unfold(self.clone(), |fleet| async move {
             loop {

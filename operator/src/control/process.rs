@@ -41,11 +41,14 @@ pub(super) struct ExpertRows {
     said: BTreeMap<u32, Vec<u64>>,
     /// Each report counts a tenth less than the next one.
     pub(super) lately: BTreeMap<u32, Vec<u64>>,
+    /// How many there were when the reconciler was told last.
+    looked_at: u64,
 }
 
 impl ExpertRows {
-    /// Takes in what was counted since the process started.
-    fn hear(&mut self, load: proto::ExpertLoad) {
+    /// Takes in what was counted since the process started, and says whether the reconciler must look: soon after the
+    /// first rows, and ever more rarely. What changes later is seen when it looks for another reason.
+    fn hear(&mut self, load: proto::ExpertLoad) -> Heard {
         for proto::LayerLoad { layer, rows } in load.layers.into_iter().take(MAX_LAYERS) {
             let rows: Vec<u64> = rows.into_iter().take(MAX_EXPERTS).collect();
             let before = self.said.entry(layer).or_default();
@@ -57,6 +60,12 @@ impl ExpertRows {
             }
             *before = rows;
         }
+        let all = self.said.values().flatten().fold(0_u64, |sum, rows| sum.saturating_add(*rows));
+        if all < self.looked_at.saturating_mul(2).max(1) {
+            return Heard::Nothing;
+        }
+        self.looked_at = all;
+        Heard::Matters
     }
 }
 
@@ -150,10 +159,7 @@ impl Process {
             report::Report::Acknowledgement(acknowledgement) => self.hear_acknowledgement(acknowledgement),
             report::Report::RouterLoad(load) if self.hello.role() == Role::Router => self.hear_router_load(load, now),
             report::Report::RouterLoad(_) => Heard::Nothing,
-            report::Report::ExpertLoad(load) => {
-                self.experts.hear(load);
-                Heard::Nothing
-            }
+            report::Report::ExpertLoad(load) => self.experts.hear(load),
             report::Report::Suspects(suspects) => {
                 let suspects: BTreeSet<String> = suspects.ids.into_iter().take(MAX_SUSPECTS).collect();
                 let matters = self.suspects != suspects;

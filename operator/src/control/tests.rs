@@ -384,6 +384,51 @@ async fn mesh_names_what_to_hold_besides_how_long_to_wait_and_the_replicas_that_
 }
 
 #[tokio::test]
+async fn rows_of_experts_and_suspicions_are_summed_over_the_workers() {
+    let fleet = leading();
+    let address = serving(&fleet).await;
+    let (w0, w1) = (Peer::worker(&address, "w0", 0), Peer::worker(&address, "w1", 1));
+    // loads go only to operators that listen: the next one has it all
+    until(&fleet, |view| view.workers.len() == 2).await;
+    let load = |rows: [u64; 2]| {
+        let layers = vec![proto::LayerLoad { layer: 1, rows: rows.to_vec() }];
+        Say::ExpertLoad(proto::ExpertLoad { layers })
+    };
+    let rows = |view: &FleetView| view.expert_loads.first().map(|load| load.rows[&1].clone());
+    w0.say(load([10, 0])).await;
+    until(&fleet, |view| rows(view) == Some(vec![10, 0])).await;
+    w1.say(load([1, 1])).await;
+    until(&fleet, |view| rows(view) == Some(vec![11, 1])).await;
+    w0.say(load([20, 5])).await;
+    w0.say(Say::Suspects(proto::Suspects { ids: vec!["w1".to_owned()] })).await;
+    let suspected = |view: &FleetView| view.workers.iter().map(|worker| worker.suspected_by).collect::<Vec<_>>();
+    // of worker 0: ten that count nine by now, and ten more
+    let view = until(&fleet, |view| rows(view) == Some(vec![20, 6]) && suspected(view) == [0, 1]).await;
+    let loads = &view.expert_loads[..];
+    assert_eq!((loads.len(), loads[0].revision.as_str(), loads[0].replica), (1, "r1", 0));
+    w1.say(Say::Suspects(proto::Suspects { ids: vec!["w0".to_owned()] })).await;
+    until(&fleet, |view| suspected(view) == [1, 1]).await;
+    drop(w1);
+    // who is gone neither gives rows nor suspects
+    until(&fleet, |view| rows(view) == Some(vec![19, 5]) && suspected(view) == [0, 1]).await;
+}
+
+#[tokio::test]
+async fn rows_of_experts_wake_the_reconciler_when_they_have_doubled() {
+    let fleet = leading();
+    let worker = Peer::worker(&serving(&fleet).await, "w0", 0);
+    until(&fleet, |view| view.workers.len() == 1).await;
+    let mut changed = Box::pin(fleet.changed());
+    while timeout(Duration::from_millis(200), changed.next()).await.is_ok() {}
+    for (rows, wakes) in [(0, false), (1, true), (1, false), (2, true), (3, false), (1000, true)] {
+        let layers = vec![proto::LayerLoad { layer: 1, rows: vec![rows, 0] }];
+        worker.say(Say::ExpertLoad(proto::ExpertLoad { layers })).await;
+        let patience = if wakes { PATIENCE } else { Duration::from_millis(200) };
+        assert_eq!(timeout(patience, changed.next()).await.is_ok(), wakes, "{rows} rows");
+    }
+}
+
+#[tokio::test]
 async fn draining_worker_leaves_and_without_requests_holds_nobody_up() {
     let fleet = leading();
     let address = serving(&fleet).await;
