@@ -17,4 +17,5 @@ mod life;
 mod node;
 mod path;
 mod process;
+mod rebalance;
 mod world;

@@ -30,6 +30,8 @@ pub struct Stage {
     pub stuck: Vec<String>,
     /// Workers that drain still have requests.
     pub busy: bool,
+    /// Rows that each worker gives to the experts of one layer, again and again.
+    pub routed: Option<(u32, Vec<u64>)>,
 }
 
 /// Shared between the doubles and the test.
@@ -129,8 +131,19 @@ pub fn worker(operators: &[String], place: Place, stage: &Shared, tasks: &mut Jo
     tasks.spawn(async move {
         let (mut loaded, mut draining) = (None, None);
         let mut turns = tokio::time::interval(std::time::Duration::from_millis(20));
+        let (mut loads, mut given) = (tokio::time::interval(std::time::Duration::from_millis(100)), 0);
         loop {
             let told = tokio::select! {
+                _ = loads.tick() => {
+                    let routed = stage.lock().unwrap().routed.clone();
+                    if let Some((layer, rows)) = routed {
+                        given += 1;
+                        let rows = rows.into_iter().map(|rows| rows * given).collect();
+                        let layers = vec![proto::LayerLoad { layer, rows }];
+                        process.say(Say::ExpertLoad(proto::ExpertLoad { layers })).await;
+                    }
+                    continue;
+                }
                 told = process.told.next() => told,
                 _ = turns.tick(), if draining.is_some() => {
                     if !stage.lock().unwrap().busy {
