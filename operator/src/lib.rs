@@ -9,6 +9,7 @@ pub mod control;
 pub mod controller;
 pub mod decide;
 pub mod error;
+pub mod experts;
 pub mod facts;
 pub mod launch;
 pub mod lease;

@@ -4,17 +4,20 @@ mod check;
 
 use std::{
     future::Future,
-    io::{Write as _, stderr, stdout},
+    io::{IsTerminal as _, Write as _, stderr, stdout},
     net::SocketAddr,
     path::{Path, PathBuf},
     process::ExitCode,
+    time::Duration,
 };
 
 use anyhow::Context as _;
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use kube::config::{KubeConfigOptions, Kubeconfig};
 use operator::{
     control::Fleet,
     controller::{self, Settings},
+    experts::{self, Canvas},
     lease::Timing,
     local::{self, Output, Tools},
     preview,
@@ -28,6 +31,9 @@ use wire::{
     admin::{self, Admin},
     telemetry::{self, Telemetry},
 };
+
+/// How long one answer of the cluster may take where a person waits.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Serves models, in a cluster or on this machine.
 #[derive(Parser)]
@@ -45,6 +51,8 @@ enum Command {
     Local(LocalArguments),
     /// Prints what a model would be made of
     Plan(PlanArguments),
+    /// Draws the experts of a model in a cluster: who holds them, and how many rows each gets
+    Experts(ExpertsArguments),
     /// Prints the custom resource definition
     Crd,
     /// Asks a router whether it serves
@@ -129,12 +137,39 @@ struct PlanArguments {
     files: Vec<PathBuf>,
 }
 
+#[derive(Args)]
+struct ExpertsArguments {
+    /// Name of the ModelDeployment
+    name: String,
+    /// Its namespace [default: the context's]
+    #[arg(short, long)]
+    namespace: Option<String>,
+    /// One layer as a table, expert by expert
+    #[arg(long)]
+    layer: Option<u32>,
+    /// All of it as data
+    #[arg(short, long)]
+    output: Option<Format>,
+    /// A context of the kubeconfig [default: the current one]
+    #[arg(long)]
+    context: Option<String>,
+    /// Where the kubeconfig is [default: as for kubectl]
+    #[arg(long)]
+    kubeconfig: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Format {
+    Json,
+}
+
 #[tokio::main]
 async fn main() -> ExitCode {
     let ended = match Arguments::parse().command {
         Command::Run(arguments) => with_telemetry(async |telemetry| run(*arguments, telemetry).await).await,
         Command::Local(arguments) => with_telemetry(async |_| run_local(arguments).await).await,
         Command::Plan(arguments) => print_plan(&arguments).await,
+        Command::Experts(arguments) => print_experts(arguments).await,
         Command::Crd => print_definition(),
         Command::Check { router } => check::check(&router).await,
     };
@@ -240,6 +275,40 @@ async fn print_plan(arguments: &PlanArguments) -> anyhow::Result<()> {
     let tools = Tools { programs: &programs, cache: &cache };
     let text = preview::preview(&arguments.files, tools).await?;
     stdout().write_all(text.as_bytes()).context("write the plan")
+}
+
+async fn print_experts(arguments: ExpertsArguments) -> anyhow::Result<()> {
+    let client = cluster(arguments.kubeconfig.as_deref(), arguments.context).await.context("find the cluster")?;
+    let namespace = arguments.namespace.unwrap_or_else(|| client.default_namespace().to_owned());
+    let mut seen = experts::read(&client, &namespace, &arguments.name, PATIENCE).await?;
+    if let Some(layer) = arguments.layer {
+        seen = seen.only(layer)?;
+    }
+    let text = match (arguments.output, arguments.layer) {
+        (Some(Format::Json), _) => serde_json::to_string_pretty(&seen).context("write the experts as JSON")? + "\n",
+        (None, Some(_)) => experts::table(&seen),
+        (None, None) => experts::draw(&seen, canvas()),
+    };
+    stdout().write_all(text.as_bytes()).context("write the drawing")
+}
+
+/// The cluster that kubectl would ask.
+async fn cluster(kubeconfig: Option<&Path>, context: Option<String>) -> anyhow::Result<kube::Client> {
+    let options = KubeConfigOptions { context, ..KubeConfigOptions::default() };
+    let config = match kubeconfig {
+        Some(file) => kube::Config::from_custom_kubeconfig(Kubeconfig::read_from(file)?, &options).await?,
+        None if options.context.is_some() => kube::Config::from_kubeconfig(&options).await?,
+        None => kube::Config::infer().await?,
+    };
+    Ok(kube::Client::try_from(config)?)
+}
+
+/// The terminal, or what a pipe can take.
+fn canvas() -> Canvas {
+    let set = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+    let terminal = rustix::termios::tcgetwinsize(stdout()).ok().map(|size| usize::from(size.ws_col));
+    let columns = set("COLUMNS").and_then(|columns| columns.parse().ok()).or(terminal).filter(|columns| *columns > 0);
+    Canvas { columns: columns.unwrap_or(80), colour: stdout().is_terminal() && set("NO_COLOR").is_none() }
 }
 
 fn print_definition() -> anyhow::Result<()> {

@@ -36,7 +36,7 @@ fn by_layers(held: &BTreeMap<u32, Vec<u32>>) -> String {
 }
 
 /// Ascending numbers, those in a row as `FIRST-LAST`; `-` for none.
-fn ranges(numbers: &[u32]) -> String {
+pub(crate) fn ranges(numbers: &[u32]) -> String {
     let mut ranges: Vec<(u32, u32)> = Vec::new();
     for &number in numbers {
         match ranges.last_mut() {

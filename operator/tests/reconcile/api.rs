@@ -73,6 +73,8 @@ struct State {
     plan: Option<Plan>,
     /// The plural whose watches are silent.
     silent: Option<String>,
+    /// What pods answer, by NAME:PORT/PATH.
+    pages: BTreeMap<String, (u16, String)>,
 }
 
 impl Api {
@@ -146,6 +148,14 @@ impl Api {
         self.0.changed.notify_waiters();
     }
 
+    /// Lets a pod answer at `NAME:PORT/PATH`, or no more.
+    pub fn page(&self, at: &str, answer: Option<(u16, &str)>) {
+        self.state(|state| match answer {
+            Some((code, text)) => drop(state.pages.insert(at.to_owned(), (code, text.to_owned()))),
+            None => drop(state.pages.remove(at)),
+        });
+    }
+
     fn state<T>(&self, act: impl FnOnce(&mut State) -> T) -> T {
         act(&mut self.0.state.lock().unwrap())
     }
@@ -164,6 +174,13 @@ impl Api {
             Some(Fault::Hang) => std::future::pending().await,
             Some(Fault::Panic) => panic!("on purpose"),
             _ => {}
+        }
+        if let Some(proxied) = &path.proxied {
+            let at = format!("{}/{proxied}", path.name.as_deref().unwrap_or_default());
+            return match self.state(|state| state.pages.get(&at).cloned()) {
+                Some((code, text)) => respond(code, text.into()),
+                None => reply(Err((503, format!("error trying to reach service: no answer at {at}")))),
+            };
         }
         let body = if body.is_empty() { Value::Null } else { serde_json::from_slice(&body).unwrap() };
         let mut answer = self.state(|state| state.serve(&method, &path, body));
@@ -356,7 +373,10 @@ fn reply(answer: Answer) -> Response<UnsyncBoxBody<Bytes, Infallible>> {
             (code, status)
         }
     };
-    let bytes = Bytes::from(serde_json::to_vec(&body).unwrap());
+    respond(code, serde_json::to_vec(&body).unwrap().into())
+}
+
+fn respond(code: u16, bytes: Bytes) -> Response<UnsyncBoxBody<Bytes, Infallible>> {
     let mut response = Response::new(http_body_util::Full::new(bytes).boxed_unsync());
     *response.status_mut() = StatusCode::from_u16(code).unwrap();
     response

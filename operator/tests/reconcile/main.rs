@@ -11,6 +11,7 @@
 mod api;
 mod cluster;
 mod crash;
+mod experts;
 mod fault;
 mod golden;
 mod life;

@@ -14,6 +14,8 @@ pub struct Path {
     pub name: Option<String>,
     /// The subresource `/status`.
     pub status: bool,
+    /// What is asked of a pod through the API server.
+    pub proxied: Option<String>,
     /// A watch, from `version` on.
     pub watch: bool,
     /// Where a watch begins.
@@ -40,6 +42,7 @@ impl Path {
             namespace,
             name: rest.get(1).map(|name| (*name).to_owned()),
             status: rest.get(2) == Some(&"status"),
+            proxied: (rest.get(2) == Some(&"proxy")).then(|| rest[3..].join("/")),
             watch: find("watch").as_deref() == Some("true"),
             version: find("resourceVersion").and_then(|version| version.parse().ok()).unwrap_or(0),
             apply: find("fieldManager").is_some(),
