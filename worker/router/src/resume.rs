@@ -9,8 +9,8 @@ use wire::proto::{Chunk, Resume, ResumedChoice, chunk::Kind};
 
 use crate::{patience::Patience, snapshot::Content};
 
-/// How often a request may be lost by workers before its client has anything: one that kills its worker must not kill
-/// all.
+/// How often a request may be lost by workers before its client has anything, unless its model lets answers go on more
+/// often: one that kills its worker must not kill all.
 const LOSSES: u32 = 3;
 /// The most tokens of one answer that are remembered; a longer one stays where it is.
 const MOST_TOKENS: usize = 1 << 20;
@@ -146,7 +146,7 @@ impl Journey {
         let may = self.may_move();
         if self.content.is_none() {
             self.losses += 1;
-            return self.losses < LOSSES;
+            return self.losses < LOSSES.max(self.most_moves);
         }
         self.moves += 1;
         may
@@ -199,6 +199,8 @@ mod tests {
         for mut journey in [Journey::of_stream(0), Journey::of_whole(0)] {
             assert_eq!([journey.moves_on(), journey.moves_on(), journey.moves_on()], [true, true, false]);
         }
+        let mut often = Journey::of_stream(5);
+        assert_eq!([(); 5].map(|()| often.moves_on()), [true, true, true, true, false], "as often as the model says");
         let mut whole = Journey::of_whole(0);
         whole.took(&chunk(0, &[1], false), &content());
         assert_eq!([whole.moves_on(), whole.moves_on(), whole.moves_on()], [true, true, false]);
