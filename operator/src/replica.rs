@@ -131,19 +131,19 @@ impl Replica {
     /// Ordinals that worked before and do not now: gone, started again, or crashed.
     pub fn lost(&self) -> Vec<u32> {
         let some_ready = self.ready_workers() > 0;
-        let begun = self.begun();
+        let first_made_until = self.first_made_until();
         let lost = |ordinal: &u32| match self.worker(*ordinal) {
             None => some_ready,
             Some(worker) if worker.ready() => false,
             Some(worker) if worker.terminating() => true,
-            Some(worker) => worker.crashed() || begun.is_some_and(|begun| worker.made_after(begun)),
+            Some(worker) => worker.crashed() || first_made_until.is_some_and(|until| worker.made_after(until)),
         };
         (0..self.shards()).filter(lost).collect()
     }
 
     /// Until when its first pods were made. They are made together, so a later one replaces one that was lost: one made
     /// once another was ready, or long after the StatefulSet. All times are the API server's.
-    fn begun(&self) -> Option<Timestamp> {
+    fn first_made_until(&self) -> Option<Timestamp> {
         let made = self.set.as_ref()?.metadata.creation_timestamp.as_ref()?.0;
         let ready = self.workers.iter().filter_map(Worker::ready_since);
         ready.chain(made.checked_add(TOGETHER).ok()).min()
