@@ -143,7 +143,7 @@ impl Cluster {
                 Err(error) if Instant::now() > deadline => {
                     return Err(error.context(format!("waited {seconds} s until {what}")));
                 }
-                Err(_) => sleep(POLL).await,
+                Err(_) => sleep(POLL).await, // polls
             }
         }
     }

@@ -5,9 +5,10 @@ use std::{
     path::{Path, PathBuf},
     process::{Output, Stdio},
     sync::{Arc, Mutex},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
+use anyhow::ensure;
 use axum::{
     body::{Body, Bytes, to_bytes},
     extract::{Request, State},
@@ -15,7 +16,7 @@ use axum::{
     response::Response,
 };
 use futures::{StreamExt as _, stream};
-use tests::{hub, local::signal};
+use tests::{hub, local::signal, poll};
 use tokio::{net::TcpListener, task::spawn_blocking};
 
 /// What the hub does to the next whole file of weights.
@@ -135,11 +136,12 @@ async fn a_fetch_that_was_killed_goes_on_where_it_was() {
     let rig = Rig::start().await;
     *rig.fault.lock().unwrap() = Some(Fault::Stall(SENT));
     let mut killed = rig.asking("me/tiny", "main").stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-    let deadline = Instant::now() + Duration::from_secs(120);
-    while rig.cached("model.safetensors.part").is_none_or(|part| size(&part) < SENT as u64) {
-        assert!(Instant::now() < deadline, "the download began: {:?}", rig.downloads);
-        tokio::time::sleep(Duration::from_millis(20)).await; // polls
-    }
+    let began = poll::eventually("the download began", Duration::from_secs(120), async || {
+        let part = rig.cached("model.safetensors.part");
+        ensure!(part.is_some_and(|part| size(&part) >= SENT as u64), "{:?}", rig.downloads);
+        Ok(())
+    });
+    began.await.unwrap();
     signal(killed.id(), "KILL").unwrap();
     killed.wait().unwrap();
     answers(&rig.ask("me/tiny", "main").await);

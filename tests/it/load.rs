@@ -3,15 +3,11 @@
 mod client;
 mod rig;
 
-use std::{
-    ops::Range,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{ops::Range, sync::Arc, time::Duration};
 
 use anyhow::{Context, ensure};
 use futures::StreamExt as _;
-use tests::local::metrics;
+use tests::{local::metrics, poll};
 
 use self::{client::Clients, rig::Rig};
 use crate::{
@@ -39,13 +35,9 @@ async fn ask_all(clients: &Arc<Clients>, numbers: Range<u64>, company: usize) ->
     stayed.fold(0, |sum, stayed| async move { sum + stayed }).await
 }
 
-/// Until `holds`, or the reason why it never did.
-async fn eventually(what: &str, mut holds: impl AsyncFnMut() -> anyhow::Result<()>) {
-    let deadline = Instant::now() + PATIENCE;
-    while let Err(error) = holds().await {
-        assert!(Instant::now() < deadline, "{what}: {error:#}");
-        tokio::time::sleep(Duration::from_millis(50)).await; // polls
-    }
+/// Until it holds, or the reason why it never did.
+async fn eventually(what: &str, look: impl AsyncFnMut() -> anyhow::Result<()>) {
+    poll::eventually(what, PATIENCE, look).await.unwrap();
 }
 
 /// Bytes of this process in memory.

@@ -1,14 +1,17 @@
 //! Local mode, as a user starts it: real processes, real sockets, the real small model.
 
-use std::{
-    path::PathBuf,
-    process::Stdio,
-    time::{Duration, Instant},
+use std::{path::PathBuf, process::Stdio, time::Duration};
+
+use anyhow::{Context as _, ensure};
+use tests::{
+    local::{Fleet, Process, runs, signal},
+    poll,
 };
 
-use tests::local::{Fleet, runs, signal};
-
 use crate::http::{Answer, chat, chat_streamed, client};
+
+/// The longest that a fleet may take to recover, or to go.
+const PATIENCE: Duration = Duration::from_secs(120);
 
 pub(crate) const SUMS: [(u32, u32); 12] = [
     (47, 85),
@@ -45,14 +48,6 @@ pub(crate) fn started(shards: u32) -> (tempfile::TempDir, Fleet, String) {
     fleet.ready().unwrap();
     let url = fleet.url().unwrap();
     (folder, fleet, url)
-}
-
-fn until(what: &str, mut condition: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(120);
-    while !condition() {
-        assert!(Instant::now() < deadline, "not within two minutes: {what}");
-        std::thread::sleep(Duration::from_millis(20)); // polls
-    }
 }
 
 #[test]
@@ -115,17 +110,15 @@ async fn a_worker_that_dies_comes_back_and_no_answer_is_wrong() {
     if let Ok(answer) = &during {
         assert_eq!(answer, &before);
     }
-    until("the worker is back under another process id", || {
-        fleet.workers().iter().any(|worker| worker.name == victim.name && worker.pid != victim.pid)
+    let back = poll::until("the worker is back under another process id", PATIENCE, || {
+        let is_back = |worker: &Process| worker.name == victim.name && worker.pid != victim.pid;
+        ensure!(fleet.workers().iter().any(is_back), "{:#?}", fleet.printed());
+        Ok(())
     });
-    let deadline = Instant::now() + Duration::from_secs(120);
-    let after = loop {
-        match chat(&url, "tiny", "What is 318 + 475?").await {
-            Ok(answer) => break answer,
-            Err(error) => assert!(Instant::now() < deadline, "{error:#}: {:#?}", fleet.printed()),
-        }
-    };
-    assert_eq!(after, before);
+    back.unwrap();
+    let ask =
+        async || chat(&url, "tiny", "What is 318 + 475?").await.with_context(|| format!("{:#?}", fleet.printed()));
+    assert_eq!(poll::eventually("it answers", PATIENCE, ask).await.unwrap(), before);
     fleet.stop().unwrap();
 }
 
@@ -140,7 +133,11 @@ fn a_parent_that_is_killed_leaves_no_child_and_no_file() {
     assert_eq!(children.len(), 3);
     assert!(children.iter().all(|pid| runs(*pid)));
     fleet.kill().unwrap();
-    until("all children are gone", || children.iter().all(|pid| !runs(*pid)));
+    let gone = poll::until("all children are gone", PATIENCE, || {
+        ensure!(!children.iter().any(|pid| runs(*pid)), "some of {children:?} run");
+        Ok(())
+    });
+    gone.unwrap();
     assert_eq!(std::fs::read_dir(&temporary).unwrap().count(), 0);
 }
 

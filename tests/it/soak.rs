@@ -18,6 +18,7 @@ use anyhow::{Context, ensure};
 use tests::{
     fault::{Fault, Faults},
     local::{Fleet, Process, metrics, runs, signal},
+    poll,
 };
 use tokio::task::JoinHandle;
 
@@ -159,14 +160,13 @@ fn counted(text: &str, name: &str, reason: &str) -> f64 {
 
 /// Tells a worker to end, and waits until it has and another process has taken its place.
 async fn drain(fleet: &Fleet, load: &Load, worker: &Process) -> anyhow::Result<()> {
-    let begun = Instant::now();
     signal(worker.pid, "TERM")?;
     let is_back = || fleet.workers().iter().any(|other| other.name == worker.name && other.pid != worker.pid);
-    while !load.stops.load(Relaxed) && (runs(worker.pid) || !is_back()) {
-        ensure!(begun.elapsed() < PATIENCE, "{} does not end, or does not come back", worker.name);
-        tokio::time::sleep(Duration::from_millis(5)).await; // polls
-    }
-    Ok(())
+    let ended = poll::eventually("another process is in its place", PATIENCE, async || {
+        ensure!(load.stops.load(Relaxed) || !runs(worker.pid) && is_back(), "{worker:?}");
+        Ok(())
+    });
+    ended.await
 }
 
 #[tokio::test(flavor = "multi_thread")]

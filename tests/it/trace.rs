@@ -2,12 +2,12 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use anyhow::{Context, ensure};
 use serde_json::{Value, json};
-use tests::{collector::Collector, local::Fleet};
+use tests::{collector::Collector, local::Fleet, poll};
 use tokio::net::TcpListener;
 
 use crate::{
@@ -15,6 +15,8 @@ use crate::{
     local::deployment,
 };
 
+/// The longest that telemetry may be on its way.
+const PATIENCE: Duration = Duration::from_secs(120);
 const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
 const CLIENT: &str = "00f067aa0ba902b7";
 const CANARY: &str = "xylophone-marmalade";
@@ -39,14 +41,6 @@ async fn traced(besides: &[(&str, &str)]) -> (tempfile::TempDir, Fleet, Collecto
     let mut fleet = Fleet::start(&file, &environment).unwrap();
     tokio::task::block_in_place(|| fleet.ready()).unwrap();
     (folder, fleet, collector)
-}
-
-async fn eventually(what: &str, mut holds: impl FnMut() -> anyhow::Result<()>) {
-    let deadline = Instant::now() + Duration::from_secs(120);
-    while let Err(error) = holds() {
-        assert!(Instant::now() < deadline, "{what}: {error:#}");
-        tokio::time::sleep(Duration::from_millis(50)).await; // polls
-    }
 }
 
 fn text<'a>(span: &'a Value, key: &str) -> &'a str {
@@ -96,8 +90,8 @@ async fn is_told(fleet: Fleet, collector: &Collector) {
     let request = client().post(format!("{url}/v1/chat/completions")).json(&body);
     let response = request.header("traceparent", format!("00-{TRACE}-{CLIENT}-01")).send().await.unwrap();
     assert!(response.text().await.unwrap().contains("132"));
-    eventually("the trace is whole", || is_whole(&collector.trace(TRACE))).await;
-    eventually("the metrics of the conventions arrive", || {
+    poll::eventually("the trace is whole", PATIENCE, async || is_whole(&collector.trace(TRACE))).await.unwrap();
+    poll::eventually("the metrics of the conventions arrive", PATIENCE, async || {
         let names = collector.metrics();
         for name in ["request.duration", "time_to_first_token", "time_per_output_token"] {
             ensure!(names.contains(&format!("gen_ai.server.{name}")), "no {name} among {names:?}");
@@ -105,7 +99,8 @@ async fn is_told(fleet: Fleet, collector: &Collector) {
         ensure!(names.iter().any(|name| name == "gen_ai.client.token.usage"), "no usage among {names:?}");
         Ok(())
     })
-    .await;
+    .await
+    .unwrap();
     fleet.stop().unwrap();
 }
 
@@ -169,11 +164,12 @@ async fn no_word_of_prompt_or_answer_is_told_to_anybody_else() {
         let text = response.text().await.unwrap();
         assert!(path != "completions" || status != 200 || text.contains(CANARY), "the answer is a canary too: {text}");
     }
-    eventually("logs and metrics arrive", || {
+    poll::eventually("logs and metrics arrive", PATIENCE, async || {
         ensure!(collector.log_records() > 0 && collector.metrics().len() > 4, "{:?}", collector.metrics());
         Ok(())
     })
-    .await;
+    .await
+    .unwrap();
     let seen = fleet.lines();
     fleet.stop().unwrap();
     let printed = seen.lock().unwrap().join("\n");

@@ -5,7 +5,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::local::{Process, runs, signal};
+use crate::{
+    local::{Process, runs, signal},
+    poll::until,
+};
 use anyhow::{Context, ensure};
 
 /// How long a frozen process is frozen, at most: longer than the router waits for a sign of life.
@@ -127,12 +130,7 @@ fn state(pid: u32) -> Option<char> {
 }
 
 fn shows(what: &str, mut holds: impl FnMut() -> bool) -> anyhow::Result<()> {
-    let begun = Instant::now();
-    while !holds() {
-        ensure!(begun.elapsed() < SHOWS, "never: {what}");
-        std::thread::sleep(Duration::from_millis(1)); // polls
-    }
-    Ok(())
+    until(what, SHOWS, || holds().then_some(()).context("not yet"))
 }
 
 /// Resets connections to a port of this machine; how many there were.

@@ -5,6 +5,7 @@ pub mod collector;
 pub mod fault;
 pub mod hub;
 pub mod local;
+pub mod poll;
 
 use std::{
     env,

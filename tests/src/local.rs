@@ -6,10 +6,15 @@ use std::{
     path::Path,
     process::{Child, Command, Stdio},
     sync::{Arc, Mutex},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use anyhow::{Context, bail, ensure};
+
+use crate::poll::until;
+
+/// The longest that a fleet may take to be ready, or to end.
+const PATIENCE: Duration = Duration::from_secs(180);
 
 /// One line of what `modelfleet local` prints on standard error: `NAME PID ADDRESS EXPERTS`.
 #[derive(Clone, Debug, PartialEq)]
@@ -98,12 +103,12 @@ impl Fleet {
     /// # Errors
     /// If it ends or three minutes pass before, with all that it printed.
     pub fn ready(&mut self) -> anyhow::Result<()> {
-        let deadline = Instant::now() + Duration::from_secs(180);
-        while !self.printed().iter().any(|line| line == "ready") {
-            ensure!(self.child.try_wait()?.is_none(), "the fleet ended: {:#?}", self.printed());
-            ensure!(Instant::now() < deadline, "the fleet is not ready: {:#?}", self.printed());
-            std::thread::sleep(Duration::from_millis(20)); // polls
-        }
+        let is_ready = until("the fleet is ready", PATIENCE, || {
+            let is_ready = self.printed().iter().any(|line| line == "ready");
+            ensure!(is_ready || self.child.try_wait()?.is_some(), "{:#?}", self.printed());
+            Ok(is_ready)
+        });
+        ensure!(is_ready?, "the fleet ended: {:#?}", self.printed());
         Ok(())
     }
 
@@ -161,15 +166,11 @@ impl Fleet {
     /// If it does not end, or not well.
     pub fn stop(mut self) -> anyhow::Result<()> {
         signal(self.pid(), "TERM")?;
-        let deadline = Instant::now() + Duration::from_secs(180);
-        loop {
-            if let Some(status) = self.child.try_wait()? {
-                ensure!(status.success(), "ended with {status}: {:#?}", self.printed());
-                return Ok(());
-            }
-            ensure!(Instant::now() < deadline, "still running: {:#?}", self.printed());
-            std::thread::sleep(Duration::from_millis(20)); // polls
-        }
+        let status = until("the fleet ends", PATIENCE, || {
+            self.child.try_wait()?.with_context(|| format!("still running: {:#?}", self.printed()))
+        })?;
+        ensure!(status.success(), "ended with {status}: {:#?}", self.printed());
+        Ok(())
     }
 
     /// Kills it (SIGKILL), as a crash would, and waits for it alone.

@@ -164,7 +164,7 @@ async fn until(fleet: &Fleet, wanted: impl Fn(&FleetView) -> bool) -> FleetView 
             if wanted(&view) {
                 return view;
             }
-            sleep(Duration::from_millis(5)).await;
+            sleep(Duration::from_millis(5)).await; // polls
         }
     };
     let last = timeout(PATIENCE, seen).await;

@@ -11,10 +11,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, ensure};
 use tests::{
     fault::{Fault, Faults},
     local::{Fleet, Process, metrics},
+    poll::eventually,
 };
 
 use self::{
@@ -31,8 +32,6 @@ const EXPERTS: u32 = 48;
 const FROZEN: Duration = Duration::from_secs(60);
 /// The longest that one step of the benchmark may take.
 const PATIENCE: Duration = Duration::from_secs(90);
-/// Between two looks at a condition.
-const LOOK_EVERY: Duration = Duration::from_millis(2);
 
 /// What happens to whom.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -156,22 +155,17 @@ async fn strike(fleet: &Fleet, url: &str, kind: Kind, undisturbed: &[String]) ->
 
 /// The workers, once each holds all that it is to hold, and nothing else, suspects nobody, and runs nothing.
 async fn at_rest(fleet: &Fleet, copies: u32) -> anyhow::Result<Vec<Process>> {
-    let begun = Instant::now();
-    let mut seen = Vec::new();
-    while begun.elapsed() < PATIENCE {
-        let workers = fleet.workers();
-        seen.clear();
+    let rest = eventually("the fleet comes to rest", PATIENCE, async || {
+        let (workers, mut seen) = (fleet.workers(), Vec::new());
         for worker in &workers {
             seen.push(told(worker, &["experts_held", "suspect_peers", "running_sequences"]).await.unwrap_or_default());
         }
         let held: f64 = seen.iter().filter_map(|told| told.first()).sum();
         let is_calm = seen.iter().all(|told| matches!(told[..], [_, suspects, running] if suspects + running == 0.0));
-        if held == f64::from(EXPERTS * (1 + copies)) && is_calm {
-            return Ok(workers);
-        }
-        tokio::time::sleep(LOOK_EVERY).await; // polls
-    }
-    bail!("the fleet does not come to rest: {seen:?}")
+        ensure!(held == f64::from(EXPERTS * (1 + copies)) && is_calm, "{seen:?}");
+        Ok(workers)
+    });
+    rest.await
 }
 
 /// The values of a worker's gauges.
@@ -196,25 +190,20 @@ async fn running(workers: &[Process]) -> anyhow::Result<Vec<f64>> {
 
 /// The name of the worker that runs more than `before`.
 async fn joined(workers: &[Process], before: &[f64]) -> anyhow::Result<String> {
-    let begun = Instant::now();
-    while begun.elapsed() < PATIENCE {
+    let home = eventually("a stream runs somewhere", PATIENCE, async || {
         let now = running(workers).await?;
         let more = now.iter().zip(before).position(|(now, before)| now > before);
-        if let Some(index) = more {
-            return Ok(workers[index].name.clone());
-        }
-    }
-    bail!("a stream runs nowhere")
+        Ok(workers[more.with_context(|| format!("{now:?}"))?].name.clone())
+    });
+    home.await
 }
 
 /// When another process in the place of `victim` took requests.
 async fn is_back(fleet: &Fleet, victim: &Process) -> anyhow::Result<Instant> {
-    let begun = Instant::now();
-    while begun.elapsed() < PATIENCE {
-        if fleet.workers().iter().any(|worker| worker.name == victim.name && worker.pid != victim.pid) {
-            return Ok(Instant::now());
-        }
-        tokio::time::sleep(LOOK_EVERY).await; // polls
-    }
-    bail!("{} does not come back", victim.name)
+    let is_back = |worker: &Process| worker.name == victim.name && worker.pid != victim.pid;
+    let back = eventually("a killed worker is back", PATIENCE, async || {
+        ensure!(fleet.workers().iter().any(is_back), "{}", victim.name);
+        Ok(Instant::now())
+    });
+    back.await
 }

@@ -10,7 +10,9 @@ use futures::StreamExt as _;
 use serde_json::{Value, json};
 use tokio::task::JoinHandle;
 
-use crate::{LOOK_EVERY, PATIENCE};
+use tests::poll::eventually;
+
+use crate::PATIENCE;
 
 /// Tokens of an answer: what fits the model's context.
 const TOKENS: usize = 900;
@@ -53,11 +55,12 @@ impl Stream {
     }
 
     async fn has(&self, pieces: usize) -> anyhow::Result<()> {
-        let begun = Instant::now();
-        while lock(&self.pieces).0.len() < pieces {
-            ensure!(begun.elapsed() < PATIENCE && !self.reads.is_finished(), "a stream does not get under way");
-            tokio::time::sleep(LOOK_EVERY).await; // polls
-        }
+        let has = eventually("a stream is under way", PATIENCE, async || {
+            let (has, ended) = (lock(&self.pieces).0.len(), self.reads.is_finished());
+            ensure!(has >= pieces || ended, "{has} of {pieces} pieces");
+            Ok(has)
+        });
+        ensure!(has.await? >= pieces, "a stream ended before it was under way");
         Ok(())
     }
 

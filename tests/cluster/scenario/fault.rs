@@ -88,7 +88,7 @@ pub(crate) async fn requests_go_on_without_an_operator(cluster: &Cluster) -> any
     for pod in &operators {
         cluster.fault("cut", &format!("{SYSTEM}/{pod}")).await?;
     }
-    sleep(WITHOUT_OPERATOR / 4).await; // the time is the test
+    sleep(WITHOUT_OPERATOR / 4).await; // the time is what is tried
     let scale = |replicas: &'static str| {
         ["scale", "--namespace", SYSTEM, "deployment/modelfleet-operator", "--replicas", replicas]
     };
@@ -97,7 +97,7 @@ pub(crate) async fn requests_go_on_without_an_operator(cluster: &Cluster) -> any
         cluster.kubectl(&["delete", "pod", pod, "--namespace", SYSTEM, "--grace-period=0", "--force"]).await?;
     }
     let before = asking.answered();
-    sleep(WITHOUT_OPERATOR * 3 / 4).await;
+    sleep(WITHOUT_OPERATOR * 3 / 4).await; // the time is what is tried
     ensure!(asking.answered() > before, "requests are answered without an operator");
     cluster.kubectl(&scale("2")).await?;
     cluster

@@ -105,6 +105,11 @@ fn mesh(placement: &proto::Placement, addresses: &[String], sequence: u64) -> pr
     }
 }
 
+/// Who the worker 0 is.
+fn own() -> Own {
+    Own { replica: 0, ordinal: 0, content_hash: HASH.into(), hidden: 256, dtype: engine::WireDtype::Bf16 }
+}
+
 fn exchange(own: Own, meshes: Meshes) -> MeshExchange {
     MeshExchange::new(own, meshes, Board::new(metrics()), None, metrics())
 }
@@ -179,15 +184,19 @@ async fn a_holder_that_is_killed_and_comes_back_elsewhere_changes_no_token() {
     let mut workers = [Worker::start(&placement, 0, HASH).await, Worker::start(&placement, 1, HASH).await];
     let addresses = workers.each_ref().map(|worker| worker.address.clone());
     let meshes = following(mesh(&placement, &addresses, 1));
-    let driver = workers[0].driver(0, &meshes);
+    let board = Board::new(metrics());
+    let mut suspects = board.suspects();
+    let exchange = MeshExchange::new(own(), meshes.clone(), board, None, metrics());
+    let driver = Driver::start(workers[0].engine.take().unwrap(), exchange, metrics()).unwrap();
     let mut sequences = driver.submit(requests(2, 40), Span::none()).await.unwrap();
     let mut first = Vec::new();
     for _ in 0..5 {
         first.push(sequences[0].recv().await.unwrap());
     }
     workers[1].server.abort();
-    // it waits: nothing but what was on its way arrives while the holder is away
-    tokio::time::sleep(Duration::from_millis(300)).await;
+    let missed = suspects.wait_for(|suspects| suspects.contains("id-1"));
+    tokio::time::timeout(Duration::from_secs(20), missed).await.expect("it is missed").unwrap();
+    // nothing but what was on its way arrives while the holder is away
     assert!(sequences[0].len() < 35, "the killing bit");
 
     let (_server, address) = serve(&workers[1].experts, HASH, "127.0.0.1:0").await;
@@ -312,10 +321,9 @@ async fn a_killed_holder_with_a_copy_is_not_missed_and_is_a_suspect() {
     }
     let addresses: Vec<String> = workers.iter().map(|worker| worker.address.clone()).collect();
     let meshes = following(mesh(&placement, &addresses, 1));
-    let own = Own { replica: 0, ordinal: 0, content_hash: HASH.into(), hidden: 256, dtype: engine::WireDtype::Bf16 };
     let board = Board::new(metrics());
     let mut suspects = board.suspects();
-    let exchange = MeshExchange::new(own, meshes.clone(), board, None, metrics());
+    let exchange = MeshExchange::new(own(), meshes.clone(), board, None, metrics());
     let driver = Driver::start(workers[0].engine.take().unwrap(), exchange, metrics()).unwrap();
     let mut sequences = driver.submit(requests(2, 30), Span::none()).await.unwrap();
     let mut first = vec![sequences[0].recv().await.unwrap(), sequences[0].recv().await.unwrap()];

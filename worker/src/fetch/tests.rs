@@ -77,9 +77,9 @@ async fn answer(State(fake): State<Shared>, request: Request) -> Response<Body> 
         None => Body::from(content[from..].to_vec()),
         Some(bytes) => {
             let head = Ok(content[from..from + bytes].to_vec());
-            // later, so that what was sent before is on its way
+            // a body that is not ready lets the server send what it has
             let cut = async {
-                tokio::time::sleep(Duration::from_millis(200)).await;
+                tokio::task::yield_now().await;
                 Err(std::io::Error::other("cut"))
             };
             Body::from_stream(futures::stream::iter([head]).chain(futures::stream::once(cut)))

@@ -272,7 +272,7 @@ async fn who_leaves_makes_room_and_the_rest_is_told_to_go_elsewhere() {
     let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
     while worker.generate(Endpoint::Completions, endless()).await.is_err() {
         assert!(tokio::time::Instant::now() < deadline, "nothing was freed");
-        tokio::time::sleep(Duration::from_millis(10)).await;
+        tokio::time::sleep(Duration::from_millis(10)).await; // polls
     }
 }
 
@@ -282,12 +282,15 @@ async fn a_drain_lets_requests_finish_and_takes_no_new_ones() {
     let body = json!({"prompt": "1", "max_tokens": 400, "ignore_eos": true});
     let stream = worker.generate(Endpoint::Completions, body.clone()).await.unwrap();
     worker.end(Shutdown::Drain);
-    let refused = loop {
-        match worker.generate(Endpoint::Completions, body.clone()).await {
-            Ok(_) => tokio::time::sleep(Duration::from_millis(5)).await,
-            Err(status) => break status,
+    let refused = async {
+        loop {
+            match worker.generate(Endpoint::Completions, body.clone()).await {
+                Ok(_) => tokio::time::sleep(Duration::from_millis(5)).await, // polls
+                Err(status) => break status,
+            }
         }
     };
+    let refused = tokio::time::timeout(Duration::from_secs(20), refused).await.expect("it takes no new ones");
     assert_eq!(refused.code(), Code::Unavailable);
     let answer = gather(stream).await;
     assert_eq!((answer.finish(), answer.tokens), (vec!["length"], 400));
