@@ -186,7 +186,7 @@ impl<E: Engine, X: Peers> Steps<E, X> {
         loop {
             self.publish();
             if self.engine.is_idle() {
-                let Some(submission) = self.submissions.recv().await else {
+                let Some(submission) = self.rest().await else {
                     return;
                 };
                 self.accept(submission);
@@ -314,6 +314,21 @@ impl<E: Engine, X: Peers> Steps<E, X> {
             let _ = entry.events.try_send(Progress::Failed(message.into())); // unread: it ends without
         }
         self.cancel(id);
+    }
+
+    /// Until the next request. Peers that come and go meanwhile are followed, so that streams to them are there before
+    /// a step needs them.
+    async fn rest(&mut self) -> Option<Submission> {
+        loop {
+            tokio::select! {
+                biased; // the same way each time, for simulations
+                submission = self.submissions.recv() => return submission,
+                () = self.exchange.changed() => {
+                    self.exchange.begin_step(Span::none());
+                    self.exchange.end_step();
+                }
+            }
+        }
     }
 
     async fn wait(&mut self) {

@@ -304,6 +304,22 @@ async fn a_caller_that_does_not_read_harms_nobody_else() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_that_rests_misses_who_is_there_and_forgets_who_is_gone() {
+    let placement = placement(2);
+    let mut worker = Worker::start(&placement, 0, HASH).await;
+    let (meshes, board) = (Meshes::new(Mesh::default()), Board::new(metrics()));
+    let mut suspects = board.suspects();
+    let exchange = MeshExchange::new(own(), meshes.clone(), board, None, metrics());
+    let _driver = Driver::start(worker.engine.take().unwrap(), exchange, metrics()).unwrap();
+    let (here, nowhere) = (worker.address.clone(), String::from("127.0.0.1:1"));
+    for (sequence, addresses, suspected) in [(1, vec![here.clone(), nowhere], vec!["id-1"]), (2, vec![here], vec![])] {
+        meshes.take(mesh(&placement, &addresses, sequence)).unwrap();
+        let told = suspects.wait_for(|suspects| suspects.iter().eq(suspected.iter()));
+        tokio::time::timeout(Duration::from_secs(20), told).await.expect("nothing runs here").unwrap();
+    }
+}
+
 /// Two copies of each expert, at the workers 1 and 2, none here.
 fn copies() -> proto::Placement {
     let experts = || (0..16).map(|_| proto::Holders { ordinals: vec![1, 2] }).collect();
