@@ -14,7 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, anyhow, ensure};
 use tests::{
     fault::{Fault, Faults},
     local::{Fleet, Process, metrics, runs, signal},
@@ -29,8 +29,11 @@ use crate::http::chat;
 const COMPANY: usize = 12;
 /// Faults in the tests; by command as many as `SOAK_FAULTS` says.
 const FAULTS: usize = 300;
-/// The longest that one fault or one answer may take.
+/// The longest that one fault may take, and that no client may read anything.
 const PATIENCE: Duration = Duration::from_secs(90);
+/// As many pieces as clients may read, all together, while one of them waits for one answer. A fair share of them is
+/// many answers, however slow the machine is.
+const MEANWHILE: u64 = 10_000;
 /// Workers that are told to end, one after the other.
 const DRAINS: usize = 6;
 /// A fault comes when clients have read up to so many more pieces.
@@ -90,8 +93,11 @@ impl Load {
             if self.stops.load(Relaxed) {
                 return Ok(());
             }
-            let answer = tokio::time::timeout(PATIENCE, ask.send(&self.url, &self.grpc, &self.read)).await;
-            let answer = answer.context("it hangs").flatten().with_context(|| format!("{ask:?}"));
+            let answer = tokio::select! {
+                answer = ask.send(&self.url, &self.grpc, &self.read) => answer,
+                hangs = self.hangs() => Err(hangs),
+            };
+            let answer = answer.with_context(|| format!("{ask:?}"));
             if answer.is_err() {
                 self.stops.store(true, Relaxed);
             }
@@ -103,6 +109,25 @@ impl Load {
             self.answers.fetch_add(1, Relaxed);
         }
         Ok(())
+    }
+
+    /// Ends when an answer that was asked for now should have come long ago.
+    async fn hangs(&self) -> anyhow::Error {
+        let begun = self.read.load(Relaxed);
+        let (mut read, mut since) = (begun, Instant::now());
+        loop {
+            let now = self.read.load(Relaxed);
+            if now != read {
+                (read, since) = (now, Instant::now());
+            }
+            if read - begun > MEANWHILE {
+                return anyhow!("it hangs: other clients read {MEANWHILE} pieces meanwhile");
+            }
+            if since.elapsed() > PATIENCE {
+                return anyhow!("it hangs: no client read anything for {PATIENCE:?}");
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await; // polls
+        }
     }
 
     fn begin(self: &Arc<Self>) -> Vec<JoinHandle<anyhow::Result<()>>> {
