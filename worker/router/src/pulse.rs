@@ -20,7 +20,7 @@ const FIRST: u32 = 10;
 const MOST: u32 = 200;
 /// How many times slower than the slowest of late a sign may be.
 const SLOWER: u32 = 5;
-/// Who was given up too soon gets twice the time, and again so often at most.
+/// Who was given up so that twice the time would have been enough gets it, and again so often at most.
 const MOST_DOUBLINGS: u32 = 5;
 /// Ticks of life after which one of these is taken back.
 const FORGOTTEN_AFTER: u32 = 200;
@@ -36,8 +36,8 @@ pub struct Pulse {
     is_silent: bool,
     slowest_sign: Duration,
     doublings: u32,
-    /// Ticks since it was given up last.
-    alive: u32,
+    /// Ticks since it was given up, or since it was heard again.
+    since: u32,
 }
 
 /// What is to be done.
@@ -57,11 +57,9 @@ impl Pulse {
         if heard {
             self.hear();
         }
-        if !self.is_silent {
-            self.alive += 1;
-            if self.alive >= FORGOTTEN_AFTER {
-                (self.alive, self.doublings) = (0, self.doublings.saturating_sub(1));
-            }
+        self.since = self.since.saturating_add(1);
+        if !self.is_silent && self.since >= FORGOTTEN_AFTER {
+            (self.since, self.doublings) = (0, self.doublings.saturating_sub(1));
         }
         if !self.is_asked {
             let is_due = self.quiet >= QUIET && self.asked >= QUIET || self.asked >= USUAL;
@@ -72,7 +70,7 @@ impl Pulse {
         }
         let is_late = self.quiet.min(self.asked) >= self.limit();
         (is_late && !self.is_silent).then(|| {
-            self.is_silent = true;
+            (self.is_silent, self.since) = (true, 0);
             Act::GiveUp
         })
     }
@@ -105,9 +103,10 @@ impl Pulse {
     fn hear(&mut self) {
         self.quiet = 0;
         if self.is_silent {
-            // it may have been slow only
-            (self.is_silent, self.alive) = (false, 0);
-            self.doublings = (self.doublings + 1).min(MOST_DOUBLINGS);
+            // it was slow only, or it did stand still, which no patience mends
+            let was_slow = self.since <= self.limit();
+            self.doublings = (self.doublings + u32::from(was_slow)).min(MOST_DOUBLINGS);
+            (self.is_silent, self.since) = (false, 0);
         }
     }
 
@@ -204,6 +203,17 @@ mod tests {
             pulse.tick(true);
         }
         assert_eq!(pulse.limit(), LEAST);
+    }
+
+    #[test]
+    fn one_that_did_stand_still_is_given_up_as_soon_the_next_time() {
+        let mut pulse = signing(Duration::from_millis(2));
+        for _ in 0..10 {
+            until(&mut pulse, false);
+            assert_eq!(until(&mut pulse, false), (LEAST, Act::GiveUp));
+            assert!((0..=LEAST).all(|_| pulse.tick(false).is_none()));
+            pulse.signed(TICK * 2 * LEAST);
+        }
     }
 
     #[test]
