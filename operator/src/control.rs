@@ -17,7 +17,7 @@ mod version;
 mod view;
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     future::Future,
     io,
     sync::{Arc, Mutex, MutexGuard},
@@ -149,6 +149,12 @@ impl Fleet {
     /// What was said about a model, NAMESPACE/NAME.
     pub fn seen(&self, model: &str) -> FleetView {
         self.state().seen(model, Instant::now())
+    }
+
+    /// Rows that the requests of a model's workers gave to experts since those started: by the worker's id, layer and
+    /// expert, as each told last. A worker that told none yet is not there.
+    pub fn rows(&self, model: &str) -> BTreeMap<String, BTreeMap<u32, Vec<u64>>> {
+        self.state().rows(model)
     }
 
     /// Models about which something was heard that a reconciler must look at: a process came or went, a worker changed

@@ -1,5 +1,5 @@
 //! `modelfleet experts`: which worker holds which experts, and how many rows each expert gets. Values, and how they are
-//! put together; `read` asks the cluster, `draw` makes text of it.
+//! put together; `read` asks the cluster, `local` puts its own together, `draw` makes text of either.
 
 mod draw;
 mod read;
@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use kube::ResourceExt;
 use planner::placement::{Placement, skew_percent};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 pub use self::{
     draw::{Canvas, draw, table},
@@ -21,8 +21,8 @@ use crate::{
     table::ranges,
 };
 
-/// The experts of a model in a cluster.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+/// The experts of a model.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ModelExperts {
     /// NAMESPACE/NAME.
@@ -34,7 +34,7 @@ pub struct ModelExperts {
 }
 
 /// Those of one replica.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ReplicaExperts {
     /// What it runs.
@@ -61,7 +61,7 @@ pub struct ReplicaExperts {
 }
 
 /// How far a move of experts is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Moving {
     /// The next holders load.
     Loading,
@@ -70,12 +70,12 @@ pub enum Moving {
 }
 
 /// One worker of a replica.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct WorkerExperts {
     /// Its place in the replica.
     pub ordinal: u32,
-    /// Its pod, if there is one.
+    /// Its pod, if there is one; in local mode its process.
     pub pod: Option<String>,
     /// Where that runs, once it is bound.
     pub node: Option<String>,
@@ -88,7 +88,7 @@ pub struct WorkerExperts {
 }
 
 /// The experts of one layer.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct LayerExperts {
     /// Index of the transformer layer.
@@ -98,7 +98,7 @@ pub struct LayerExperts {
 }
 
 /// One expert of a layer.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Expert {
     /// Its number.
@@ -113,6 +113,22 @@ pub struct Expert {
 
 /// What a worker told: rows by layer and expert, or why it told none.
 pub type Told = Result<BTreeMap<u32, Vec<u64>>, String>;
+
+/// A model that nobody declared.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("no ModelDeployment {name} in namespace {namespace}; there are: {}", listed(.there))]
+pub struct NoSuchModel {
+    /// The name that was asked for.
+    pub name: String,
+    /// Where.
+    pub namespace: String,
+    /// Those in that namespace.
+    pub there: Vec<String>,
+}
+
+fn listed(names: &[String]) -> String {
+    if names.is_empty() { "none".to_owned() } else { names.join(", ") }
+}
 
 /// A layer that has no routed experts.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -145,11 +161,7 @@ impl ModelExperts {
 
 impl ReplicaExperts {
     /// Puts together what is recorded of a replica and what its workers told, by ordinal.
-    pub fn of(replica: &Replica, mut told: BTreeMap<u32, Told>) -> Self {
-        let placement = replica.plan.as_ref().map(|plan| plan.placement.clone());
-        let (placed, placement) = (placement.is_some(), placement.unwrap_or_default());
-        let live = |ordinal: u32| replica.worker(ordinal).is_some_and(Worker::holds);
-        let rows = sums(&placement, told.values().flatten());
+    pub fn of(replica: &Replica, told: BTreeMap<u32, Told>) -> Self {
         let ordinals: BTreeSet<u32> =
             (0..replica.shards()).chain(replica.workers.iter().map(|worker| worker.ordinal)).collect();
         let worker = |ordinal: u32| {
@@ -158,11 +170,11 @@ impl ReplicaExperts {
                 ordinal,
                 pod: pod.map(|pod| pod.name_any()),
                 node: pod.and_then(|pod| node_of(pod)).map(str::to_owned),
-                live: live(ordinal),
-                unknown: told.remove(&ordinal).unwrap_or_else(|| Err("it has no pod".to_owned())).err(),
-                experts: placement.held_by(ordinal),
+                live: replica.worker(ordinal).is_some_and(Worker::holds),
+                ..WorkerExperts::default()
             }
         };
+        let placement = replica.plan.as_ref().map(|plan| &plan.placement);
         Self {
             revision: replica.revision.to_string(),
             replica: replica.index,
@@ -172,12 +184,29 @@ impl ReplicaExperts {
                 Besides::Next(_) => Moving::Loading,
                 Besides::Last(_) => Moving::Dropping,
             }),
-            placed,
-            min_copies: placement.min_copies(live),
-            skew_percent: rows.as_ref().and_then(|rows| skew_percent(&placement, rows)),
-            layers: layers(&placement, rows.as_deref(), live),
             workers: ordinals.into_iter().map(worker).collect(),
+            ..Self::default()
         }
+        .with(placement, told)
+    }
+
+    /// Says of the workers what they hold and what they told, and of the experts who of them has a copy.
+    pub(crate) fn with(mut self, placement: Option<&Placement>, mut told: BTreeMap<u32, Told>) -> Self {
+        let none = Placement::default();
+        self.placed = placement.is_some();
+        let placement = placement.unwrap_or(&none);
+        let live: BTreeSet<u32> =
+            self.workers.iter().filter(|worker| worker.live).map(|worker| worker.ordinal).collect();
+        let live = |ordinal: u32| live.contains(&ordinal);
+        let rows = sums(placement, told.values().flatten());
+        self.min_copies = placement.min_copies(live);
+        self.skew_percent = rows.as_ref().and_then(|rows| skew_percent(placement, rows));
+        self.layers = layers(placement, rows.as_deref(), live);
+        for worker in &mut self.workers {
+            worker.experts = placement.held_by(worker.ordinal);
+            worker.unknown = told.remove(&worker.ordinal).unwrap_or_else(|| Err("it has no pod".to_owned())).err();
+        }
+        self
     }
 
     /// Workers whose rows are in the sums.

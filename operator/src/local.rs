@@ -5,6 +5,7 @@
 mod ask;
 mod child;
 mod crew;
+mod experts;
 mod prepare;
 mod read;
 
@@ -21,6 +22,7 @@ use tokio::net::TcpListener;
 use self::crew::{Crew, Started};
 pub use self::{
     ask::Error as AskError,
+    experts::{Board, Error as ExpertsError, read as read_experts},
     prepare::{Accepted, Error as PrepareError, Planned, Tools, accept, plan},
     read::{Declared, Error as ReadError, Origin, model_name, read},
 };
@@ -37,6 +39,8 @@ pub struct Options {
     pub http: SocketAddr,
     /// Where the router serves gRPC.
     pub grpc: SocketAddr,
+    /// Where the board is served.
+    pub admin: Option<SocketAddr>,
     /// The folder with `modelfleet-router` and `modelfleet-worker`.
     pub programs: PathBuf,
     /// Where fetched models are kept.
@@ -119,8 +123,8 @@ pub enum Error {
 ///
 /// 1. Reads, validates, describes, fetches and plans all models.
 /// 2. Starts the control stream, the router and the workers, and writes the table of processes once all have spoken.
-/// 3. With a prompt: asks the first model and writes its words. Else: writes `ready` once every model can answer, and
-///    serves until `shutdown`.
+/// 3. With a prompt: asks the first model and writes its words. Else: fills the board and writes `ready` once every
+///    model can answer, and serves until `shutdown`.
 /// 4. Drains: first the router ends, then the workers.
 ///
 /// Dropping the future kills the children.
@@ -129,6 +133,7 @@ pub enum Error {
 /// See [`Error`]. Nothing runs any more when it returns, with or without one.
 pub async fn run<'a>(
     options: &'a Options,
+    board: &Board,
     output: Output<'a>,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), Error> {
@@ -140,7 +145,7 @@ pub async fn run<'a>(
     let mut crew = Crew::new(options, fleet.clone(), address, output)?;
     let work = async {
         let result = tokio::select! {
-            result = serve(options, &mut crew) => result,
+            result = serve(options, board, &mut crew) => result,
             () = shutdown => if options.prompt.is_some() { Err(Error::Stopped) } else { Ok(()) },
         };
         crew.end().await;
@@ -155,15 +160,18 @@ pub async fn run<'a>(
     }
 }
 
-async fn serve(options: &Options, crew: &mut Crew<'_>) -> Result<(), Error> {
+async fn serve(options: &Options, board: &Board, crew: &mut Crew<'_>) -> Result<(), Error> {
     let models = prepare(options, crew).await?;
     let first = models[0].planned.accepted.name.clone();
-    crew.start(models).await?;
+    let shown = crew.start(models).await?;
     let router = crew.introduce().await?;
     crew.ready().await?;
     match &options.prompt {
         Some(prompt) => crew.ask(router, &first, prompt).await,
-        None => crew.watch().await,
+        None => {
+            board.fill(shown);
+            crew.watch().await
+        }
     }
 }
 

@@ -19,7 +19,7 @@ use operator::{
     controller::{self, Settings},
     experts::{self, Canvas},
     lease::Timing,
-    local::{self, Output, Tools},
+    local::{self, Board, Output, Tools},
     preview,
     render::{HubAccess, Install},
 };
@@ -34,6 +34,9 @@ use wire::{
 
 /// How long one answer of the cluster may take where a person waits.
 const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Where local mode tells health, metrics and experts, unless told otherwise.
+const LOCAL_ADMIN: &str = "127.0.0.1:9400";
 
 /// Serves models, in a cluster or on this machine.
 #[derive(Parser)]
@@ -51,7 +54,7 @@ enum Command {
     Local(LocalArguments),
     /// Prints what a model would be made of
     Plan(PlanArguments),
-    /// Draws the experts of a model in a cluster: who holds them, and how many rows each gets
+    /// Draws the experts of a model: who holds them, and how many rows each gets
     Experts(ExpertsArguments),
     /// Prints the custom resource definition
     Crd,
@@ -128,6 +131,9 @@ struct LocalArguments {
     /// Where gRPC is served [default: 127.0.0.1:9090, or any port with --prompt]
     #[arg(long)]
     grpc: Option<SocketAddr>,
+    /// Where health, metrics and experts are told [default: 127.0.0.1:9400, or nowhere with --prompt]
+    #[arg(long)]
+    admin: Option<SocketAddr>,
 }
 
 #[derive(Args)]
@@ -141,7 +147,7 @@ struct PlanArguments {
 struct ExpertsArguments {
     /// Name of the ModelDeployment
     name: String,
-    /// Its namespace [default: the context's]
+    /// Its namespace [default: the context's, or `default` with --local]
     #[arg(short, long)]
     namespace: Option<String>,
     /// One layer as a table, expert by expert
@@ -156,6 +162,12 @@ struct ExpertsArguments {
     /// Where the kubeconfig is [default: as for kubectl]
     #[arg(long)]
     kubeconfig: Option<PathBuf>,
+    /// Asks a `modelfleet local` instead of a cluster, at its --admin [default: 127.0.0.1:9400]
+    #[arg(
+        long, value_name = "HOST:PORT", num_args = 0..=1, require_equals = true,
+        default_missing_value = LOCAL_ADMIN, conflicts_with_all = ["context", "kubeconfig"]
+    )]
+    local: Option<SocketAddr>,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -167,7 +179,7 @@ enum Format {
 async fn main() -> ExitCode {
     let ended = match Arguments::parse().command {
         Command::Run(arguments) => with_telemetry(async |telemetry| run(*arguments, telemetry).await).await,
-        Command::Local(arguments) => with_telemetry(async |_| run_local(arguments).await).await,
+        Command::Local(arguments) => with_telemetry(async |telemetry| run_local(arguments, telemetry).await).await,
         Command::Plan(arguments) => print_plan(&arguments).await,
         Command::Experts(arguments) => print_experts(arguments).await,
         Command::Crd => print_definition(),
@@ -255,19 +267,39 @@ fn is_for_workers(name: &str) -> bool {
     name.starts_with("OTEL_") && !own.contains(&name) && !kept_back.iter().any(|end| name.ends_with(end))
 }
 
-async fn run_local(arguments: LocalArguments) -> anyhow::Result<()> {
+async fn run_local(arguments: LocalArguments, telemetry: &Telemetry) -> anyhow::Result<()> {
     let port = |usual: u16| if arguments.prompt.is_some() { 0 } else { usual };
     let loopback = |port: u16| SocketAddr::from(([127, 0, 0, 1], port));
+    let usual = arguments.prompt.is_none().then(|| LOCAL_ADMIN.parse()).transpose()?;
+    let admin_listener = match arguments.admin.or(usual) {
+        Some(address) => Some(bind(address).await.context("serve --admin")?),
+        None => None,
+    };
+    let admin = admin_listener.as_ref().map(TcpListener::local_addr).transpose()?;
     let options = local::Options {
         http: arguments.http.unwrap_or_else(|| loopback(port(8080))),
         grpc: arguments.grpc.unwrap_or_else(|| loopback(port(9090))),
+        admin,
         files: arguments.files,
         prompt: arguments.prompt,
         programs: programs()?,
         cache: cache()?,
     };
     let output = Output { words: &mut stdout(), notes: &mut stderr() };
-    Ok(local::run(&options, output, terminated()?).await?)
+    let board = Board::default();
+    let told = async {
+        let Some(listener) = admin_listener else { return std::future::pending().await };
+        let ready = {
+            let board = board.clone();
+            move || board.ready()
+        };
+        let admin = Admin { ready, registry: telemetry.registry(), pages: vec![board.page()] };
+        admin::serve(listener, admin, std::future::pending()).await
+    };
+    tokio::select! {
+        ended = local::run(&options, &board, output, terminated()?) => Ok(ended?),
+        served = told => served.context("serve --admin"),
+    }
 }
 
 async fn print_plan(arguments: &PlanArguments) -> anyhow::Result<()> {
@@ -278,9 +310,19 @@ async fn print_plan(arguments: &PlanArguments) -> anyhow::Result<()> {
 }
 
 async fn print_experts(arguments: ExpertsArguments) -> anyhow::Result<()> {
-    let client = cluster(arguments.kubeconfig.as_deref(), arguments.context).await.context("find the cluster")?;
-    let namespace = arguments.namespace.unwrap_or_else(|| client.default_namespace().to_owned());
-    let mut seen = experts::read(&client, &namespace, &arguments.name, PATIENCE).await?;
+    let name = &arguments.name;
+    let mut seen = match arguments.local {
+        Some(address) => {
+            let namespace = arguments.namespace.as_deref().unwrap_or("default");
+            local::read_experts(address, namespace, name, PATIENCE).await?
+        }
+        None => {
+            let client = cluster(arguments.kubeconfig.as_deref(), arguments.context).await;
+            let client = client.context("find the cluster")?;
+            let namespace = arguments.namespace.unwrap_or_else(|| client.default_namespace().to_owned());
+            experts::read(&client, &namespace, name, PATIENCE).await?
+        }
+    };
     if let Some(layer) = arguments.layer {
         seen = seen.only(layer)?;
     }

@@ -163,12 +163,8 @@ impl Worker {
 
     /// Its experts can be asked.
     pub fn holds(&self) -> bool {
-        let serving = |view: &WorkerView| {
-            let phases = [WorkerPhase::Serving, WorkerPhase::Draining, WorkerPhase::Drained];
-            view.connected && phases.contains(&view.phase)
-        };
         // one that has not spoken to this operator yet is judged by its own probe
-        !self.terminating() && self.view.as_ref().map_or_else(|| self.probed(), serving)
+        !self.terminating() && self.view.as_ref().map_or_else(|| self.probed(), WorkerView::holds)
     }
 
     /// Its own readiness probe succeeds.

@@ -87,6 +87,12 @@ impl Cluster {
         Ok(objects.iter().map(|object| (title(object), generation(object))).collect())
     }
 
+    /// What `modelfleet experts MODEL` prints, with more arguments.
+    pub(crate) async fn experts(&self, model: &str, more: &[&str]) -> anyhow::Result<String> {
+        let program = tests::program("modelfleet").to_string_lossy().into_owned();
+        run(&program, &[&["experts", model, "--namespace", MODELS], more].concat(), "").await
+    }
+
     /// Deletes a model and waits until nothing of it is left.
     pub(crate) async fn delete(&self, model: &str) -> anyhow::Result<()> {
         self.kubectl(&["delete", "modeldeployment", model, "--namespace", MODELS, "--ignore-not-found"]).await?;

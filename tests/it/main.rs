@@ -4,6 +4,7 @@
 
 mod clients;
 mod contract;
+mod experts;
 mod http;
 mod hub;
 mod load;

@@ -78,13 +78,16 @@ pub struct Fleet {
 }
 
 impl Fleet {
-    /// Starts `modelfleet local FILE` with an HTTP and a gRPC port of the system's choice.
+    /// Starts `modelfleet local FILE` with ports of the system's choice.
     ///
     /// # Errors
     /// If the program cannot be started.
     pub fn start(file: &Path, environment: &[(&str, &str)]) -> anyhow::Result<Self> {
         let mut command = crate::command("modelfleet");
-        command.arg("local").arg(file).args(["--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0"]);
+        command.arg("local").arg(file);
+        for flag in ["--http", "--grpc", "--admin"] {
+            command.args([flag, "127.0.0.1:0"]);
+        }
         command.envs(environment.iter().copied());
         let mut child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
         let stderr = child.stderr.take().context("standard error is piped")?;
@@ -153,6 +156,16 @@ impl Fleet {
         let admin = router.admin().await?;
         let other = router.listens()?.into_iter().find(|address| *address != router.address && *address != admin);
         other.context("the router has no third port")
+    }
+
+    /// `HOST:PORT` at which it tells its experts.
+    ///
+    /// # Errors
+    /// If it has not said so yet.
+    pub fn admin(&self) -> anyhow::Result<String> {
+        let printed = self.printed();
+        let told = printed.iter().find_map(|line| line.strip_prefix("experts: modelfleet experts NAME --local="));
+        Ok(told.context("the line of the experts is missing")?.to_owned())
     }
 
     /// The process id of `modelfleet local` itself.

@@ -38,7 +38,7 @@ pub(super) struct Process {
 /// Rows that a worker's requests gave to experts: what it said last, and how many lately.
 #[derive(Debug, Default)]
 pub(super) struct ExpertRows {
-    said: BTreeMap<u32, Vec<u64>>,
+    pub(super) said: BTreeMap<u32, Vec<u64>>,
     /// Each report counts a tenth less than the next one.
     pub(super) lately: BTreeMap<u32, Vec<u64>>,
     /// How many there were when the reconciler was told last.

@@ -234,6 +234,13 @@ impl State {
         super::view::of(name, model, &self.processes, &self.live_routers, now)
     }
 
+    /// Rows that each worker's requests gave to experts since it started, by its id; without those that told none yet.
+    pub(super) fn rows(&self, name: &str) -> BTreeMap<String, BTreeMap<u32, Vec<u64>>> {
+        let workers = self.processes.iter().filter(|((role, _), _)| *role == Role::Worker);
+        let told = workers.filter(|(_, worker)| worker.hello.model == name && !worker.experts.said.is_empty());
+        told.map(|((_, id), worker)| (id.clone(), worker.experts.said.clone())).collect()
+    }
+
     /// The next instructions for a stream, at most [`BATCH`], marked as told; `None` if the stream must end.
     pub(super) fn unsaid(&self, stream: StreamId, told: &mut Told) -> Option<Vec<Instruction>> {
         let Who::Known(key) = &self.streams.get(&stream)?.who else {

@@ -70,6 +70,14 @@ pub struct WorkerView {
     pub suspected_by: u32,
 }
 
+impl WorkerView {
+    /// Its experts can be asked.
+    pub fn holds(&self) -> bool {
+        let phases = [WorkerPhase::Serving, WorkerPhase::Draining, WorkerPhase::Drained];
+        self.connected && phases.contains(&self.phase)
+    }
+}
+
 /// Rows that the requests of one replica gave to experts lately, over its connected workers.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ExpertLoadView {

@@ -18,7 +18,7 @@ use serde::de::DeserializeOwned;
 use tokio::time::timeout;
 use wire::{admin::EXPERTS, proto};
 
-use super::{ModelExperts, ReplicaExperts, Told};
+use super::{ModelExperts, NoSuchModel, ReplicaExperts, Told};
 use crate::{
     error,
     launch::ADMIN_PORT,
@@ -36,15 +36,8 @@ const REASON: usize = 160;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// There is no such model.
-    #[error("no ModelDeployment {name} in namespace {namespace}; there are: {}", listed(.there))]
-    Unknown {
-        /// The name that was asked for.
-        name: String,
-        /// Where.
-        namespace: String,
-        /// Those in that namespace.
-        there: Vec<String>,
-    },
+    #[error(transparent)]
+    Unknown(NoSuchModel),
     /// The API server refuses or does not answer.
     #[error("{}", .0.chain())]
     Api(error::Error),
@@ -83,7 +76,7 @@ impl Cluster<'_> {
         }
         let all: Vec<Arc<ModelDeployment>> = self.list(&ListParams::default()).await?;
         let there = all.iter().map(|md| md.name_any()).collect();
-        Err(Error::Unknown { name: name.to_owned(), namespace: self.namespace.to_owned(), there })
+        Err(Error::Unknown(NoSuchModel { name: name.to_owned(), namespace: self.namespace.to_owned(), there }))
     }
 
     /// What there is of the model, as far as it says who holds what.
@@ -162,8 +155,4 @@ fn reason(error: &kube::Error) -> String {
     };
     let line = words.lines().next().unwrap_or_default().chars();
     line.filter(|letter| !letter.is_control()).take(REASON).collect()
-}
-
-fn listed(names: &[String]) -> String {
-    if names.is_empty() { "none".to_owned() } else { names.join(", ") }
 }

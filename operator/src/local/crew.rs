@@ -16,6 +16,7 @@ use super::{
     Error, Options, Output, Planned, Tools,
     ask::ask,
     child::{Child, Event, STANDARD_INPUT},
+    experts::Shown,
     prepare,
 };
 use crate::{
@@ -126,8 +127,8 @@ impl<'a> Crew<'a> {
         }
     }
 
-    /// Tells the fleet what there is, and starts the router and all workers.
-    pub(super) async fn start(&mut self, models: Vec<Started>) -> Result<(), Error> {
+    /// Tells the fleet what there is, and starts the router and all workers. Returns what the board is to show.
+    pub(super) async fn start(&mut self, models: Vec<Started>) -> Result<Shown, Error> {
         self.reserve("http", self.options.http).await?;
         self.reserve("grpc", self.options.grpc).await?;
         let token = token()?;
@@ -143,15 +144,17 @@ impl<'a> Crew<'a> {
         }
         self.fleet.expect(launches.iter().map(|(member, _)| identity(&member.token)));
         self.fleet.synced(facts.iter().map(|(name, _)| name.clone()));
+        let mut shown = Shown { fleet: self.fleet.clone(), models: Vec::new() };
         for (name, facts) in facts {
-            self.fleet.publish(&name, facts);
+            self.fleet.publish(&name, facts.clone());
+            shown.models.push((name, facts.replicas));
         }
         for (mut member, launch) in launches {
             let report = self.report.clone();
             member.child = Some(Child::start(member.name.clone(), &self.options.programs, launch, report));
             if member.model.is_empty() { self.router = Some(member) } else { self.workers.push(member) }
         }
-        Ok(())
+        Ok(shown)
     }
 
     /// A child would only say that it died.
@@ -164,7 +167,6 @@ impl<'a> Crew<'a> {
 
     fn workers_of(&self, model: &Started) -> Result<(Recruits, Vec<ReplicaFacts>), Error> {
         let Planned { accepted, description, plan } = &model.planned;
-        let short = accepted.name.strip_prefix("default/").unwrap_or(&accepted.name);
         let (mut members, mut replicas) = (Vec::new(), Vec::new());
         for replica in 0..accepted.model.replicas.max(1) {
             let mut workers = Vec::new();
@@ -188,7 +190,7 @@ impl<'a> Crew<'a> {
                 });
                 workers.push(worker_facts(&token, ordinal));
                 let member = Member {
-                    name: format!("{short}-{replica}-{ordinal}"),
+                    name: member_name(&accepted.name, replica, ordinal),
                     token,
                     model: accepted.name.clone(),
                     experts: table::experts(&plan.placement.held_by(ordinal)),
@@ -289,6 +291,9 @@ impl<'a> Crew<'a> {
 
     /// Says that all models can answer, and writes what happens from then on, for ever.
     pub(super) async fn watch(&mut self) -> Result<(), Error> {
+        if let Some(admin) = self.options.admin {
+            note(&mut self.output, &format!("experts: modelfleet experts NAME --local={admin}"));
+        }
         note(&mut self.output, "ready");
         loop {
             self.news().await?;
@@ -349,6 +354,12 @@ impl Member {
         let (name, experts) = ("router".to_owned(), "-".to_owned());
         Self { name, token, model: String::new(), experts, child: None }
     }
+}
+
+/// How a worker is called.
+pub(super) fn member_name(model: &str, replica: u32, ordinal: u32) -> String {
+    let short = model.strip_prefix("default/").unwrap_or(model);
+    format!("{short}-{replica}-{ordinal}")
 }
 
 /// Notes the process id; what to write about it, if anything.

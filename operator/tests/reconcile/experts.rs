@@ -104,7 +104,7 @@ async fn an_unknown_model_names_those_there_are_and_a_refusal_is_told_in_the_ser
     let (world, _operator) = World::installed().await;
     let client = world.api().client();
     let error = read(&client, "default", "tini", PATIENCE).await.unwrap_err();
-    assert!(matches!(error, Error::Unknown { .. }));
+    assert!(matches!(error, Error::Unknown(_)));
     assert_eq!(error.to_string(), "no ModelDeployment tini in namespace default; there are: tiny");
     let error = read(&client, "elsewhere", "tiny", PATIENCE).await.unwrap_err();
     assert_eq!(error.to_string(), "no ModelDeployment tiny in namespace elsewhere; there are: none");

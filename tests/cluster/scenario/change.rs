@@ -1,5 +1,7 @@
 //! Rollouts under load, and deletion at any moment.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use anyhow::{Context, ensure};
 use serde_json::Value;
 
@@ -91,6 +93,7 @@ pub(crate) async fn changes_under_load_cost_no_request(cluster: &Cluster) -> any
     let node = spare_node(cluster, "redundant").await?;
     let client = Client::new(&format!("{}:8080", router_beside(cluster, &node).await?));
     let streams = Streams::start(&client, "tiny-r1-redundant").await?;
+    check_experts(cluster).await?;
 
     let before = uids(cluster).await?;
     let victim = before.keys().nth(1).context("four workers")?;
@@ -144,12 +147,36 @@ pub(crate) async fn changes_under_load_cost_no_request(cluster: &Cluster) -> any
     cluster.delete("redundant").await
 }
 
+/// `modelfleet experts`, as a user calls it: two copies of each expert on different nodes, and the rows of its requests.
+async fn check_experts(cluster: &Cluster) -> anyhow::Result<()> {
+    let seen: Value = serde_json::from_str(&cluster.experts("redundant", &["--output", "json"]).await?)?;
+    let replica = &seen["replicas"][0];
+    let node = |ordinal: &Value| replica["workers"][ordinal.as_u64().unwrap_or(u64::MAX) as usize]["node"].as_str();
+    let layers = replica["layers"].as_array().context("layers with experts")?;
+    ensure!(layers.len() == 3, "three of the four layers have experts: {seen:#}");
+    for layer in layers {
+        let experts = layer["experts"].as_array().context("experts of a layer")?;
+        let rows: u64 = experts.iter().filter_map(|expert| expert["rows"].as_u64()).sum();
+        ensure!(experts.len() == 16 && rows > 0, "16 experts that requests gave rows to: {layer:#}");
+        for expert in experts {
+            let holders = expert["holders"].as_array().context("holders of an expert")?;
+            let nodes: BTreeSet<_> = holders.iter().filter_map(node).collect();
+            ensure!(expert["copies"].as_u64() >= Some(2) && nodes.len() >= 2, "two copies on two nodes: {expert:#}");
+        }
+    }
+    let drawn = cluster.experts("redundant", &[]).await?;
+    ensure!(drawn.contains("replica 0, workers 4/4\nminimum copies 2, skew "), "{drawn}");
+    let listed = cluster.experts("redundant", &["--layer", "2"]).await?;
+    ensure!(listed.contains(" rows since the 4 workers started\n"), "{listed}");
+    Ok(())
+}
+
 async fn edit(cluster: &Cluster, model: &str, patch: &str) -> anyhow::Result<()> {
     let arguments = ["patch", "modeldeployment", model, "--namespace", MODELS, "--type", "merge", "--patch", patch];
     cluster.kubectl(&arguments).await.map(drop)
 }
 
-async fn uids(cluster: &Cluster) -> anyhow::Result<std::collections::BTreeMap<String, String>> {
+async fn uids(cluster: &Cluster) -> anyhow::Result<BTreeMap<String, String>> {
     let pods = cluster.workers("redundant").await?;
     Ok(pods.iter().map(|(name, pod)| (name.clone(), text(pod, "/metadata/uid").to_owned())).collect())
 }
