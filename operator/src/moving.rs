@@ -252,7 +252,7 @@ fn fits(standing: Standing<'_>, plan: &Plan, target: &Plan, wanted: &Plan, model
     // as other pods would be made: with the cache of the wanted plan
     let need = Need { experts: target.fullest().experts, ..wanted.fullest() };
     match model.worker_memory.filter(|limit| need.total() > *limit) {
-        Some(limit) => Err(Stuck::NoRoom(NoRoom::MemoryTooSmall { limit, shards: target.shards, need })),
+        Some(limit) => Err(Stuck::NoRoom(NoRoom::MemoryTooSmall { limit, shards: target.shards, need, enough: None })),
         None => Err(Stuck::Outgrown(need.total())),
     }
 }

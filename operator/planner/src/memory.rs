@@ -166,7 +166,7 @@ pub enum NoRoom {
         context: Tokens,
     },
     /// A worker would not fit its memory limit.
-    #[error("spec.resources.limits.memory is {limit}; with {shards} shards a worker needs {need}")]
+    #[error("{}", memory_text(*.limit, *.shards, need, *.enough))]
     MemoryTooSmall {
         /// The limit of a worker.
         limit: Bytes,
@@ -174,6 +174,8 @@ pub enum NoRoom {
         shards: u32,
         /// What the fullest of them needs at least.
         need: Need,
+        /// The fewest workers that do fit the limit, where more would.
+        enough: Option<u32>,
     },
     /// There are fewer workers than copies of an expert.
     #[error("{}", redundancy_text(*.redundancy, *.shards, *.experts))]
@@ -216,6 +218,16 @@ fn shards_text(asked: u32, experts: u32) -> String {
         0 => format!("{field}; the model has no routed experts, so use 1"),
         _ => format!("{field}; the model has {experts} experts a layer, so use at most {experts}"),
     }
+}
+
+fn memory_text(limit: Bytes, shards: u32, need: &Need, enough: Option<u32>) -> String {
+    let total = need.total();
+    let wider = enough.map(|enough| format!(", or at least {enough} in spec.parallelism.expert.shards"));
+    let shards = if shards == 1 { "1 shard".to_owned() } else { format!("{shards} shards") };
+    format!(
+        "spec.resources.limits.memory is {limit}; with {shards} a worker needs {need}, so use at least {total}{}",
+        wider.unwrap_or_default()
+    )
 }
 
 fn redundancy_text(redundancy: u32, shards: u32, experts: u32) -> String {
@@ -264,7 +276,8 @@ fn try_plan(model: &ModelDescription, request: &Request) -> Result<Plan, NoRoom>
     };
     let fullest = fullest(&needs(least_cache));
     if let Some(limit) = request.worker_memory.filter(|limit| fullest.total() > *limit) {
-        return Err(NoRoom::MemoryTooSmall { limit, shards, need: fullest });
+        let enough = fitting_shards(model, request, least_cache, limit, shards.saturating_add(1));
+        return Err(NoRoom::MemoryTooSmall { limit, shards, need: fullest, enough });
     }
     let kv_cache_tokens =
         request.kv_cache_tokens.unwrap_or_else(|| cache_that_fits(model, context, request.worker_memory, fullest));
@@ -308,21 +321,33 @@ fn checked_redundancy(model: &ModelDescription, redundancy: u32, shards: u32) ->
     Ok(redundancy)
 }
 
-/// The fewest workers that fit, or the most there can be. Fewer than the mean or the copies allow need not be tried.
+/// The most workers among whom the experts can be parted.
+fn most_shards(model: &ModelDescription) -> u32 {
+    if model.is_dense() { 1 } else { model.experts }
+}
+
+/// The fewest workers that fit, or the most there can be.
 fn fewest_shards(model: &ModelDescription, request: &Request, cache: Tokens) -> u32 {
-    let most = if model.is_dense() { 1 } else { model.experts };
-    let copies = request.redundancy.saturating_add(1);
-    let Some(limit) = request.worker_memory else { return copies.min(most) };
+    let most = most_shards(model);
+    match request.worker_memory {
+        Some(limit) => fitting_shards(model, request, cache, limit, 1).unwrap_or(most),
+        None => request.redundancy.saturating_add(1).min(most),
+    }
+}
+
+/// The fewest workers, `from` or more, that fit the limit. Fewer than the mean or the copies allow need not be tried.
+fn fitting_shards(model: &ModelDescription, request: &Request, cache: Tokens, limit: Bytes, from: u32) -> Option<u32> {
+    let (most, copies) = (most_shards(model), request.redundancy.saturating_add(1));
     let room = limit.minus(need(model, Bytes(0), cache).total());
     let all = layers(model).iter().map(|l| l.expert_bytes.times(u64::from(model.experts)).times(u64::from(copies)));
     let mean = all.sum::<Bytes>().0.div_ceil(room.0.max(1));
-    let least = u32::try_from(mean).unwrap_or(most).max(copies).clamp(1, most);
+    let least = u32::try_from(mean).unwrap_or(u32::MAX).max(copies).max(from);
     let fits = |shards: &u32| {
         let (layers, experts, redundancy) = (layers(model), model.experts, request.redundancy);
         let problem = Problem { layers, experts, shards: *shards, redundancy, ..Problem::default() };
         place(&problem, None).is_ok_and(|p| p.expert_bytes(layers).into_iter().all(|bytes| bytes <= room))
     };
-    (least..most).find(fits).unwrap_or(most)
+    (least..=most).find(fits)
 }
 
 /// A dense model has nothing to place.

@@ -102,7 +102,7 @@ fn what_does_not_fit_is_told_with_numbers() {
         (
             Request { worker_memory: Some(Bytes(32 << 20)), shards: Some(4), ..ask },
             "spec.resources.limits.memory is 32Mi; with 4 shards a worker needs 62.3Mi (dense 3Mi, experts 1.2Mi, \
-             cache 1.2Mi, activations 9Mi, program 48Mi)",
+             cache 1.2Mi, activations 9Mi, program 48Mi), so use at least 62.3Mi",
         ),
     ];
     for (request, text) in cases {
@@ -164,6 +164,26 @@ fn an_eighth_of_the_room_stays_free_for_experts_on_the_move() {
     assert_eq!(room.steady, Bytes(room.moving.0 - room.moving.0.div_ceil(8)));
     let tight = plan.expert_room(fullest.total());
     assert_eq!((tight.steady, tight.moving), (fullest.experts, fullest.experts));
+}
+
+#[test]
+fn a_limit_that_is_too_small_for_the_shards_names_how_many_would_fit() {
+    let whole = planned(&tiny(), &Request { kv_cache_tokens: Some(Tokens(1024)), ..Request::default() });
+    let half = whole.fullest().total().minus(whole.fullest().experts).plus(Bytes(24 * 98_304));
+    let request = |shards, redundancy| Request {
+        shards: Some(shards),
+        redundancy,
+        worker_memory: Some(half),
+        ..Request::default()
+    };
+    let one = refused(&tiny(), &request(1, 0));
+    let wider = "; with 1 shard a worker needs 65.7Mi (dense 3Mi, experts 4.5Mi, cache 1.2Mi, activations 9Mi, \
+         program 48Mi), so use at least 65.7Mi, or at least 2 in spec.parallelism.expert.shards";
+    assert_eq!(one, format!("spec.resources.limits.memory is {half}{wider}"));
+    let copied = refused(&tiny(), &request(3, 1));
+    assert!(copied.ends_with(", or at least 4 in spec.parallelism.expert.shards"), "{copied}");
+    planned(&tiny(), &request(2, 0));
+    planned(&tiny(), &request(4, 1));
 }
 
 #[test]
