@@ -28,7 +28,7 @@ use serde::{Serialize, de::DeserializeOwned};
 use serde_json::json;
 use tokio::{sync::Semaphore, time::Instant};
 
-use self::standing::{LAG, Standing, Written, seal, standing};
+use self::standing::{LAG, Standing, Written, seal, standing, version};
 use crate::{
     error::Error,
     lease::Leadership,
@@ -75,6 +75,25 @@ struct Inner {
     permits: Semaphore,
     written: Mutex<HashMap<Owner, HashMap<Key, Written>>>,
     statuses: Mutex<HashMap<Owner, StatusOf>>,
+    /// Of the last moments, by the UID of the pod.
+    gates: Mutex<HashMap<Option<String>, Gate>>,
+}
+
+/// A readiness gate as the API server had it after our write.
+struct Gate {
+    status: String,
+    reason: Option<String>,
+    version: Option<u64>,
+    at: Instant,
+}
+
+impl Gate {
+    /// The watch has not told of it yet.
+    fn is_awaited(&self, pod: &Pod, condition: &PodCondition, now: Instant) -> bool {
+        let same = self.status == condition.status && self.reason == condition.reason;
+        let lags = matches!((version(pod), self.version), (Some(seen), Some(written)) if seen < written);
+        same && lags && now.duration_since(self.at) < LAG
+    }
 }
 
 /// The UID of the object that has it, the status written last, and when.
@@ -94,6 +113,7 @@ impl Writer {
             permits: Semaphore::new(WRITES_IN_FLIGHT),
             written: Mutex::default(),
             statuses: Mutex::default(),
+            gates: Mutex::default(),
         }))
     }
 
@@ -176,6 +196,9 @@ impl Writer {
         if present.is_some_and(|one| one.status == condition.status && one.reason == condition.reason) {
             return Ok(false);
         }
+        if lock(&self.0.gates).get(&pod.uid()).is_some_and(|gate| gate.is_awaited(pod, condition, Instant::now())) {
+            return Ok(false);
+        }
         let (kind, name) = ("Pod".to_owned(), pod.name_any());
         let api: Api<Pod> = Api::namespaced(self.0.client.clone(), &pod.namespace().unwrap_or_default());
         let patch = json!({
@@ -188,12 +211,19 @@ impl Writer {
         let patch = Patch::Apply(&patch);
         let call = async {
             match api.patch_status(&name, &params, &patch).await {
-                Ok(_) => Ok(true),
-                Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => Ok(false),
+                Ok(pod) => Ok(Some(pod)),
+                Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => Ok(None),
                 Err(source) => Err(Error::Apply { kind: kind.clone(), name: name.clone(), source: source.into() }),
             }
         };
-        self.write(&kind, &name, call).await
+        let Some(after) = self.write(&kind, &name, call).await? else {
+            return Ok(false);
+        };
+        let (status, reason) = (condition.status.clone(), condition.reason.clone());
+        let mut gates = lock(&self.0.gates);
+        gates.retain(|_, gate| gate.at.elapsed() < LAG);
+        gates.insert(pod.uid(), Gate { status, reason, version: version(&after), at: Instant::now() });
+        Ok(true)
     }
 
     /// Forgets what was written for a ModelDeployment that is gone; says whether anything was.
@@ -372,4 +402,25 @@ fn owner(md: &ModelDeployment) -> Owner {
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pod(version: &str) -> Pod {
+        serde_json::from_value(json!({"metadata": {"name": "a", "uid": "1", "resourceVersion": version}})).unwrap()
+    }
+
+    #[test]
+    fn a_pod_watch_that_lags_behind_a_gate_causes_no_second_write() {
+        let open = PodCondition { type_: ROUTED.to_owned(), status: "True".to_owned(), ..PodCondition::default() };
+        let shut = PodCondition { status: "False".to_owned(), ..open.clone() };
+        let now = Instant::now();
+        let gate = Gate { status: "True".to_owned(), reason: None, version: Some(9), at: now };
+        assert!(gate.is_awaited(&pod("5"), &open, now));
+        assert!(!gate.is_awaited(&pod("5"), &shut, now), "another one is another write");
+        assert!(!gate.is_awaited(&pod("9"), &open, now), "the watch has told, and somebody undid it");
+        assert!(!gate.is_awaited(&pod("5"), &open, now + LAG), "by then somebody undid it");
+    }
 }
