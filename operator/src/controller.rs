@@ -38,15 +38,15 @@ use self::scope::{Scopes, follow_leadership, wake_by_fleet};
 use crate::{
     apply::{Applied, CALL, StatusWrite, Writer},
     backoff::{self, Backoff},
-    control::{Availability, Fleet, ModelFacts},
-    decide::{Decision, Target, decide},
+    control::Fleet,
+    decide::{Decision, Target, decide, recorded},
     error::{Class, Error},
-    facts::facts,
+    facts::{facts, unruled},
     lease::{self, Candidate, Leadership},
     moving::Besides,
     observe::{Guarded, Look, Observed, Stores, observe, watch_deployments},
     render::{self, Install, Names, ROUTED, read_accepted},
-    replica::{Replica, Worker},
+    replica::{Replica, Worker, replicas},
     report::{Case, Note, notes, refused, report},
     served,
     validate::{Place, Refusal, ValidModel, validate},
@@ -190,7 +190,7 @@ async fn pass(object: &Guarded, context: &Context) -> Result<Action, Error> {
     let (md, accepted) = accept(md, unreadable, &names, &seen, context)?;
     let accepted = match accepted {
         Ok(accepted) => accepted,
-        Err(refusals) => return refuse(&md, &names, &refusals, context).await,
+        Err(refusals) => return refuse(&md, &names, &refusals, &seen, context).await,
     };
     look_closer(&md, &accepted.model, &mut seen, context).await?;
     let now = now();
@@ -317,19 +317,14 @@ fn accept(
     seen: &Observed,
     context: &Context,
 ) -> Result<(ModelDeployment, Verdict), Error> {
-    let all = context.all_deployments();
-    let others = || all.iter().filter_map(|object| object.0.as_ref().ok());
-    let taken = served::taken(&md, others());
-    let free = |md: &ModelDeployment| {
-        let taken = served::taken(md, others());
-        served::asked(md).into_iter().filter(|name| !taken.iter().any(|one| one.name == *name)).collect()
-    };
+    let taken = context.taken(&md);
     let refusals = match unreadable {
         Some(refusal) => vec![refusal],
         None => match validate(&md, Place::Cluster) {
             Ok(model) if served::refusals(&md, &taken).is_empty() => {
                 let remark = served::remark(&md, &taken);
-                let accepted = Accepted { model, served_names: free(&md), refusals: Vec::new(), remark };
+                let served_names = context.free(&md);
+                let accepted = Accepted { model, served_names, refusals: Vec::new(), remark };
                 return Ok((md, Ok(accepted)));
             }
             Ok(_) => served::refusals(&md, &taken),
@@ -340,7 +335,7 @@ fn accept(
         return Ok((md, Err(refusals)));
     };
     md.spec = spec;
-    let served_names = free(&md);
+    let served_names = context.free(&md);
     let verdict = match validate(&md, Place::Cluster) {
         Ok(model) => Ok(Accepted { model, served_names, refusals, remark: None }),
         Err(_) => Err(refusals),
@@ -348,30 +343,26 @@ fn accept(
     Ok((md, verdict))
 }
 
-/// Shows why a spec of which no version was ever accepted is refused, and waits for a change. What exists stays.
-async fn refuse(md: &ModelDeployment, names: &Names, refusals: &[Refusal], context: &Context) -> Result<Action, Error> {
-    context.fleet.publish(names.path(), nothing(md));
+/// Shows why a spec is refused of which no accepted version is known, and waits for a change. What exists stays, and the
+/// routers hear of it.
+async fn refuse(
+    md: &ModelDeployment,
+    names: &Names,
+    refusals: &[Refusal],
+    seen: &Observed,
+    context: &Context,
+) -> Result<Action, Error> {
+    let replicas = replicas(names, seen);
+    // a replica whose record cannot be read is left out, as one without any is
+    let records = recorded(names, &replicas, seen).unwrap_or_default();
+    let created = md.metadata.creation_timestamp.as_ref().map(|time| time.0);
+    context.fleet.publish(names.path(), unruled(names, context.free(md), created, &replicas, &records));
     let messages: Vec<&str> = refusals.iter().map(|refusal| refusal.message.as_str()).collect();
     let reason = refusals.first().map_or(Reason::Unparsable, |refusal| refusal.reason);
     let status = refused(md, reason, &messages.join("; "), now());
     match write_status(md, &status, context).await? {
         StatusWrite::Postponed => Ok(Action::requeue(CONFIRM)),
         StatusWrite::Same | StatusWrite::Written => Ok(Action::await_change()),
-    }
-}
-
-/// A model that exists and answers nothing.
-fn nothing(md: &ModelDeployment) -> ModelFacts {
-    ModelFacts {
-        served_names: Vec::new(),
-        created: md.metadata.creation_timestamp.as_ref().map_or(0, |time| time.0.as_second()),
-        availability: Availability::Off,
-        max_pending: 0,
-        max_wait: Duration::ZERO,
-        max_context_tokens: 0,
-        migration_attempts: 0,
-        expert_wait: None,
-        replicas: Vec::new(),
     }
 }
 
@@ -458,6 +449,17 @@ async fn publish(md: &ModelDeployment, note: Note, context: &Context) {
 impl Context {
     fn all_deployments(&self) -> Vec<Arc<Guarded>> {
         lock(&self.deployments).iter().flat_map(Store::state).collect()
+    }
+
+    fn taken(&self, md: &ModelDeployment) -> Vec<served::Taken> {
+        let all = self.all_deployments();
+        served::taken(md, all.iter().filter_map(|object| object.0.as_ref().ok()))
+    }
+
+    /// The names that `md` asks for and no older one has.
+    fn free(&self, md: &ModelDeployment) -> Vec<String> {
+        let taken = self.taken(md);
+        served::asked(md).into_iter().filter(|name| !taken.iter().any(|one| one.name == *name)).collect()
     }
 
     fn with_history<T>(&self, model: &str, act: impl FnOnce(&mut Option<History>) -> T) -> T {

@@ -246,7 +246,7 @@ fn described_in_vain(names: &Names, revision: &Revision, seen: &Observed) -> boo
 }
 
 /// The records of all revisions that have replicas.
-fn recorded(names: &Names, replicas: &[Replica], seen: &Observed) -> Result<Vec<Record>, Error> {
+pub(crate) fn recorded(names: &Names, replicas: &[Replica], seen: &Observed) -> Result<Vec<Record>, Error> {
     let mut revisions: Vec<&Revision> = replicas.iter().map(|replica| &replica.revision).collect();
     revisions.dedup();
     let found = revisions.into_iter().map(|revision| Record::find(names, revision, &seen.owned.config_maps));

@@ -9,9 +9,9 @@ use crate::{
     control::{Availability, ModelFacts, ReplicaFacts, WorkerFacts},
     decide::{Decision, Planning, Target},
     launch::WORKER_PORT,
-    render::Names,
+    render::{Names, Record},
     replica::{Replica, Worker},
-    validate::ValidModel,
+    validate::{MAX_PENDING, MAX_WAIT, ValidModel, attempts},
 };
 
 /// The facts of a model whose replicas are to become those of `decision`.
@@ -35,7 +35,31 @@ pub fn facts(
         max_context_tokens: u32::try_from(context).unwrap_or(u32::MAX),
         migration_attempts: model.migration_attempts,
         expert_wait: model.expert_wait,
-        replicas: decision.replicas.iter().filter_map(|one| replica(names, one, decision)).collect(),
+        replicas: decision.replicas.iter().filter_map(|one| decided(names, one, decision)).collect(),
+    }
+}
+
+/// The facts of a model of which no spec is known that could be used: what stands goes on, and the router keeps to the
+/// limits of a spec that says nothing of them.
+pub fn unruled(
+    names: &Names,
+    served_names: Vec<String>,
+    created: Option<Timestamp>,
+    replicas: &[Replica],
+    records: &[Record],
+) -> ModelFacts {
+    let stands = replicas.iter().any(Replica::stands);
+    let facts = |one: &Replica| replica(names, one, records, one.draining_since.is_some() || !one.stands());
+    ModelFacts {
+        served_names,
+        created: created.map_or(0, |time| time.as_second()),
+        availability: if stands { Availability::Serving } else { Availability::Off },
+        max_pending: MAX_PENDING,
+        max_wait: MAX_WAIT,
+        max_context_tokens: 0,
+        migration_attempts: attempts(None),
+        expert_wait: None,
+        replicas: replicas.iter().filter_map(facts).collect(),
     }
 }
 
@@ -50,20 +74,24 @@ fn availability(model: &ValidModel, decision: &Decision) -> Availability {
     }
 }
 
-fn replica(names: &Names, replica: &Replica, decision: &Decision) -> Option<ReplicaFacts> {
-    let record = decision.records.iter().find(|record| record.revision == replica.revision)?;
-    let target = decision.targets.iter().find(|one| one.revision == replica.revision && one.index == replica.index);
-    let plan = replica.plan.as_ref()?;
-    if target.is_some_and(|target| is_placed_anew(replica, target)) {
+fn decided(names: &Names, one: &Replica, decision: &Decision) -> Option<ReplicaFacts> {
+    let target = decision.targets.iter().find(|target| target.revision == one.revision && target.index == one.index);
+    if target.is_some_and(|target| is_placed_anew(one, target)) {
         return None;
     }
+    replica(names, one, &decision.records, target.is_none_or(|target| target.draining_since.is_some()))
+}
+
+fn replica(names: &Names, replica: &Replica, records: &[Record], draining: bool) -> Option<ReplicaFacts> {
+    let record = records.iter().find(|record| record.revision == replica.revision)?;
+    let plan = replica.plan.as_ref()?;
     Some(ReplicaFacts {
         replica: replica.index,
         revision: replica.revision.to_string(),
         content_hash: record.description.content_hash.clone(),
         placement: plan.placement.clone(),
         also_hold: replica.also.as_ref().map(|also| also.plan().placement.clone()),
-        draining: target.is_none_or(|target| target.draining_since.is_some()),
+        draining,
         workers: replica.workers.iter().filter_map(|one| worker(names, replica, one)).collect(),
     })
 }

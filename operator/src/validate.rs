@@ -159,8 +159,8 @@ const RULES: &[Rule] = &[
 
 const HOST: &str = "kubernetes.io/hostname";
 const MIGRATION_ATTEMPTS: u32 = 3;
-const MAX_PENDING: u32 = 1024;
-const MAX_WAIT: Duration = Duration::from_secs(120);
+pub(crate) const MAX_PENDING: u32 = 1024;
+pub(crate) const MAX_WAIT: Duration = Duration::from_secs(120);
 const MAX_SURGE: u32 = 1;
 const MAX_UNAVAILABLE: u32 = 0;
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(60);
@@ -218,7 +218,8 @@ fn served_names(md: &ModelDeployment) -> Vec<String> {
     md.spec.model.served_names.clone().unwrap_or_else(own)
 }
 
-fn attempts(migration: Option<&Migration>) -> u32 {
+/// How often a stream may go on at another worker.
+pub(crate) fn attempts(migration: Option<&Migration>) -> u32 {
     match migration {
         Some(migration) if migration.mode == MigrationMode::Disabled => 0,
         Some(migration) => migration.max_attempts.map_or(MIGRATION_ATTEMPTS, unsigned),

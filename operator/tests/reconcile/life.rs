@@ -270,6 +270,33 @@ async fn a_refused_spec_leaves_what_runs_and_taking_it_back_recovers() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_refused_spec_leaves_its_workers_to_the_routers_if_the_accepted_one_is_lost_too() {
+    let (world, operator) = World::installed().await;
+    world.edit(|spec| spec["model"]["source"] = json!("file:///models/tiny"));
+    world.says("Refused: ").await;
+    operator.kill().await;
+    world.api().delete("configmaps", "tiny-accepted");
+    let told = world.cluster.stage.lock().unwrap().seen.len();
+    let operator = world.operator(0).await;
+    let takes = |world: &World, workers: usize| {
+        let stage = world.cluster.stage.lock().unwrap();
+        let newest = stage.seen[told..].last();
+        newest.is_some_and(|newest| newest.workers.iter().filter(|worker| !worker.draining).count() == workers)
+    };
+    world.until("the routers are told of both workers", |world| takes(world, 2)).await;
+    assert_eq!(world.names("statefulsets").len(), 1);
+    let pod = world.names("pods").into_iter().find(|name| name.ends_with("-0-1")).unwrap();
+    world.cluster.no_pods.store(true, Ordering::Relaxed);
+    world.api().delete("pods", &pod);
+    world.until("and that one is gone", |world| takes(world, 0) || takes(world, 1)).await;
+    world.cluster.no_pods.store(false, Ordering::Relaxed);
+    world.until("and of the one that replaces it", |world| takes(world, 2)).await;
+    world.edit(|spec| spec["model"] = model()["spec"]["model"].clone());
+    world.ready().await;
+    drop(operator);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn sleeps_when_idle_and_a_request_that_waits_wakes_it() {
     let world = World::with(1).await;
     let _operator = world.operator(0).await;
