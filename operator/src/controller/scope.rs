@@ -159,7 +159,8 @@ impl Roster {
         Self { fleet: fleet.clone(), workers, routers, router_events, scopes: scopes.clone() }
     }
 
-    /// Tells the fleet at each change, and now and then.
+    /// Tells the fleet whenever an object is looked at or a router changed, and each second besides: a pod may be known
+    /// before anything of its model is looked at.
     async fn keep(mut self) {
         loop {
             tokio::select! {
