@@ -296,6 +296,22 @@ fn the_schedulers_words_are_kept() {
 }
 
 #[test]
+fn a_label_that_no_node_has_is_named_with_its_field() {
+    let mut spec = four();
+    spec["parallelism"]["expert"]["redundancy"] = json!(1);
+    spec["scheduling"] = json!({"topology": {"spreadAcross": "example.com/rack"}});
+    let words =
+        "0/3 nodes are available: 3 node(s) didn't match pod topology spread constraints (missing required label).";
+    let status = json!({"conditions": [{"type": "PodScheduled", "status": "False", "reason": "Unschedulable",
+        "message": words}]});
+    let scene = Scene::installed(spec).pod(0, status);
+    let conditions = scene.status().conditions;
+    let scheduled = conditions.iter().find(|one| one.type_ == "Scheduled").unwrap();
+    let field = "spec.scheduling.topology.spreadAcross is example.com/rack, a label that not all nodes have";
+    assert_eq!(scheduled.message, format!("{field}: {words}"));
+}
+
+#[test]
 fn an_image_that_cannot_be_pulled_is_named() {
     let mut status = starting(false);
     status["initContainerStatuses"][0]["state"] = json!({"waiting": {"reason": "ImagePullBackOff"}});

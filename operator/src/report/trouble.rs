@@ -8,6 +8,7 @@ use super::Case;
 use crate::{
     control::{FailureView, ProgressPhase, ProgressView, Role, WorkerPhase},
     replica::{Replica, Worker},
+    validate::ValidModel,
 };
 
 /// What is wrong, each as a text for people. Replicas that drain have no trouble.
@@ -99,7 +100,7 @@ impl Trouble {
         }
         if let Some(scheduled) = worker.condition("PodScheduled").filter(|one| one.status == "False") {
             let message = scheduled.message.clone().unwrap_or_else(|| "no node fits".to_owned());
-            self.unschedulable.get_or_insert(message);
+            self.unschedulable.get_or_insert_with(|| spread(message, case.model));
             return;
         }
         if let Some(crash) = crash(worker) {
@@ -118,6 +119,15 @@ impl Trouble {
             self.loading.add(progress.filter(|progress| reads && loading(progress)));
         }
     }
+}
+
+/// The scheduler's words, after the field that they speak of where nodes lack its label.
+fn spread(message: String, model: &ValidModel) -> String {
+    if !model.spreads_over_labels() || !message.contains("missing required label") {
+        return message;
+    }
+    let label = &model.spread_across;
+    format!("spec.scheduling.topology.spreadAcross is {label}, a label that not all nodes have: {message}")
 }
 
 /// An ordinal, with its replica where there are several, and with the revision of that where there are several.
