@@ -75,6 +75,15 @@ struct State {
     silent: Option<String>,
     /// What pods answer, by NAME:PORT/PATH.
     pages: BTreeMap<String, (u16, String)>,
+    /// How often an older state came back.
+    restored: usize,
+}
+
+/// What the server had at one moment.
+pub struct Backup {
+    objects: BTreeMap<Key, Value>,
+    applied: BTreeMap<(Key, bool), Value>,
+    version: u64,
 }
 
 impl Api {
@@ -148,6 +157,25 @@ impl Api {
         self.0.changed.notify_waiters();
     }
 
+    /// What there is now.
+    pub fn backup(&self) -> Backup {
+        self.state(|state| Backup {
+            objects: state.objects.clone(),
+            applied: state.applied.clone(),
+            version: state.version,
+        })
+    }
+
+    /// Comes back with what there was then: versions go on from there, and watches of what came after it expire.
+    pub fn restore(&self, backup: Backup) {
+        self.state(|state| {
+            state.history.retain(|(version, ..)| *version <= backup.version);
+            (state.objects, state.applied, state.version) = (backup.objects, backup.applied, backup.version);
+            state.restored += 1;
+        });
+        self.0.changed.notify_waiters();
+    }
+
     /// Lets a pod answer at `NAME:PORT/PATH`, or no more.
     pub fn page(&self, at: &str, answer: Option<(u16, &str)>) {
         self.state(|state| match answer {
@@ -197,10 +225,17 @@ impl Api {
 
     fn watch(&self, path: Path) -> Response<UnsyncBoxBody<Bytes, Infallible>> {
         let api = self.clone();
-        let events = stream::unfold((api, path.version, path), |(api, from, path)| async move {
+        let restored = api.state(|state| (path.version <= state.version).then_some(state.restored));
+        let events = stream::unfold((api, path.version, path, restored), |(api, from, path, restored)| async move {
             let inner = api.0.clone();
             loop {
                 let changed = inner.changed.notified();
+                if from == EXPIRED {
+                    return None;
+                }
+                if restored != Some(api.state(|state| state.restored)) {
+                    return Some((Ok(expired()), (api, EXPIRED, path, restored)));
+                }
                 let next = api.state(|state| {
                     if state.silent.as_ref() == Some(&path.plural) {
                         return None;
@@ -212,13 +247,23 @@ impl Api {
                 if let Some((version, kind, _, object)) = next {
                     let mut line = serde_json::to_vec(&json!({"type": kind, "object": object})).unwrap();
                     line.push(b'\n');
-                    return Some((Ok::<_, Infallible>(Frame::data(Bytes::from(line))), (api, version, path)));
+                    let frame = Ok::<_, Infallible>(Frame::data(Bytes::from(line)));
+                    return Some((frame, (api, version, path, restored)));
                 }
                 changed.await;
             }
         });
         Response::new(BodyExt::boxed_unsync(StreamBody::new(events.boxed())))
     }
+}
+
+/// The version of a watch that has said that it is over.
+const EXPIRED: u64 = u64::MAX;
+
+fn expired() -> Frame<Bytes> {
+    let status = json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "code": 410,
+        "reason": "Expired", "message": "the resource version is not known"});
+    Frame::data(format!("{}\n", json!({"type": "ERROR", "object": status})).into())
 }
 
 /// Where an object is that a test names: nodes are in no namespace.

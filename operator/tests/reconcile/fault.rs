@@ -9,7 +9,7 @@ use serde_json::json;
 
 use crate::{
     api::Fault,
-    world::{World, model},
+    world::{MODEL, World, model},
 };
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -116,6 +116,28 @@ async fn a_watch_that_is_silent_makes_no_second_replica_and_loses_none() {
     assert_eq!(world.names("statefulsets").len(), 1);
     assert!(world.names("statefulsets")[0].ends_with("-0"), "{:?}", world.names("statefulsets"));
     assert_eq!((records, world.names("configmaps").len()), (3, 3));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_api_server_that_comes_back_with_an_older_state_is_followed_there_and_on() {
+    let (world, _operator) = World::installed().await;
+    let (first, backup) = (world.uids("statefulsets"), world.api().backup());
+    let is = |world: &World, replicas: usize| {
+        let told = world.cluster.stage.lock().unwrap().snapshots[MODEL].workers.len();
+        let ready = format!("{replicas}/{replicas}");
+        let md = world.api().get("modeldeployments", "tiny").unwrap();
+        let observed = md["status"]["observedGeneration"] == md["metadata"]["generation"];
+        observed && md["status"]["printed"]["ready"] == *ready && told == 2 * replicas
+    };
+    world.edit(|spec| spec["replicas"] = json!(3));
+    world.until("three", |world| is(world, 3)).await;
+    world.api().restore(backup);
+    world.until("one, as there was", |world| is(world, 1)).await;
+    assert_eq!(world.uids("statefulsets"), first, "what runs goes on");
+    world.edit(|spec| spec["replicas"] = json!(2));
+    world.until("two", |world| is(world, 2)).await;
+    assert_eq!(world.names("statefulsets").len(), 2);
+    assert!(first.iter().all(|set| world.uids("statefulsets").contains(set)));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
