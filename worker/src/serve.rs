@@ -16,10 +16,11 @@ use serde_json::json;
 use tokio::{
     net::TcpListener,
     sync::{mpsc, watch},
+    task::JoinHandle,
 };
 use tonic::service::Routes;
 use tonic_health::server::HealthReporter;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 use wire::{
     admin::{self, Admin, Page},
     proto::{Failure, Progress, Report, experts_server::ExpertsServer, progress, report, worker_server::WorkerServer},
@@ -111,13 +112,16 @@ pub enum Error {
     /// The engine's thread ended by a fault; the log says which.
     #[error("the engine has ended")]
     Engine,
+    /// What loads and forgets experts ended by a fault; the log says which.
+    #[error("nothing keeps the experts as the operator says any more")]
+    Keeper,
 }
 
 impl Error {
     /// The stable reason for the operator.
     fn reason(&self) -> &'static str {
         match self {
-            Self::Placement(_) | Self::System(_) | Self::Engine => "WorkerFailed",
+            Self::Placement(_) | Self::System(_) | Self::Engine | Self::Keeper => "WorkerFailed",
             Self::Files(record::Error::OtherContent { .. }) => "ChecksumMismatch",
             Self::Files(_) => "SourceNotFound",
             Self::Weights(engine::Error::File { .. } | engine::Error::Tensor { .. }) | Self::Model(_) => {
@@ -238,10 +242,11 @@ async fn run(
     let asked = experts.asked();
     let service = GenerateService::new(loaded.model, driver.clone(), state.clone(), metrics);
     let (routes, health) = routes(service, experts).await;
-    tokio::spawn(keeper.follow());
+    let mut keeping = tokio::spawn(keeper.follow());
     let mut placed = state.loaded.subscribe();
     tokio::select! {
         _ = placed.wait_for(Option::is_some) => {} // a snapshot may have come meanwhile
+        fault = fault_of(&mut keeping) => return Err(fault),
         _ = &mut shutdown => return Ok(()),
     }
     let (experts, dense_bytes) = (Some(loaded.experts), loaded.dense_bytes);
@@ -264,10 +269,22 @@ async fn run(
             state.cut(); // not ready, and whatever is here goes on elsewhere
             (Err(Error::Engine), Duration::ZERO)
         }
+        fault = fault_of(&mut keeping) => {
+            state.cut(); // it would answer by a placement that nobody follows
+            (Err(fault), Duration::ZERO)
+        }
     };
     stop.send_replace(Some(()));
     let _ = tokio::time::timeout(grace, server).await; // what is open then is closed with the process
     ended
+}
+
+/// Waits for the end of a keeper, which goes on for ever unless it panics.
+async fn fault_of(keeping: &mut JoinHandle<()>) -> Error {
+    if let Err(panic) = keeping.await {
+        error!(%panic, "the keeper of the experts panicked");
+    }
+    Error::Keeper
 }
 
 /// The services of a worker: requests, experts, health.

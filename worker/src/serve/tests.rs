@@ -186,6 +186,15 @@ async fn the_rows_of_each_expert_are_told_to_whom_asks() {
     }
 }
 
+#[tokio::test]
+async fn a_keeper_that_panics_is_noticed_and_told() {
+    let fault = fault_of(&mut tokio::spawn(async { panic!("on purpose") })).await;
+    assert_eq!(
+        (fault.reason(), fault.to_string().as_str()),
+        ("WorkerFailed", "nothing keeps the experts as the operator says any more")
+    );
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_prompt_is_echoed_and_scored() {
     let worker = Running::start(8).await;
