@@ -3,7 +3,7 @@
 mod scope;
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     future::Future,
     panic::AssertUnwindSafe,
     sync::{Arc, Mutex, PoisonError},
@@ -87,6 +87,9 @@ pub struct Settings {
 /// When the experts of each replica of a model, by revision and index, last began to move.
 type Moved = BTreeMap<(String, u32), tokio::time::Instant>;
 
+/// When pods of a model, by UID, were first seen on their way out.
+type Leaving = BTreeMap<String, tokio::time::Instant>;
+
 /// What a reconcile works with.
 struct Context {
     fleet: Fleet,
@@ -100,6 +103,7 @@ struct Context {
     backoff: Backoff<ObjectRef<Guarded>>,
     histories: Arc<Mutex<HashMap<String, History>>>,
     moved: Mutex<HashMap<String, Moved>>,
+    leaving: Mutex<HashMap<String, Leaving>>,
     roster: Arc<Notify>,
 }
 
@@ -208,7 +212,7 @@ async fn pass(object: &Guarded, context: &Context) -> Result<Action, Error> {
     let desired = render::objects(&names, &accepted.model, &context.install, &decision);
     let applied = context.writer.apply(&md, &desired, &seen.owned).await;
     let gated = open_gates(&decision, context, now).await;
-    let buried = bury(&md, &decision, &seen, context, now).await;
+    let buried = bury(&md, &decision, &seen, context).await;
     let outcome = applied.and_then(|applied| gated.and(buried).map(|()| applied));
 
     let status = report(&Case {
@@ -240,6 +244,7 @@ async fn look_closer(
         let ago = |at: &tokio::time::Instant| Millis(u64::try_from(at.elapsed().as_millis()).unwrap_or(u64::MAX));
         seen.moved = moved.iter().map(|(replica, at)| (replica.clone(), ago(at))).collect();
     }
+    seen.leaving = context.leaving(Names::of(md).path(), &seen.pods);
     let matters = |pod: &&Pod| model.spreads_over_labels() || pod.metadata.deletion_timestamp.is_some();
     let pods: Vec<&Pod> = seen.pods.iter().map(AsRef::as_ref).filter(matters).collect();
     seen.nodes = context.look.nodes(&pods).await?;
@@ -380,15 +385,9 @@ async fn open_gates(decision: &Decision, context: &Context, now: Timestamp) -> R
 
 /// Deletes pods that hang on nodes that are gone, so that others take their place: a StatefulSet waits for them for ever.
 /// Experts hold no state, and a twin that comes back is told from its successor.
-async fn bury(
-    md: &ModelDeployment,
-    decision: &Decision,
-    seen: &Observed,
-    context: &Context,
-    now: Timestamp,
-) -> Result<(), Error> {
+async fn bury(md: &ModelDeployment, decision: &Decision, seen: &Observed, context: &Context) -> Result<(), Error> {
     for worker in decision.replicas.iter().flat_map(|replica| &replica.workers) {
-        if worker.hangs(seen, now) {
+        if worker.hangs(seen) {
             info!(pod = worker.pod.metadata.name, "hangs on a node that is gone, so it is deleted");
             context.writer.bury(md, &worker.pod).await?;
         }
@@ -485,12 +484,30 @@ impl Context {
         }
     }
 
+    /// How long each of a model's pods is known to be on its way out, by UID: its own times are of another clock.
+    fn leaving(&self, model: &str, pods: &[Arc<Pod>]) -> BTreeMap<String, Duration> {
+        let leaving = pods.iter().filter(|pod| pod.metadata.deletion_timestamp.is_some());
+        let leaving: BTreeSet<String> = leaving.filter_map(|pod| pod.metadata.uid.clone()).collect();
+        let mut all = lock(&self.leaving);
+        let mut known = all.remove(model).unwrap_or_default();
+        known.retain(|uid, _| leaving.contains(uid));
+        for uid in leaving {
+            known.entry(uid).or_insert_with(tokio::time::Instant::now);
+        }
+        let ages = known.iter().map(|(uid, since)| (uid.clone(), since.elapsed())).collect();
+        if !known.is_empty() {
+            all.insert(model.to_owned(), known);
+        }
+        ages
+    }
+
     /// Forgets a model that is gone; says whether it was known.
     fn forget(&self, namespace: &str, name: &str) -> bool {
         let path = format!("{namespace}/{name}");
         self.fleet.remove(&path);
         lock(&self.histories).remove(&path);
         lock(&self.moved).remove(&path);
+        lock(&self.leaving).remove(&path);
         self.backoff.succeeded(&ObjectRef::new(name).within(namespace));
         self.roster.notify_one();
         self.writer.forget(namespace, name)

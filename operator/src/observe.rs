@@ -5,7 +5,7 @@
 
 mod look;
 
-use std::{collections::BTreeMap, fmt::Debug, net::IpAddr, sync::Arc};
+use std::{collections::BTreeMap, fmt::Debug, net::IpAddr, sync::Arc, time::Duration};
 
 use crds::ModelDeployment;
 use futures::{Stream, StreamExt};
@@ -86,6 +86,8 @@ pub struct Observed {
     pub claim: Option<Claim>,
     /// How long ago the experts of a replica, by revision and index, began to move under this leader.
     pub moved: BTreeMap<(String, u32), Millis>,
+    /// How long each pod is known under this leader to be on its way out, by UID.
+    pub leaving: BTreeMap<String, Duration>,
     /// The nodes that matter, by name.
     pub nodes: BTreeMap<String, NodeView>,
 }
@@ -177,6 +179,7 @@ pub fn observe(md: &ModelDeployment, stores: &Stores, fleet: &Fleet) -> Observed
         refused_pods: Vec::new(),
         claim: None,
         moved: BTreeMap::new(),
+        leaving: BTreeMap::new(),
         nodes: BTreeMap::new(),
     };
     let sets = observed.owned.stateful_sets.iter().filter_map(|set| set.uid());

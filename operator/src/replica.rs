@@ -173,11 +173,13 @@ impl Worker {
     }
 
     /// It hangs on its way out: its node is not ready or gone, and nothing was heard of its process for a while.
-    pub fn hangs(&self, seen: &Observed, now: Timestamp) -> bool {
+    pub fn hangs(&self, seen: &Observed) -> bool {
         let node = node_of(&self.pod);
         let gone = node.is_some_and(|name| !seen.nodes.get(name).is_some_and(|node| node.ready));
-        let over = self.pod.metadata.deletion_timestamp.as_ref().is_some_and(|end| end.0 <= now);
-        // one that never spoke to this operator has its time to end
+        let grace = self.pod.metadata.deletion_grace_period_seconds.unwrap_or(0).max(0).unsigned_abs();
+        let leaving = self.pod.uid().and_then(|uid| seen.leaving.get(&uid)).copied().unwrap_or_default();
+        // one that never spoke to this operator has its time to end, since we saw that it is to
+        let over = leaving >= UNHEARD.max(Duration::from_secs(grace));
         let silent = self.view.as_ref().map_or(over, |view| view.silent_for >= UNHEARD);
         self.terminating() && gone && silent
     }
@@ -282,4 +284,26 @@ fn label(object: &impl ResourceExt) -> Option<(Revision, u32)> {
 
 fn is_worker(pod: &Pod) -> bool {
     pod.labels().get("app.kubernetes.io/component").is_some_and(|component| component == WORKER)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_pod_that_never_spoke_has_its_time_to_end_whatever_clock_the_api_server_has() {
+        let pod = json!({
+            "metadata": {"name": "a", "uid": "1", "deletionTimestamp": "2001-01-01T00:00:00Z",
+                "deletionGracePeriodSeconds": 30},
+            "spec": {"nodeName": "gone", "containers": []},
+        });
+        let worker = Worker::bare(&Arc::new(serde_json::from_value(pod).unwrap()));
+        let hangs = |seconds: &[u64]| {
+            let leaving = seconds.iter().map(|seconds| ("1".to_owned(), Duration::from_secs(*seconds))).collect();
+            worker.hangs(&Observed { leaving, ..Observed::default() })
+        };
+        assert!(!hangs(&[]) && !hangs(&[0]) && !hangs(&[29]) && hangs(&[30]));
+    }
 }

@@ -79,6 +79,7 @@ impl Scopes {
                 backoff: Backoff::default(),
                 histories: scopes.histories.clone(),
                 moved: Mutex::default(),
+                leaving: Mutex::default(),
                 roster: scopes.roster.clone(),
             };
             tasks.spawn(control(client.clone(), namespace, woken, Arc::new(context), scopes.clone()));
