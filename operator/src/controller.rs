@@ -169,7 +169,8 @@ async fn control(
 async fn reconcile(object: Arc<Guarded>, context: Arc<Context>) -> Result<Action, Error> {
     context.roster.notify_one();
     if context.leadership.term().is_none() {
-        return Ok(Action::await_change());
+        // a term that is renewed late goes on, and wakes nobody
+        return Ok(if context.leadership.lapsed() { Action::requeue(CONFIRM) } else { Action::await_change() });
     }
     let pass = AssertUnwindSafe(pass(&object, &context)).catch_unwind().await;
     let action = pass.unwrap_or_else(|panic| Err(Error::Panic(text(panic.as_ref()))))?;

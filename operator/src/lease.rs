@@ -76,6 +76,12 @@ impl Leadership {
         self.0.borrow().filter(|term| Instant::now() < term.until)
     }
 
+    /// Tells whether this process led last, and its time is over: the same term may go on, and nobody is told that it
+    /// stood still.
+    pub fn lapsed(&self) -> bool {
+        self.0.borrow().is_some_and(|term| Instant::now() >= term.until)
+    }
+
     /// Waits until the epoch differs from `epoch` (`None`: does not lead), and returns the new one.
     ///
     /// A term that nobody renews ends here by itself.
@@ -338,6 +344,10 @@ mod tests {
         assert_eq!(leadership.changed_from(None).await, Some(7));
         assert!(leadership.term().is_some());
         assert_eq!(leadership.changed_from(Some(7)).await, None);
-        assert!(leadership.term().is_none());
+        assert!(leadership.term().is_none() && leadership.lapsed());
+        claim.lead(7, Instant::now() + Duration::from_secs(60));
+        assert!(leadership.term().is_some() && !leadership.lapsed(), "the same term goes on");
+        claim.follow();
+        assert!(!leadership.lapsed());
     }
 }
