@@ -1,6 +1,6 @@
 //! The body that is not streamed, put together from the pieces of a stream. Pure.
 
-use std::collections::BTreeMap;
+use std::{borrow::Cow, collections::BTreeMap};
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, value::RawValue};
@@ -64,15 +64,15 @@ impl Whole {
         if self.bytes > MOST_BYTES {
             return Err(Error::TooLong);
         }
-        let piece: Piece = serde_json::from_slice(json)?;
+        let piece: Piece<'_> = serde_json::from_slice(json)?;
         for part in piece.choices {
             self.choices.entry(part.index).or_default().add(part);
         }
-        self.head.get_or_insert(Head {
-            id: piece.id,
+        self.head.get_or_insert_with(|| Head {
+            id: piece.id.into_owned(),
             created: piece.created,
-            model: piece.model,
-            system_fingerprint: piece.system_fingerprint,
+            model: piece.model.into_owned(),
+            system_fingerprint: piece.system_fingerprint.map(Text::into_owned),
         });
         Ok(())
     }
@@ -100,19 +100,19 @@ impl Whole {
 }
 
 impl Choice {
-    fn add(&mut self, part: Part) {
+    fn add(&mut self, part: Part<'_>) {
         let delta = part.delta.unwrap_or_default();
-        self.role = self.role.take().or(delta.role);
+        self.role = self.role.take().or_else(|| delta.role.map(Text::into_owned));
         for text in [delta.content, part.text].into_iter().flatten() {
-            self.text.push_str(&text);
+            self.text.push_str(&text.0);
         }
         if let Some(reasoning) = delta.reasoning_content {
-            self.reasoning.get_or_insert_default().push_str(&reasoning);
+            self.reasoning.get_or_insert_default().push_str(&reasoning.0);
         }
         if let Some(logprobs) = part.logprobs {
             join(self.logprobs.get_or_insert_with(|| Value::Object(Map::new())), logprobs);
         }
-        self.finish_reason = part.finish_reason.or(self.finish_reason.take());
+        self.finish_reason = part.finish_reason.map(Text::into_owned).or(self.finish_reason.take());
     }
 
     fn whole(self, index: u32, is_chat: bool) -> WholeChoice {
@@ -146,29 +146,48 @@ fn join(whole: &mut Value, part: Value) {
 }
 
 #[derive(Deserialize)]
-struct Piece {
-    id: String,
+struct Piece<'a> {
+    #[serde(borrow)]
+    id: Cow<'a, str>,
     created: i64,
-    model: String,
-    system_fingerprint: Option<String>,
-    #[serde(default)]
-    choices: Vec<Part>,
+    #[serde(borrow)]
+    model: Cow<'a, str>,
+    #[serde(borrow)]
+    system_fingerprint: Option<Text<'a>>,
+    #[serde(borrow, default)]
+    choices: Vec<Part<'a>>,
 }
 
 #[derive(Deserialize)]
-struct Part {
+struct Part<'a> {
     index: u32,
-    delta: Option<Delta>,
-    text: Option<String>,
+    #[serde(borrow)]
+    delta: Option<Delta<'a>>,
+    #[serde(borrow)]
+    text: Option<Text<'a>>,
     logprobs: Option<Value>,
-    finish_reason: Option<String>,
+    #[serde(borrow)]
+    finish_reason: Option<Text<'a>>,
 }
 
 #[derive(Default, Deserialize)]
-struct Delta {
-    role: Option<String>,
-    content: Option<String>,
-    reasoning_content: Option<String>,
+struct Delta<'a> {
+    #[serde(borrow)]
+    role: Option<Text<'a>>,
+    #[serde(borrow)]
+    content: Option<Text<'a>>,
+    #[serde(borrow)]
+    reasoning_content: Option<Text<'a>>,
+}
+
+/// Borrowed unless it has escapes, in an `Option` too.
+#[derive(Deserialize)]
+struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
+
+impl Text<'_> {
+    fn into_owned(self) -> String {
+        self.0.into_owned()
+    }
 }
 
 #[derive(Deserialize)]
