@@ -10,21 +10,20 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::StatusCode;
+use http::{StatusCode, uri::PathAndQuery};
 use tokio::sync::oneshot;
-use tonic::{Code, Request, Status, Streaming};
+use tonic::{Code, Request, Status, Streaming, client::Grpc};
 use tower::ServiceExt as _;
 use tracing::{Instrument as _, Span, debug, field::Empty, info_span};
 use wire::{
     MAX_MESSAGE_BYTES,
     openai::ErrorObject,
-    proto::{
-        Endpoint, GenerateCall, GenerateReply, Resume, chunk::Kind, generate_reply::Reply, worker_client::WorkerClient,
-    },
+    proto::{Endpoint, GenerateCall, GenerateReply, Resume, chunk::Kind, generate_reply::Reply},
 };
 
 use crate::{
     ahead::Ahead,
+    codec::Fitting,
     line::{Entered, Entry, Line, Turn, Waiter},
     load::{Grant, WorkerLoad},
     pick::Why,
@@ -37,6 +36,7 @@ use crate::{
 
 /// How often a request may be brought to a worker until one begins to answer.
 const ATTEMPTS: u32 = 32;
+const GENERATE: &str = "/modelfleet.v1.Worker/Generate";
 /// How often those in line are looked at though nothing was freed: suspicions end by time.
 pub const LOOK_EVERY: Duration = Duration::from_millis(100);
 
@@ -250,11 +250,14 @@ async fn head(
         resume,
     });
     wire::telemetry::inject(request.metadata_mut());
+    let codec = Fitting::<_, GenerateReply>::to(request.get_ref());
     let channel = router.channels().get(worker.target());
-    let mut client = WorkerClient::new(channel.map_request(|call: http::Request<_>| call.map(Ahead::of)))
+    let mut client = Grpc::new(channel.map_request(|call: http::Request<_>| call.map(Ahead::of)))
         .max_decoding_message_size(MAX_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_MESSAGE_BYTES);
-    let mut replies = client.generate(request).await.map_err(|status| refused(&status))?.into_inner();
+    client.ready().await.map_err(|error| refused(&Status::unknown(error.to_string())))?;
+    let replies = client.server_streaming(request, PathAndQuery::from_static(GENERATE), codec).await;
+    let mut replies = replies.map_err(|status| refused(&status))?.into_inner();
     let head = match replies.message().await {
         Ok(Some(GenerateReply { reply: Some(Reply::Head(head)) })) => head,
         Ok(None) => return Err(Failed::Lost), // without a word, as behind the head

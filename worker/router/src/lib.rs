@@ -15,6 +15,7 @@ mod ahead;
 pub mod ask;
 pub mod budget;
 pub mod channels;
+mod codec;
 pub mod control;
 pub mod dispatch;
 pub mod edge;
