@@ -5,6 +5,7 @@
 
 use std::{
     future::Future,
+    pin::pin,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -100,14 +101,15 @@ pub async fn begin(router: &Router, call: &Call, journey: &mut Journey, parent: 
             modelfleet.attempt = attempt,
         );
         let resume = journey.resume();
-        let tried = async {
+        // pinned where it is made, here and below: it is large, and each layer around it would copy it
+        let tried = pin!(async {
             let replies = ask(router, call, resume, &grant).await;
             let replies = replies.inspect_err(|failed| failed.mark(router, &grant.worker().load))?;
             let mut running = Running::new(router, replies, grant, call.deadline, span.clone());
             let begun = first_piece(router, &mut running).await;
             begun.inspect_err(|failed| failed.mark(router, &running.grant().worker().load))?;
             Ok(running)
-        };
+        });
         let failed = match tried.instrument(span.clone()).await {
             Ok(running) => return Ok(running),
             Err(failed) => failed,
@@ -206,16 +208,17 @@ async fn ask(
     let limit = began + grant.line().pace.limit(call.body.len(), router.patience());
     let ends = call.deadline.map_or(limit, |deadline| deadline.min(limit));
     let life = &grant.worker().load.life;
-    let asked = async {
+    let head = pin!(head(router, call, resume, grant));
+    let asked = pin!(async {
         tokio::select! {
             biased;
-            head = head(router, call, resume, grant) => head,
+            head = head => head,
             () = life.silence() => {
                 debug!("a worker that was to take the request gives no sign of life");
                 Err(Failed::NotTaken)
             }
         }
-    };
+    });
     match until(Some(ends), asked).await {
         Some(Ok(replies)) => {
             life.heard();

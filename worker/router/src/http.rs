@@ -2,6 +2,7 @@
 
 use std::{
     convert::Infallible,
+    pin::pin,
     time::{Duration, Instant},
 };
 
@@ -95,10 +96,10 @@ pub async fn respond(router: Router, request: Request<Incoming>) -> Response<Bod
         modelfleet.request.id = id,
     );
     let _ = span.set_parent(telemetry::extract(request.headers())); // fails only if nothing is exported
-    let answer = answer(&router, route, request, &id, arrived).instrument(span.clone()).await;
-    let mut response = answer.unwrap_or_else(|refusal| refused(&refusal));
+    let answer = pin!(answer(&router, route, request, &id, arrived));
+    let mut response = answer.instrument(span.clone()).await.unwrap_or_else(|refusal| refused(&refusal));
     span.record("http.response.status_code", response.status().as_u16());
-    if let Ok(id) = HeaderValue::try_from(id) {
+    if let Ok(id) = HeaderValue::try_from(&id) {
         response.headers_mut().insert(REQUEST_ID, id);
     }
     response
