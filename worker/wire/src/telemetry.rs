@@ -10,6 +10,7 @@
 //! counts and reasons.
 
 mod drops;
+mod fields;
 mod otlp;
 mod propagation;
 mod settings;
@@ -49,6 +50,7 @@ use tracing_subscriber::{
 pub use propagation::{Carrier, extract, inject};
 
 use drops::Drops;
+use fields::Fields;
 use settings::{Settings, Signal};
 
 const FLUSH: Duration = Duration::from_secs(5);
@@ -126,7 +128,8 @@ fn standard_error<S: Subscriber + for<'a> LookupSpan<'a>>() -> impl Layer<S> {
         Ok(asked) => Box::new(asked),
         Err(_) => Box::new(LevelFilter::INFO), // an `EnvFilter` looks every span up whenever it is entered or left
     };
-    fmt::layer().with_writer(io::stderr).with_ansi(io::stderr().is_terminal()).with_filter(filter)
+    let text = fmt::layer().fmt_fields(Fields).with_writer(io::stderr).with_ansi(io::stderr().is_terminal());
+    text.with_filter(filter)
 }
 
 impl Telemetry {
