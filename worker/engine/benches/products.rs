@@ -11,15 +11,18 @@ use std::time::{Duration, Instant};
 use candle_core::{DType, Device, Tensor};
 use half::bf16;
 
-use kernels::Weight;
+use layers::product::{Weight, product};
 
 #[expect(
     dead_code,
     unused_imports,
     reason = "of the engine's kernels, which it shows nobody, this needs the product only"
 )]
-#[path = "../src/layers/kernels.rs"]
-mod kernels;
+#[path = "../src/layers"]
+mod layers {
+    mod kernels;
+    pub(crate) mod product;
+}
 
 /// Outputs and inputs of a weight matrix, and whose it is.
 const SHAPES: [(usize, usize, &str); 2] =
@@ -49,7 +52,7 @@ fn main() -> candle_core::Result<()> {
                 }
                 for (times, weight) in rounds[2..].iter_mut().zip([Weight::F32(&wide), Weight::Bf16(&narrow)]) {
                     times.push(mean(|| {
-                        kernels::product(&x, weight, inputs, black_box(&mut y));
+                        product(&x, weight, inputs, black_box(&mut y));
                         Ok(())
                     })?);
                 }

@@ -6,4 +6,5 @@ pub(crate) mod mla;
 pub(crate) mod mlp;
 pub(crate) mod moe;
 pub(crate) mod norm;
+pub(crate) mod product;
 pub(crate) mod rope;

@@ -2,7 +2,7 @@
 
 use candle_core::{CpuStorage, DType, Storage, Tensor};
 
-use super::kernels::{self, Weight};
+use super::product::{Weight, product};
 
 /// A matrix of bf16, f16 or f32 on the CPU. Copies share their memory.
 #[derive(Debug, Clone)]
@@ -28,7 +28,7 @@ impl Matrix {
     /// `x`: `[rows, inputs]`. Returns `[rows, outputs]`.
     pub(crate) fn apply(&self, x: &[f32]) -> Vec<f32> {
         let mut y = vec![0.0; x.len() / self.inputs * self.outputs];
-        self.with(0..self.outputs, |weight| kernels::product(x, weight, self.inputs, &mut y));
+        self.with(0..self.outputs, |weight| product(x, weight, self.inputs, &mut y));
         y
     }
 

@@ -1,8 +1,9 @@
 //! Multi-head latent attention over a paged cache of latents.
 
-use super::kernels::{self, Weight};
+use super::kernels;
 use super::matrix::Matrix;
 use super::norm::RmsNorm;
+use super::product::{Weight, product};
 use super::rope::{Angles, Rope};
 use crate::error::Error;
 use crate::kv::{Cache, PAGE_TOKENS, Slice};
@@ -202,7 +203,7 @@ impl Mla {
         for (query, scores) in query.chunks_exact(width).zip(scores.chunks_exact_mut(length)) {
             for (scores, page) in scores.chunks_mut(PAGE_TOKENS).zip(latents()) {
                 let found = &mut found[..scores.len()];
-                kernels::product(query, Weight::F32(page), width, found);
+                product(query, Weight::F32(page), width, found);
                 scores.copy_from_slice(found);
             }
             kernels::softmax(scores, self.scale);
