@@ -6,6 +6,8 @@ use std::future::{Future, ready};
 
 use half::bf16;
 
+use crate::layers::kernels;
+
 /// How a row travels, and how every expert's input and output row is rounded, local ones too.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum WireDtype {
@@ -26,10 +28,16 @@ impl WireDtype {
 
     /// Rounds values to the wire: to the nearest, ties to even.
     pub(crate) fn encode(self, values: &[f32]) -> Vec<u8> {
+        let mut bytes = vec![0; values.len() * self.size()];
         match self {
-            WireDtype::Bf16 => values.iter().flat_map(|&value| bf16::from_f32(value).to_le_bytes()).collect(),
-            WireDtype::F32 => values.iter().flat_map(|value| value.to_le_bytes()).collect(),
+            WireDtype::Bf16 => kernels::round_to_bf16(values, &mut bytes),
+            WireDtype::F32 => {
+                for (bytes, value) in bytes.as_chunks_mut::<4>().0.iter_mut().zip(values) {
+                    *bytes = value.to_le_bytes();
+                }
+            }
         }
+        bytes
     }
 
     /// Reads a row into `values`, which has as many.

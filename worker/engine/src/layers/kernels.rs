@@ -96,9 +96,26 @@ pub(crate) fn add_scaled(factors: &[f32], rows: &[f32], stride: usize, sum: &mut
     impl WithSimd for AddScaled<'_> {
         type Output = ();
         #[inline(always)]
-        fn with_simd<S: Simd>(self, _: S) {
-            for (factor, row) in self.factors.iter().zip(self.rows.chunks_exact(self.stride)) {
-                for (sum, value) in self.sum.iter_mut().zip(row) {
+        fn with_simd<S: Simd>(self, simd: S) {
+            /// Registers of sums at a time: enough that none waits for its own last addition.
+            const AT_ONCE: usize = 4;
+            let AddScaled { factors, rows, stride, sum } = self;
+            let (wide, rest) = S::as_mut_simd_f32s(sum);
+            let begun = wide.len() * S::F32_LANES;
+            for (at, sums) in wide.chunks_mut(AT_ONCE).enumerate() {
+                let start = at * AT_ONCE * S::F32_LANES;
+                let mut kept = [simd.splat_f32s(0.0); AT_ONCE];
+                kept[..sums.len()].copy_from_slice(sums);
+                for (factor, row) in factors.iter().zip(rows.chunks_exact(stride)) {
+                    let factor = simd.splat_f32s(*factor);
+                    for (sum, value) in kept.iter_mut().zip(S::as_simd_f32s(&row[start..begun]).0) {
+                        *sum = simd.add_f32s(*sum, simd.mul_f32s(factor, *value));
+                    }
+                }
+                sums.copy_from_slice(&kept[..sums.len()]);
+            }
+            for (factor, row) in factors.iter().zip(rows.chunks_exact(stride)) {
+                for (sum, value) in rest.iter_mut().zip(&row[begun..]) {
                     *sum += factor * value;
                 }
             }
@@ -162,6 +179,24 @@ pub(crate) fn softmax(row: &mut [f32], scale: f32) {
     ARCH.dispatch(Softmax(row, scale));
 }
 
+/// Rounds values to bf16, to the nearest, ties to even, as little-endian bytes: two a value.
+pub(crate) fn round_to_bf16(values: &[f32], bytes: &mut [u8]) {
+    struct Round<'a>(&'a [f32], &'a mut [u8]);
+    impl WithSimd for Round<'_> {
+        type Output = ();
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, _: S) {
+            for (value, bytes) in self.0.iter().zip(self.1.as_chunks_mut::<2>().0) {
+                let bits = value.to_bits();
+                let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
+                let kept = if value.is_nan() { bits >> 16 | 0x40 } else { rounded };
+                *bytes = (kept as u16).to_le_bytes();
+            }
+        }
+    }
+    ARCH.dispatch(Round(values, bytes));
+}
+
 /// The logistic function.
 pub(crate) fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + exp(-x))
@@ -201,6 +236,31 @@ mod tests {
             (state >> 8) as f32 / (1 << 23) as f32 - 1.0
         };
         (0..count).map(|_| next()).collect()
+    }
+
+    #[test]
+    fn scaled_rows_are_added_one_after_the_other() {
+        for (rows, width, stride) in [(1, 1, 1), (3, 7, 9), (5, 64, 80), (16, 67, 67), (4, 200, 203)] {
+            let (factors, values, begun) = (values(rows, 1), values(rows * stride, 2), values(width, 3));
+            let mut sum = begun.clone();
+            add_scaled(&factors, &values, stride, &mut sum);
+            for (at, sum) in sum.iter().enumerate() {
+                let each = factors.iter().zip(values.chunks(stride)).map(|(factor, row)| factor * row[at]);
+                assert_eq!(*sum, each.fold(begun[at], |sum, value| sum + value), "{rows} x {width}");
+            }
+        }
+    }
+
+    #[test]
+    fn rounding_to_bf16_is_to_the_nearest() {
+        let mut values: Vec<f32> = (0..=u32::MAX).step_by(4_099).map(f32::from_bits).collect();
+        values.extend((0..512).map(|low| f32::from_bits(0x3f7f_ff00 + low)));
+        values.extend([f32::NAN, f32::INFINITY, f32::NEG_INFINITY, f32::MAX, f32::MIN, f32::from_bits(0x7f80_0001)]);
+        let mut bytes = vec![0; values.len() * 2];
+        round_to_bf16(&values, &mut bytes);
+        for (value, bytes) in values.iter().zip(bytes.as_chunks::<2>().0) {
+            assert_eq!(*bytes, half::bf16::from_f32(*value).to_le_bytes(), "{value}");
+        }
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! Multi-head latent attention over a paged cache of latents.
 
+use std::ops::Range;
+
 use super::kernels;
 use super::matrix::Matrix;
 use super::norm::RmsNorm;
@@ -84,6 +86,9 @@ pub(crate) struct Mla {
     scale: f32,
 }
 
+/// Queries whose scores are computed together, each head of each row being one.
+const QUERIES: usize = 64;
+
 /// The norms inside attention have this epsilon whatever the model's is.
 const EPSILON: f32 = 1e-6;
 
@@ -135,12 +140,19 @@ impl Mla {
             }
         }
         let queries = self.queries(x, rope, angles);
-        let mut mixed = vec![0.0; angles.len() * self.shape.heads * self.shape.rank];
-        let per_row = mixed.chunks_exact_mut(self.shape.heads * self.shape.rank);
-        let queries = queries.chunks_exact(self.shape.heads * width);
-        let mut scores = Vec::new();
-        for (((slice, position), query), mixed) in rows(slices).zip(queries).zip(per_row) {
-            self.attend(query, cache, slice.pages, position + 1, &mut scores, mixed);
+        let MlaShape { heads, rank, .. } = self.shape;
+        let mut mixed = vec![0.0; angles.len() * heads * rank];
+        let together = (QUERIES / heads).max(1);
+        let (mut queries, mut rest, mut scores) = (queries.as_slice(), mixed.as_mut_slice(), Vec::new());
+        for slice in slices {
+            let all = slice.positions();
+            for start in all.clone().step_by(together) {
+                let positions = start..all.end.min(start + together);
+                let (query, others) = queries.split_at(positions.len() * heads * width);
+                let (mixed, below) = std::mem::take(&mut rest).split_at_mut(positions.len() * heads * rank);
+                self.attend(query, cache, slice.pages, positions, &mut scores, mixed);
+                (queries, rest) = (others, below);
+            }
         }
         self.output.apply(&self.values(&mixed))
     }
@@ -181,36 +193,42 @@ impl Mla {
         queries
     }
 
-    /// Mixes the first `length` latents of a sequence for one row.
+    /// Mixes for rows of one sequence, which follow each other, the latents up to each.
     ///
     /// # Shapes
-    /// `query`: `[heads, width]`. `mixed`: `[heads, rank]`, zero.
+    /// `query`: `[rows, heads, width]`. `mixed`: `[rows, heads, rank]`, zero.
     fn attend(
         &self,
         query: &[f32],
         cache: &LayerCache<'_>,
         pages: &[u32],
-        length: usize,
+        positions: Range<usize>,
         scores: &mut Vec<f32>,
         mixed: &mut [f32],
     ) {
         let MlaShape { heads, rank, .. } = self.shape;
-        let width = self.shape.width();
+        let (width, length) = (self.shape.width(), positions.end);
         scores.clear();
-        scores.resize(heads * length, 0.0);
-        let mut found = [0.0; PAGE_TOKENS];
-        let latents = || cache.cache.read(cache.layer, pages, length);
-        for (query, scores) in query.chunks_exact(width).zip(scores.chunks_exact_mut(length)) {
-            for (scores, page) in scores.chunks_mut(PAGE_TOKENS).zip(latents()) {
-                let found = &mut found[..scores.len()];
-                product(query, Weight::F32(page), width, found);
-                scores.copy_from_slice(found);
+        scores.resize(positions.len() * heads * length, 0.0);
+        let mut found = vec![0.0; positions.len() * heads * PAGE_TOKENS];
+        let latents = || (0..length).step_by(PAGE_TOKENS).zip(cache.cache.read(cache.layer, pages, length));
+        // of the last pages this is more than some rows may see; they take no notice of it
+        for (start, page) in latents() {
+            let tokens = page.len() / width;
+            let found = &mut found[..positions.len() * heads * tokens];
+            product(query, Weight::F32(page), width, found);
+            for (scores, found) in scores.chunks_exact_mut(length).zip(found.chunks_exact(tokens)) {
+                scores[start..start + tokens].copy_from_slice(found);
             }
-            kernels::softmax(scores, self.scale);
         }
-        for (mixed, scores) in mixed.chunks_exact_mut(rank).zip(scores.chunks_exact(length)) {
-            for (scores, page) in scores.chunks(PAGE_TOKENS).zip(latents()) {
-                kernels::add_scaled(scores, page, width, mixed);
+        let of_row = mixed.chunks_exact_mut(heads * rank).zip(scores.chunks_exact_mut(heads * length));
+        for ((mixed, scores), position) in of_row.zip(positions) {
+            for (mixed, scores) in mixed.chunks_exact_mut(rank).zip(scores.chunks_exact_mut(length)) {
+                let scores = &mut scores[..=position];
+                kernels::softmax(scores, self.scale);
+                for (scores, (_, page)) in scores.chunks(PAGE_TOKENS).zip(latents()) {
+                    kernels::add_scaled(scores, page, width, mixed);
+                }
             }
         }
     }
