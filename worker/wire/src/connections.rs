@@ -5,6 +5,7 @@
 
 use std::{convert::Infallible, future::Future, io, sync::Arc, time::Duration};
 
+use futures::future::BoxFuture;
 use hyper::server::conn::http2;
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
@@ -13,6 +14,7 @@ use hyper_util::{
 };
 use tokio::{
     net::{TcpListener, TcpStream},
+    sync::Semaphore,
     task::JoinSet,
 };
 use tonic::{
@@ -23,6 +25,7 @@ use tonic::{
 use tower::ServiceExt as _;
 use tracing::{debug, warn};
 
+pub mod framed;
 mod streams;
 
 pub use streams::{Streams, Watched, watched};
@@ -50,6 +53,8 @@ const HEADER_BYTES_READ: u32 = 4 * HEADER_BYTES;
 const STREAMS_PER_CONNECTION: u32 = 16_384;
 const RESETS_PENDING: usize = 64;
 const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+/// Connections that speak frames; one beyond hangs up, and its peer asks over gRPC.
+const FRAMED_CONNECTIONS: usize = 1024;
 
 /// A channel to `HOST:PORT` that connects at its first call, and again whenever the connection was lost.
 ///
@@ -82,14 +87,41 @@ fn tuned(endpoint: Endpoint) -> Endpoint {
         .http2_max_header_list_size(HEADER_BYTES)
 }
 
-/// Serves gRPC `routes` on `listener` until `shutdown`, then gives running calls [`GRACE`] to end.
+/// What is served on one port.
+pub struct Services {
+    routes: Routes,
+    frames: Option<Arc<ServeFrames>>,
+}
+
+/// Serves a connection that speaks [`frames`](crate::frames) until its peer ends it, or the future is dropped.
+pub type ServeFrames = dyn Fn(framed::Connection) -> BoxFuture<'static, ()> + Send + Sync;
+
+impl From<Routes> for Services {
+    fn from(routes: Routes) -> Self {
+        Self { routes, frames: None }
+    }
+}
+
+impl Services {
+    /// Serves frames too.
+    pub fn with_frames(self, frames: Arc<ServeFrames>) -> Self {
+        Self { frames: Some(frames), ..self }
+    }
+}
+
+/// Serves gRPC routes, and frames where there are any, on `listener` until `shutdown`, then gives running calls [`GRACE`]
+/// to end.
 ///
 /// Dropping the future closes every connection at once.
 ///
 /// # Errors
 /// None after it has begun: an accept that fails, for want of file descriptors or otherwise, is tried again.
-pub async fn serve(listener: TcpListener, routes: Routes, shutdown: impl Future<Output = ()>) -> io::Result<()> {
-    serve_until(listener, routes, shutdown, GRACE).await
+pub async fn serve(
+    listener: TcpListener,
+    services: impl Into<Services>,
+    shutdown: impl Future<Output = ()>,
+) -> io::Result<()> {
+    serve_until(listener, services, shutdown, GRACE).await
 }
 
 /// As [`serve`], with `grace` for running calls to end.
@@ -98,16 +130,12 @@ pub async fn serve(listener: TcpListener, routes: Routes, shutdown: impl Future<
 /// As [`serve`].
 pub async fn serve_until(
     listener: TcpListener,
-    routes: Routes,
+    services: impl Into<Services>,
     shutdown: impl Future<Output = ()>,
     grace: Duration,
 ) -> io::Result<()> {
-    let routes = routes.prepare();
-    let server = Arc::new(server(READER_TIMEOUT));
-    accept(listener, shutdown, grace, move |stream, watcher| {
-        serve_connection(stream, routes.clone(), server.clone(), watcher)
-    })
-    .await;
+    let serving = Arc::new(Serving::new(services.into(), READER_TIMEOUT));
+    accept(listener, shutdown, grace, move |stream, watcher| serving.clone().connection(stream, watcher)).await;
     Ok(())
 }
 
@@ -170,25 +198,60 @@ fn server(reader_timeout: Duration) -> http2::Builder<Streams> {
     server
 }
 
-async fn serve_connection(stream: TcpStream, routes: Routes, server: Arc<http2::Builder<Streams>>, watcher: Watcher) {
-    if stream.set_nodelay(true).is_err() || !speaks_http2(&stream).await {
-        return;
+/// What the connections of one port share.
+struct Serving {
+    routes: Routes,
+    http2: http2::Builder<Streams>,
+    frames: Option<Arc<ServeFrames>>,
+    framed: Semaphore,
+}
+
+impl Serving {
+    fn new(services: Services, reader_timeout: Duration) -> Self {
+        let Services { routes, frames } = services;
+        let (routes, http2) = (routes.prepare(), server(reader_timeout));
+        Self { routes, http2, frames, framed: Semaphore::new(FRAMED_CONNECTIONS) }
     }
-    let peer = stream.connect_info();
-    let service = tower::service_fn(move |mut request: http::Request<hyper::body::Incoming>| {
-        let routes = routes.clone();
-        request.extensions_mut().insert(peer.clone());
-        async move {
-            if head_bytes(&request) > HEADER_BYTES as usize {
-                let message = format!("the metadata is larger than {HEADER_BYTES} bytes");
-                return Ok::<_, Infallible>(Status::resource_exhausted(message).into_http().map(watched));
-            }
-            Ok(routes.oneshot(request.map(tonic::body::Body::new)).await?.map(watched))
+
+    async fn connection(self: Arc<Self>, stream: TcpStream, watcher: Watcher) {
+        if stream.set_nodelay(true).is_err() {
+            return;
         }
-    });
-    let connection = server.serve_connection(TokioIo::new(stream), TowerToHyperService::new(service));
-    if let Err(error) = watcher.watch(connection).await {
-        debug!(%error, "connection ended");
+        match (spoken(&stream).await, &self.frames) {
+            (Some(Spoken::Http2), _) => self.http2(stream, watcher).await,
+            (Some(Spoken::Frames), Some(serve)) => self.frames(stream, &**serve).await,
+            (Some(Spoken::Frames), None) | (None, _) => {}
+        }
+        // held until here: a server that is told to end waits for whoever it serves
+    }
+
+    async fn http2(&self, stream: TcpStream, watcher: Watcher) {
+        let (peer, routes) = (stream.connect_info(), self.routes.clone());
+        let service = tower::service_fn(move |mut request: http::Request<hyper::body::Incoming>| {
+            let routes = routes.clone();
+            request.extensions_mut().insert(peer.clone());
+            async move {
+                if head_bytes(&request) > HEADER_BYTES as usize {
+                    let message = format!("the metadata is larger than {HEADER_BYTES} bytes");
+                    return Ok::<_, Infallible>(Status::resource_exhausted(message).into_http().map(watched));
+                }
+                Ok(routes.oneshot(request.map(tonic::body::Body::new)).await?.map(watched))
+            }
+        });
+        let connection = self.http2.serve_connection(TokioIo::new(stream), TowerToHyperService::new(service));
+        if let Err(error) = watcher.watch(connection).await {
+            debug!(%error, "connection ended");
+        }
+    }
+
+    async fn frames(&self, stream: TcpStream, serve: &ServeFrames) {
+        let Ok(_place) = self.framed.try_acquire() else {
+            return warn!(open = FRAMED_CONNECTIONS, "hung up on a peer that speaks frames; too many do");
+        };
+        match framed::accept(stream).await {
+            Ok(connection) => serve(connection).await,
+            Err(error) => debug!(%error, "a peer that speaks frames is gone"),
+        }
     }
 }
 
@@ -199,23 +262,32 @@ fn head_bytes<T>(request: &http::Request<T>) -> usize {
     path + fields.sum::<usize>()
 }
 
-/// Whether the peer's first bytes are HTTP/2's, and came in time: HTTP/2's own pings begin only after them.
-async fn speaks_http2(stream: &TcpStream) -> bool {
+/// What a peer's first bytes begin.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Spoken {
+    Http2,
+    Frames,
+}
+
+/// What a peer speaks, if its first bytes say so, and come in time: HTTP/2's own pings begin only after them.
+async fn spoken(stream: &TcpStream) -> Option<Spoken> {
+    const PREFACES: [(&[u8], Spoken); 2] = [(PREFACE, Spoken::Http2), (framed::PREFACE, Spoken::Frames)];
     let seen = async {
         let mut first = [0; PREFACE.len()];
         loop {
-            match stream.peek(&mut first).await {
-                Ok(n) if n > 0 && first[..n] == PREFACE[..n] => {
-                    if n == PREFACE.len() {
-                        return true;
-                    }
-                    tokio::time::sleep(Duration::from_millis(10)).await;
-                }
-                _ => return false,
+            let n = stream.peek(&mut first).await.ok().filter(|&n| n > 0)?;
+            let seen = &first[..n];
+            let (preface, spoken) = PREFACES.into_iter().find(|(preface, _)| {
+                let n = seen.len().min(preface.len());
+                seen[..n] == preface[..n]
+            })?;
+            if seen.len() >= preface.len() {
+                return Some(spoken);
             }
+            tokio::time::sleep(Duration::from_millis(10)).await;
         }
     };
-    tokio::time::timeout(PREFACE_TIMEOUT, seen).await.unwrap_or(false)
+    tokio::time::timeout(PREFACE_TIMEOUT, seen).await.ok().flatten()
 }
 
 #[cfg(test)]

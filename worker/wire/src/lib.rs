@@ -6,11 +6,12 @@
 pub mod admin;
 pub mod connections;
 pub mod fleet;
+pub mod frames;
 pub mod genai;
 pub mod openai;
 pub mod telemetry;
 
-pub use connections::{MAX_MESSAGE_BYTES, connect, serve, serve_until};
+pub use connections::{MAX_MESSAGE_BYTES, Services, connect, serve, serve_until};
 
 /// The protocols, as generated from `proto/modelfleet/v1`.
 #[allow(missing_docs, clippy::all, unreachable_pub, reason = "generated; the .proto files carry the documentation")]

@@ -11,7 +11,7 @@ use tonic::{Code, Request, Response, Status, Streaming};
 
 use super::*;
 use crate::proto::{
-    Instruction, ModelRemoved, Report,
+    Instruction, ModelRemoved, Report, RunCall,
     fleet_client::FleetClient,
     fleet_server::{Fleet, FleetServer},
     instruction,
@@ -33,12 +33,15 @@ impl Fleet for Echo {
 }
 
 async fn served() -> (String, oneshot::Sender<()>, tokio::task::JoinHandle<io::Result<()>>) {
+    served_with(Routes::new(FleetServer::new(Echo)).into()).await
+}
+
+async fn served_with(services: Services) -> (String, oneshot::Sender<()>, tokio::task::JoinHandle<io::Result<()>>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap().to_string();
     let (end, ended) = oneshot::channel::<()>();
-    let routes = Routes::new(FleetServer::new(Echo));
     let grace = Duration::from_secs(20);
-    let server = tokio::spawn(serve_until(listener, routes, async { drop(ended.await) }, grace));
+    let server = tokio::spawn(serve_until(listener, services, async { drop(ended.await) }, grace));
     (address, end, server)
 }
 
@@ -88,14 +91,76 @@ async fn who_does_not_speak_http2_is_cut() {
 
 #[tokio::test]
 async fn who_never_finishes_the_preface_is_cut() {
+    let (address, _end, _server) = served_with(framed_echo()).await;
+    for begun_with in [&PREFACE[..10], &framed::PREFACE[..10]] {
+        let mut stream = TcpStream::connect(&address).await.unwrap();
+        stream.write_all(begun_with).await.unwrap();
+        let begun = Instant::now();
+        let mut rest = Vec::new();
+        let read = tokio::time::timeout(Duration::from_secs(60), stream.read_to_end(&mut rest)).await;
+        assert!(matches!(read, Ok(Ok(0) | Err(_))), "{rest:?}");
+        assert!(begun.elapsed() >= PREFACE_TIMEOUT / 2, "only the deadline may end it");
+    }
+}
+
+/// Routes, and frames that are echoed.
+fn framed_echo() -> Services {
+    let serve = |mut connection: framed::Connection| -> BoxFuture<'static, ()> {
+        let outgoing = connection.outgoing(4);
+        Box::pin(async move {
+            let mut calls = std::pin::pin!(connection.messages::<RunCall>().unwrap());
+            while let Some(Ok(call)) = calls.next().await {
+                outgoing.reserve().await.unwrap().send(call);
+            }
+        })
+    };
+    Services::from(Routes::new(FleetServer::new(Echo))).with_frames(Arc::new(serve))
+}
+
+#[tokio::test]
+async fn one_port_speaks_frames_and_http2_and_cuts_who_speaks_neither() {
+    let (address, _end, _server) = served_with(framed_echo()).await;
+    let mut connection = framed::connect(&address).await.unwrap().expect("it speaks frames");
+    let outgoing = connection.outgoing(4);
+    let mut answers = std::pin::pin!(connection.messages::<RunCall>().unwrap());
+    let call = RunCall { sequence: 7, rows: vec![1; 100_000].into(), ..RunCall::default() };
+    assert!(outgoing.reserve().await.unwrap().send(call.clone()));
+    assert_eq!(answers.next().await.unwrap().unwrap(), call);
+    let answer = FleetClient::new(connect(&address)).watch(tokio_stream::once(Report::default())).await;
+    assert_eq!(answer.unwrap().into_inner().message().await.unwrap(), Some(Instruction::default()));
+    for other in [&b"modelfleet-frames 2\n"[..], b"GET / HTTP/1.1\r\n\r\n", b"\0"] {
+        let mut stream = TcpStream::connect(&address).await.unwrap();
+        stream.write_all(other).await.unwrap();
+        let mut rest = Vec::new();
+        let read = tokio::time::timeout(Duration::from_secs(20), stream.read_to_end(&mut rest)).await;
+        assert!(matches!(read, Ok(Ok(0) | Err(_))), "{rest:?}");
+    }
+}
+
+#[tokio::test]
+async fn who_speaks_http2_alone_is_told_from_nobody() {
     let (address, _end, _server) = served().await;
-    let mut stream = TcpStream::connect(&address).await.unwrap();
-    stream.write_all(&PREFACE[..10]).await.unwrap();
-    let begun = Instant::now();
-    let mut rest = Vec::new();
-    let read = tokio::time::timeout(Duration::from_secs(60), stream.read_to_end(&mut rest)).await;
-    assert!(matches!(read, Ok(Ok(0) | Err(_))), "{rest:?}");
-    assert!(begun.elapsed() >= PREFACE_TIMEOUT / 2, "only the deadline may end it");
+    assert!(framed::connect(&address).await.unwrap().is_none());
+    for address in ["127.0.0.1:1", "no address", ""] {
+        assert!(framed::connect(address).await.is_err(), "{address:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_framed_connection_ends_with_its_peer_or_with_the_server() {
+    let (address, end, server) = served_with(framed_echo()).await;
+    let open = || async { framed::connect(&address).await.unwrap().unwrap() };
+    let (mut first, second) = (open().await, open().await);
+    let outgoing = first.outgoing(1);
+    let mut answers = std::pin::pin!(first.messages::<RunCall>().unwrap());
+    end.send(()).unwrap();
+    // told to end, the server still serves who is connected
+    assert!(outgoing.reserve().await.unwrap().send(RunCall::default()));
+    assert_eq!(answers.next().await.unwrap().unwrap(), RunCall::default());
+    assert!(!server.is_finished());
+    drop(second);
+    server.abort();
+    assert!(answers.next().await.is_none_or(|answer| answer.is_err()), "its end is noticed");
 }
 
 #[tokio::test]
@@ -142,9 +207,9 @@ async fn who_grants_no_window_is_cut_and_other_streams_of_the_connection_are_not
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap().to_string();
     let unwanted = Arc::new(tokio::sync::Notify::new());
-    let routes = Routes::new(FleetServer::new(Flood(unwanted.clone()))).prepare();
-    let server = Arc::new(server(Duration::from_secs(1)));
-    let serve = move |stream, watcher| serve_connection(stream, routes.clone(), server.clone(), watcher);
+    let routes = Routes::new(FleetServer::new(Flood(unwanted.clone())));
+    let serving = Arc::new(Serving::new(routes.into(), Duration::from_secs(1)));
+    let serve = move |stream, watcher| serving.clone().connection(stream, watcher);
     tokio::spawn(accept(listener, std::future::pending(), Duration::ZERO, serve));
     let mut client = FleetClient::new(connect(&address));
     let unread = client.watch(tokio_stream::empty()).await.unwrap();
