@@ -4,8 +4,9 @@
 //! loopback and waits for as many rows back, for 1, 8, 32 and 128 rows, in turn over:
 //! - `framed TCP`: a length and the rows, echoed by a thread that does nothing else. The limit.
 //! - `tonic stream`: the same messages as ours over a plain bidirectional stream of tonic, echoed.
-//! - `modelfleet`: `MeshExchange` to `ExpertsService`, as workers do: rows gathered for the holder, checked, queued,
-//!   computed by an expert one value wide, and put back in order. `compute` is that expert's part, measured alone.
+//! - `over gRPC`, `in frames`: `MeshExchange` to `ExpertsService`, as workers do: rows gathered for the holder, checked,
+//!   queued, computed by an expert one value wide, and put back in order. That expert's part, `compute`, is measured after
+//!   each round trip and taken off it.
 //!
 //! Each figure is the median of the rounds' medians, and the lowest and highest of these.
 
@@ -25,7 +26,10 @@ use opentelemetry::metrics::noop::NoopMeterProvider;
 use tokio::{net::TcpListener, runtime::Runtime};
 use tonic::service::Routes;
 use tracing::Span;
-use wire::proto::{self, experts_server::ExpertsServer};
+use wire::{
+    Services,
+    proto::{self, experts_server::ExpertsServer},
+};
 use worker::{
     experts::{
         exchange::{MeshExchange, Own},
@@ -52,23 +56,29 @@ fn main() -> anyhow::Result<()> {
     let experts = model::experts(folder.path())?;
     let mut framed = Framed::start()?;
     let mut plain = near.block_on(Plain::start(&far))?;
-    let mut ours = near.block_on(Ours::start(&far, &experts))?;
+    let mut over_grpc = near.block_on(Ours::start(&far, &experts, Way::Grpc))?;
+    let mut in_frames = near.block_on(Ours::start(&far, &experts, Way::Frames))?;
 
-    println!("{:>5} {:>26} {:>26} {:>26} {:>26}", "rows", "framed TCP", "tonic stream", "modelfleet", "compute");
+    let columns = ["framed TCP", "tonic stream", "over gRPC", "in frames", "compute"];
+    println!("{:>5} {}", "rows", columns.map(|name| format!("{name:>24}")).join(" "));
     for rows in ROWS {
         let batch = Batch::of(rows);
-        let mut rounds: [Vec<Duration>; 4] = Default::default();
+        let mut rounds: [Vec<Duration>; 5] = Default::default();
         for _ in 0..ROUNDS {
             rounds[0].push(median(|| framed.ask(&batch.rows))?);
             rounds[1].push(near.block_on(median_of(&mut plain, async |plain| plain.ask(&batch.rows).await))?);
-            rounds[2].push(near.block_on(median_of(&mut ours, async |ours| ours.ask(&batch).await))?);
-            rounds[3].push(median(|| compute(&experts, &batch))?);
+            rounds[2].push(near.block_on(over_grpc.median(&experts, &batch))?.way);
+            let ours = near.block_on(in_frames.median(&experts, &batch))?;
+            rounds[3].push(ours.way);
+            rounds[4].push(ours.compute);
         }
         let limit = middle(&mut rounds[0]);
         let cells = rounds.iter_mut().map(|times| cell(times, limit));
         println!("{rows:>5} {}", cells.collect::<Vec<_>>().join(" "));
     }
-    println!("us a round trip (lowest-highest of {ROUNDS} rounds), and as a multiple of framed TCP");
+    println!(
+        "us a round trip (lowest-highest of {ROUNDS} rounds), and as a multiple of framed TCP; ours without compute"
+    );
     Ok(())
 }
 
@@ -95,23 +105,39 @@ impl Batch {
     }
 }
 
+/// How a holder can be asked.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Way {
+    Grpc,
+    Frames,
+}
+
+/// What a round trip takes.
+struct Took {
+    way: Duration,
+    compute: Duration,
+}
+
 /// A worker that holds nothing and asks one that holds everything.
 struct Ours {
     exchange: MeshExchange,
 }
 
 impl Ours {
-    async fn start(far: &Runtime, experts: &Arc<Experts>) -> anyhow::Result<Self> {
+    async fn start(far: &Runtime, experts: &Arc<Experts>, way: Way) -> anyhow::Result<Self> {
         let metrics =
             || Metrics::new(&opentelemetry::metrics::MeterProvider::meter(&NoopMeterProvider::new(), "bench"));
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let address = listener.local_addr()?.to_string();
         let listener = listener.into_std()?;
         let service = ExpertsService::new(experts.clone(), Pool::start(experts, 1, metrics())?, CONTENT);
+        let frames = Arc::new(service.frames());
         let service = ExpertsServer::new(service).max_decoding_message_size(wire::MAX_MESSAGE_BYTES);
+        let grpc = Services::from(Routes::new(service));
+        let services = if way == Way::Frames { grpc.with_frames(frames) } else { grpc };
         far.spawn(async move {
             let listener = TcpListener::from_std(listener).expect("a listener of tokio's stays one");
-            wire::serve(listener, Routes::new(service), std::future::pending()).await
+            wire::serve(listener, services, std::future::pending()).await
         });
 
         let holders = vec![proto::Holders { ordinals: vec![1] }; model::EXPERTS];
@@ -136,6 +162,25 @@ impl Ours {
         };
         tokio::time::timeout(Duration::from_secs(10), connected).await?;
         Ok(ours)
+    }
+
+    /// The medians of round trips without what is computed, and of that. One after the other, so that both see the same
+    /// machine.
+    async fn median(&mut self, experts: &Experts, batch: &Batch) -> anyhow::Result<Took> {
+        let (mut ways, mut computes) = (Vec::with_capacity(TIMES), Vec::with_capacity(TIMES));
+        for turn in 0..WARM + TIMES {
+            let begun = Instant::now();
+            self.ask(batch).await?;
+            let all = begun.elapsed();
+            let begun = Instant::now();
+            compute(experts, batch)?;
+            let compute = begun.elapsed();
+            if turn >= WARM {
+                ways.push(all.saturating_sub(compute));
+                computes.push(compute);
+            }
+        }
+        Ok(Took { way: middle(&mut ways), compute: middle(&mut computes) })
     }
 
     async fn ask(&mut self, batch: &Batch) -> anyhow::Result<()> {
@@ -186,5 +231,5 @@ fn cell(times: &mut [Duration], limit: Duration) -> String {
     let (middle, micros) = (middle(times), |time: Duration| time.as_secs_f64() * 1e6);
     let (least, most) = (micros(times[0]), micros(times[times.len() - 1]));
     let ratio = middle.as_secs_f64() / limit.as_secs_f64();
-    format!("{:>26}", format!("{:.0} ({least:.0}-{most:.0}) {ratio:.2}x", micros(middle)))
+    format!("{:>24}", format!("{:.0} ({least:.0}-{most:.0}) {ratio:.2}x", micros(middle)))
 }

@@ -2,8 +2,7 @@
 //!
 //! [`exchange`] asks the `holder`s of experts that are not here: it parts a batch among them (`split`, by the `pace` of
 //! each) and follows the parts on their way (`flight`). `link` keeps one stream to each over the `network`, [`standing`]
-//! says who is asked at all. [`service`]
-//! answers peers that ask us, on the threads of [`pool`]; [`keep`] loads and forgets experts as snapshots say.
+//! says who is asked at all. [`service`] answers peers that ask us, on the threads of [`pool`] or of the `peer`; [`keep`] loads and forgets experts as snapshots say.
 //!
 //! Architecture Invariant: no answer is ever made up. A row without an answer is missing, and the sequence that needs
 //! it waits, is tried again with equal bits, or fails with an error that says so.
@@ -15,6 +14,7 @@ pub mod keep;
 mod link;
 mod network;
 mod pace;
+mod peer;
 pub mod pool;
 pub mod room;
 pub mod service;
@@ -39,3 +39,5 @@ mod moves;
 mod sim;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod transports;

@@ -22,6 +22,7 @@ use tonic::service::Routes;
 use tonic_health::server::HealthReporter;
 use tracing::{error, info, warn};
 use wire::{
+    Services,
     admin::{self, Admin, Page},
     proto::{Failure, Progress, Report, experts_server::ExpertsServer, progress, report, worker_server::WorkerServer},
 };
@@ -241,7 +242,7 @@ async fn run(
     let experts = ExpertsService::new(loaded.experts.clone(), pool, &options.content_hash);
     let asked = experts.asked();
     let service = GenerateService::new(loaded.model, driver.clone(), state.clone(), metrics);
-    let (routes, health) = routes(service, experts).await;
+    let (services, health) = services(service, experts).await;
     let mut keeping = tokio::spawn(keeper.follow());
     let mut placed = state.loaded.subscribe();
     tokio::select! {
@@ -257,7 +258,7 @@ async fn run(
     let closing = async move {
         let _ = stopped.wait_for(Option::is_some).await;
     };
-    let server = tokio::spawn(wire::serve(listener, routes, closing));
+    let server = tokio::spawn(wire::serve(listener, services, closing));
     let (ended, grace) = tokio::select! {
         how = shutdown => {
             health.set_not_serving::<WorkerServer<GenerateService>>().await;
@@ -287,16 +288,17 @@ async fn fault_of(keeping: &mut JoinHandle<()>) -> Error {
     Error::Keeper
 }
 
-/// The services of a worker: requests, experts, health.
-pub async fn routes(generate: GenerateService, experts: ExpertsService) -> (Routes, HealthReporter) {
+/// The services of a worker: requests, experts, health; experts in frames too.
+pub async fn services(generate: GenerateService, experts: ExpertsService) -> (Services, HealthReporter) {
     let limit = wire::MAX_MESSAGE_BYTES;
     let (health, health_service) = tonic_health::server::health_reporter();
     let worker = WorkerServer::new(generate).max_decoding_message_size(limit).max_encoding_message_size(limit);
+    let frames = Arc::new(experts.frames());
     let experts = ExpertsServer::new(experts).max_decoding_message_size(limit).max_encoding_message_size(limit);
     health.set_serving::<WorkerServer<GenerateService>>().await;
     health.set_serving::<ExpertsServer<ExpertsService>>().await;
     let routes = Routes::new(health_service).add_service(worker).add_service(experts);
-    (routes, health)
+    (Services::from(routes).with_frames(frames), health)
 }
 
 struct Loaded {

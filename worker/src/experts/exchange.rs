@@ -97,7 +97,7 @@ impl MeshExchange {
         wanted: Option<mpsc::Sender<(u32, u32)>>,
         metrics: Arc<Metrics>,
     ) -> Self {
-        Self::over(network::grpc(), own, meshes, board, wanted, metrics)
+        Self::over(network::sockets(), own, meshes, board, wanted, metrics)
     }
 
     pub(super) fn over(

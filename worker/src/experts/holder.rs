@@ -155,7 +155,7 @@ async fn ask(way: &str, nothing: &RunCall, network: &dyn Network) -> bool {
     let Some((calls, mut replies)) = network.open(way).await else {
         return false;
     };
-    if calls.send(nothing.clone()).await.is_err() {
+    if !calls.send(nothing.clone()) {
         return false;
     }
     replies.next().await.is_some_and(|reply| reply.refusal.is_none())

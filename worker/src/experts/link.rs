@@ -1,10 +1,14 @@
 //! One long-lived stream to one holder: calls out, replies back in any order, made anew whenever it ends.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 
 use futures::StreamExt as _;
 use tokio::{
-    sync::{Notify, mpsc, oneshot},
+    sync::{Notify, oneshot},
     task::AbortHandle,
     time::Instant,
 };
@@ -12,7 +16,7 @@ use tracing::debug;
 use wire::proto::{RunCall, RunReply};
 
 use super::{
-    network::{CALLS, Network, Open},
+    network::{CALLS, Calls, Network, Open},
     standing::Standing,
 };
 
@@ -27,28 +31,32 @@ pub(super) struct Answer {
     pub(super) at: Instant,
 }
 
-/// A call and where its reply goes; a receiver that is gone gives the call up.
-struct Sent {
-    call: RunCall,
-    reply: oneshot::Sender<Answer>,
-}
-
 /// The stream to one holder. Dropping it closes the stream.
 pub(super) struct Link {
-    calls: mpsc::Sender<Sent>,
-    standing: Arc<Standing>,
+    stream: Arc<Mutex<Stream>>,
     hurry: Arc<Notify>,
     task: AbortHandle,
+}
+
+/// The stream, while there is one.
+#[derive(Default)]
+struct Stream {
+    calls: Option<Calls>,
+    /// Where replies go, by sequence; a receiver that is gone gave its call up.
+    open: HashMap<u64, oneshot::Sender<Answer>>,
+}
+
+fn lock(stream: &Mutex<Stream>) -> MutexGuard<'_, Stream> {
+    stream.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Link {
     /// Keeps a stream to the first of `ways` that works. Must run inside tokio.
     pub(super) fn open(ways: Vec<String>, network: Arc<dyn Network>, standing: Arc<Standing>) -> Self {
-        let (calls, sent) = mpsc::channel(CALLS);
-        let hurry = Arc::new(Notify::new());
-        let run = Run { sent, network, standing: standing.clone(), hurry: hurry.clone() };
+        let (stream, hurry) = (Arc::<Mutex<Stream>>::default(), Arc::new(Notify::new()));
+        let run = Run { stream: stream.clone(), network, standing, hurry: hurry.clone() };
         let task = tokio::spawn(run.forever(ways)).abort_handle();
-        Self { calls, standing, hurry, task }
+        Self { stream, hurry, task }
     }
 
     /// Connects at once if it waits to do so: the holder is said to be there again.
@@ -59,7 +67,22 @@ impl Link {
     /// Sends a call without waiting; `None` if the stream is down or full.
     pub(super) fn send(&self, call: RunCall) -> Option<oneshot::Receiver<Answer>> {
         let (reply, receiver) = oneshot::channel();
-        (self.standing.is_open() && self.calls.try_send(Sent { call, reply }).is_ok()).then_some(receiver)
+        let sequence = call.sequence;
+        let calls = {
+            let mut stream = lock(&self.stream);
+            if stream.open.len() >= CALLS {
+                stream.open.retain(|_, reply| !reply.is_closed());
+            }
+            let calls = stream.calls.clone()?;
+            stream.open.insert(sequence, reply);
+            calls
+        };
+        // without the lock: replies to other calls need it meanwhile
+        if calls.send(call) {
+            return Some(receiver);
+        }
+        lock(&self.stream).open.remove(&sequence);
+        None
     }
 }
 
@@ -82,30 +105,27 @@ pub(super) fn ways(address: &str, name: &str) -> Vec<String> {
 }
 
 struct Run {
-    sent: mpsc::Receiver<Sent>,
+    stream: Arc<Mutex<Stream>>,
     network: Arc<dyn Network>,
     standing: Arc<Standing>,
     hurry: Arc<Notify>,
 }
 
 impl Run {
-    async fn forever(mut self, ways: Vec<String>) {
+    async fn forever(self, ways: Vec<String>) {
         let mut pause = PAUSES.0;
         for way in ways.iter().cycle() {
             match tokio::time::timeout(OPEN_WAIT, self.network.open(way)).await {
                 Ok(Some(open)) => {
                     pause = PAUSES.0;
-                    self.standing.opened();
                     self.carry(open).await;
                 }
                 Ok(None) => {}
                 Err(_) => debug!(peer = way, "a holder does not answer"),
             }
             self.standing.broke();
-            // calls that came in the moment the stream ended go unanswered
-            while self.sent.try_recv().is_ok() {}
             tokio::select! {
-                biased; // so that a simulation goes the same way each time, here and below
+                biased; // so that a simulation goes the same way each time
                 () = tokio::time::sleep(pause) => {}
                 () = self.hurry.notified() => {}
             }
@@ -114,29 +134,16 @@ impl Run {
     }
 
     /// Matches replies to calls until the stream ends. What comes late or twice finds no call and is dropped.
-    async fn carry(&mut self, (out, mut replies): Open) {
-        let mut open: HashMap<u64, oneshot::Sender<Answer>> = HashMap::new();
-        loop {
-            tokio::select! {
-                biased;
-                Some(Sent { call, reply }) = self.sent.recv() => {
-                    if open.len() >= CALLS {
-                        open.retain(|_, reply| !reply.is_closed());
-                    }
-                    let sequence = call.sequence;
-                    if out.try_send(call).is_ok() {
-                        open.insert(sequence, reply);
-                    }
-                }
-                reply = replies.next() => {
-                    let Some(reply) = reply else { return };
-                    if let Some(waiting) = open.remove(&reply.sequence) {
-                        let _ = waiting.send(Answer { reply, at: Instant::now() }); // given up meanwhile
-                    }
-                }
-                else => return,
+    async fn carry(&self, (calls, mut replies): Open) {
+        lock(&self.stream).calls = Some(calls);
+        self.standing.opened();
+        while let Some(reply) = replies.next().await {
+            let waiting = lock(&self.stream).open.remove(&reply.sequence);
+            if let Some(waiting) = waiting {
+                let _ = waiting.send(Answer { reply, at: Instant::now() }); // given up meanwhile
             }
         }
+        *lock(&self.stream) = Stream::default(); // calls without a reply are lost
     }
 }
 

@@ -1,6 +1,8 @@
 //! Threads that compute expert rows for peers, and the bounded queue before them.
 //!
-//! They are none of the runtime's, and none of the step loop: a peer waits for neither. Calls that wait for the same
+//! They are none of the runtime's, and none of the step loop: a peer waits for neither. A thread that reads from a peer
+//! computes a small call itself where it would be computed at once, as waking another thread takes longer than the way
+//! over the network; it takes the place of one of ours meanwhile. Calls that wait for the same
 //! expert are computed together, whoever they are of, so that its weights are read once; a row's bits do not depend on
 //! the rows beside it. Nobody here waits for a peer: each call brings the place for its reply.
 
@@ -13,8 +15,6 @@ use std::{
 };
 
 use engine::{ExpertBatch, Experts, ExpertsError};
-use tokio::sync::mpsc;
-use tonic::Status;
 use tracing::{Span, error};
 use wire::proto::{Refusal, RunCall, RunReply, refusal::Reason};
 
@@ -27,20 +27,26 @@ const QUEUE_BYTES: usize = 256 << 20;
 /// Calls are put together up to this many pairs of row and expert.
 const TOGETHER_PAIRS: usize = 1024;
 
+/// A call of up to so many pairs is small.
+const SMALL_PAIRS: usize = 64;
+
 /// A call that was checked, and where its reply goes.
 pub(super) struct Job {
     pub(super) call: RunCall,
     pub(super) deadline: Option<Instant>,
-    pub(super) reply: mpsc::OwnedPermit<Result<RunReply, Status>>,
+    pub(super) reply: SendReply,
     pub(super) span: Span,
 }
+
+/// Sends a reply to where there is a place for it, without waiting.
+pub(super) type SendReply = Box<dyn FnOnce(RunReply) + Send>;
 
 /// The threads. Dropping it ends them after what they compute.
 pub struct Pool {
     queue: Arc<Queue>,
+    compute: Arc<Compute>,
 }
 
-#[derive(Default)]
 struct Queue {
     waiting: Mutex<Waiting>,
     more: Condvar,
@@ -50,7 +56,14 @@ struct Queue {
 struct Waiting {
     jobs: VecDeque<Job>,
     bytes: usize,
+    /// How many more may compute now.
+    idle: usize,
     ended: bool,
+}
+
+struct Compute {
+    experts: Arc<Experts>,
+    metrics: Arc<Metrics>,
 }
 
 impl Pool {
@@ -59,24 +72,29 @@ impl Pool {
     /// # Errors
     /// If the system has no more threads.
     pub fn start(experts: &Arc<Experts>, threads: usize, metrics: Arc<Metrics>) -> std::io::Result<Self> {
-        let pool = Self { queue: Arc::default() };
-        for index in 0..threads.max(1) {
-            let (queue, experts, metrics) = (pool.queue.clone(), experts.clone(), metrics.clone());
+        let threads = threads.max(1);
+        let (queue, compute) = (Arc::new(Queue::of(threads)), Arc::new(Compute { experts: experts.clone(), metrics }));
+        let pool = Self { queue, compute };
+        for index in 0..threads {
+            let (queue, compute) = (pool.queue.clone(), pool.compute.clone());
             thread::Builder::new().name(format!("experts-{index}")).spawn(move || {
                 while let Some(jobs) = queue.next() {
-                    metrics.rows_served(jobs.iter().map(|job| job.call.pair_rows.len()).sum());
-                    let calls: Vec<&RunCall> = jobs.iter().map(|job| &job.call).collect();
-                    let together = (calls.len() > 1).then(|| run_together(&experts, &calls)).flatten();
-                    let mut together = together.into_iter().flatten();
-                    for job in jobs {
-                        let alone = || job.span.in_scope(|| run_caught(&experts, &job.call));
-                        let reply = together.next().unwrap_or_else(alone);
-                        job.reply.send(Ok(reply));
-                    }
+                    compute.answer(jobs);
+                    queue.done();
                 }
             })?;
         }
         Ok(pool)
+    }
+
+    /// Computes a small job on this thread if nothing waits and not all threads compute; else as [`Pool::submit`].
+    pub(super) fn compute(&self, job: Job) -> Option<Job> {
+        if job.call.pair_rows.len() > SMALL_PAIRS || !self.queue.begin() {
+            return self.submit(job);
+        }
+        self.compute.answer(vec![job]);
+        self.queue.done();
+        None
     }
 
     /// Takes a job, or gives it back if too much waits already.
@@ -104,7 +122,25 @@ impl Drop for Pool {
     }
 }
 
+impl Compute {
+    fn answer(&self, jobs: Vec<Job>) {
+        self.metrics.rows_served(jobs.iter().map(|job| job.call.pair_rows.len()).sum());
+        let calls: Vec<&RunCall> = jobs.iter().map(|job| &job.call).collect();
+        let together = (calls.len() > 1).then(|| run_together(&self.experts, &calls)).flatten();
+        let mut together = together.into_iter().flatten();
+        for job in jobs {
+            let alone = || job.span.in_scope(|| run_caught(&self.experts, &job.call));
+            let reply = together.next().unwrap_or_else(alone);
+            (job.reply)(reply);
+        }
+    }
+}
+
 impl Queue {
+    fn of(threads: usize) -> Self {
+        Self { waiting: Mutex::new(Waiting { idle: threads, ..Waiting::default() }), more: Condvar::new() }
+    }
+
     fn lock(&self) -> MutexGuard<'_, Waiting> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -115,20 +151,40 @@ impl Queue {
             let (expired, jobs): (Vec<Job>, Vec<Job>) = self.take()?.into_iter().partition(Job::is_expired);
             for job in expired {
                 let refusal = refuse(&job.call, Reason::Expired, "the call waited longer than its caller does");
-                job.reply.send(Ok(refusal));
+                (job.reply)(refusal);
             }
             if !jobs.is_empty() {
                 return Some(jobs);
             }
+            self.done();
         }
     }
 
     fn take(&self) -> Option<Vec<Job>> {
-        let empty = |waiting: &mut Waiting| waiting.jobs.is_empty() && !waiting.ended;
-        let mut waiting = self.more.wait_while(self.lock(), empty).unwrap_or_else(PoisonError::into_inner);
+        let rests = |waiting: &mut Waiting| (waiting.jobs.is_empty() || waiting.idle == 0) && !waiting.ended;
+        let mut waiting = self.more.wait_while(self.lock(), rests).unwrap_or_else(PoisonError::into_inner);
         let jobs = waiting.take_together()?;
         waiting.bytes -= jobs.iter().map(|job| job.call.rows.len()).sum::<usize>();
+        waiting.idle = waiting.idle.saturating_sub(1); // at the end there may be none left
         Some(jobs)
+    }
+
+    /// Whether the caller may compute now; [`Queue::done`] must follow.
+    fn begin(&self) -> bool {
+        let mut waiting = self.lock();
+        let may = waiting.jobs.is_empty() && waiting.idle > 0;
+        waiting.idle -= usize::from(may);
+        may
+    }
+
+    fn done(&self) {
+        let mut waiting = self.lock();
+        waiting.idle += 1;
+        let more = !waiting.jobs.is_empty();
+        drop(waiting);
+        if more {
+            self.more.notify_one();
+        }
     }
 }
 

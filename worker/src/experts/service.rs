@@ -1,4 +1,4 @@
-//! `modelfleet.v1.Experts`: computes rows for peers.
+//! `modelfleet.v1.Experts`: computes rows for peers, over gRPC and in frames.
 
 use std::{
     sync::{
@@ -9,20 +9,24 @@ use std::{
 };
 
 use engine::Experts;
+use futures::{FutureExt as _, future::BoxFuture};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming, metadata::MetadataMap};
 use tracing::{Span, info_span};
 use tracing_opentelemetry::OpenTelemetrySpanExt as _;
-use wire::proto::{self, RunCall, RunReply, refusal::Reason};
+use wire::{
+    connections::framed::Connection,
+    proto::{self, RunCall, RunReply, refusal::Reason},
+};
 
 use super::{
-    dtype,
-    pool::{Job, Pool, refuse},
+    dtype, peer,
+    pool::{Job, Pool, SendReply, refuse},
 };
 
 /// Calls of one stream that are computed, wait, or have replies that the peer has not read.
-const STREAM_CALLS: usize = 64;
+pub(super) const STREAM_CALLS: usize = 64;
 
 /// Serves the experts of one worker.
 #[derive(Clone)]
@@ -76,19 +80,39 @@ impl ExpertsService {
         Ok(())
     }
 
-    /// Queues a call; `Some` is the reply to one that is not computed.
-    fn take(&self, call: RunCall, replies: &mpsc::Sender<Result<RunReply, Status>>) -> Option<RunReply> {
+    /// Serves peers that speak frames.
+    pub fn frames(&self) -> impl Fn(Connection) -> BoxFuture<'static, ()> + Send + Sync + use<> {
+        let service = self.clone();
+        move |connection| peer::serve(service.clone(), connection).boxed()
+    }
+
+    /// Queues a call, if there is a place for its reply; `Some` is the reply to one that is not computed.
+    pub(super) fn queue(&self, call: RunCall, place: Option<SendReply>) -> Option<RunReply> {
+        self.take(call, place, Pool::submit)
+    }
+
+    /// As [`ExpertsService::queue`], on a thread that may compute.
+    pub(super) fn compute(&self, call: RunCall, place: Option<SendReply>) -> Option<RunReply> {
+        self.take(call, place, Pool::compute)
+    }
+
+    fn take(
+        &self,
+        call: RunCall,
+        place: Option<SendReply>,
+        hand_over: impl FnOnce(&Pool, Job) -> Option<Job>,
+    ) -> Option<RunReply> {
         self.asked.fetch_add(call.pair_rows.len() as u64, Ordering::Relaxed);
         if let Err((reason, message)) = self.check(&call) {
             return Some(refuse(&call, reason, &message));
         }
         let deadline = (call.remaining_ms > 0).then(|| Duration::from_millis(call.remaining_ms));
         let deadline = deadline.and_then(|remaining| Instant::now().checked_add(remaining));
-        let Ok(reply) = replies.clone().try_reserve_owned() else {
+        let Some(reply) = place else {
             return Some(refuse(&call, Reason::Busy, "too many replies of this stream wait to be read"));
         };
         let span = server_span(&call);
-        let rejected = self.pool.submit(Job { call, deadline, reply, span })?;
+        let rejected = hand_over(&self.pool, Job { call, deadline, reply, span })?;
         Some(refuse(&rejected.call, Reason::Busy, "more rows wait here than this worker takes"))
     }
 }
@@ -109,7 +133,9 @@ impl proto::experts_server::Experts for ExpertsService {
                 };
                 // the end of the calls is the end of the stream: replies on their way still go out
                 let Ok(Some(call)) = call else { return };
-                if let Some(refusal) = service.take(call, &replies)
+                let place = replies.clone().try_reserve_owned().ok();
+                let place = place.map(|place| -> SendReply { Box::new(move |reply| drop(place.send(Ok(reply)))) });
+                if let Some(refusal) = service.queue(call, place)
                     && replies.send(Ok(refusal)).await.is_err()
                 {
                     return;

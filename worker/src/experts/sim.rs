@@ -17,7 +17,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use wire::proto::{RunCall, RunReply};
 
 use super::{
-    network::{CALLS, Network, Open},
+    network::{CALLS, Calls, Network, Open},
     pool,
 };
 
@@ -225,7 +225,7 @@ impl Network for Net {
                     }
                 }
             });
-            Some((calls, ReceiverStream::new(outgoing).boxed()))
+            Some((Calls::Queue(calls), ReceiverStream::new(outgoing).boxed()))
         }
         .boxed()
     }

@@ -8,12 +8,12 @@ use std::{
 
 use engine::{Exchange as _, ExpertBatch, Experts, Held, ModelEngine, Request, Sampling};
 use opentelemetry::metrics::MeterProvider as _;
-use tokio::{net::TcpListener, sync::mpsc, task::JoinHandle};
-use tokio_stream::wrappers::ReceiverStream;
+use tokio::{net::TcpListener, task::JoinHandle};
 use tonic::service::Routes;
 use tracing::Span;
-use wire::proto::{
-    self, RunCall, RunReply, experts_client::ExpertsClient, experts_server::ExpertsServer, refusal::Reason,
+use wire::{
+    Services,
+    proto::{self, experts_server::ExpertsServer},
 };
 
 use super::{
@@ -28,9 +28,9 @@ use crate::{
     metrics::Metrics,
 };
 
-const HASH: &str = "the content";
+pub(super) const HASH: &str = "the content";
 
-fn metrics() -> Arc<Metrics> {
+pub(super) fn metrics() -> Arc<Metrics> {
     Metrics::new(&opentelemetry::metrics::noop::NoopMeterProvider::new().meter("test"))
 }
 
@@ -45,24 +45,35 @@ fn load(held: &Held) -> (ModelEngine, Arc<Experts>) {
 }
 
 /// Experts dealt out to `shards` workers like cards: layers 1 to 3 of 16 experts.
-fn placement(shards: u32) -> proto::Placement {
+pub(super) fn placement(shards: u32) -> proto::Placement {
     let experts = || (0..16).map(|expert| proto::Holders { ordinals: vec![expert % shards] }).collect();
     let layers = (1..4).map(|layer| proto::LayerPlacement { layer, experts: experts() }).collect();
     proto::Placement { shards, layers }
 }
 
+/// How experts are asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Way {
+    Grpc,
+    Frames,
+}
+
 /// A worker that serves its experts, and can run sequences.
-struct Worker {
-    address: String,
-    experts: Arc<Experts>,
-    engine: Option<ModelEngine>,
+pub(super) struct Worker {
+    pub(super) address: String,
+    pub(super) experts: Arc<Experts>,
+    pub(super) engine: Option<ModelEngine>,
     server: JoinHandle<()>,
 }
 
 impl Worker {
-    async fn start(placement: &proto::Placement, ordinal: u32, hash: &str) -> Self {
+    pub(super) async fn start(placement: &proto::Placement, ordinal: u32, hash: &str) -> Self {
+        Self::start_with(placement, ordinal, hash, Way::Frames).await
+    }
+
+    async fn start_with(placement: &proto::Placement, ordinal: u32, hash: &str, way: Way) -> Self {
         let (engine, experts) = load(&Placement::from(placement).held(ordinal));
-        let (server, address) = serve(&experts, hash, "127.0.0.1:0").await;
+        let (server, address) = serve(&experts, hash, way).await;
         Self { address, experts, engine: Some(engine), server }
     }
 
@@ -78,17 +89,20 @@ impl Worker {
     }
 }
 
-async fn serve(experts: &Arc<Experts>, hash: &str, at: &str) -> (JoinHandle<()>, String) {
-    let listener = TcpListener::bind(at).await.unwrap();
+pub(super) async fn serve(experts: &Arc<Experts>, hash: &str, way: Way) -> (JoinHandle<()>, String) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap().to_string();
     let pool = Pool::start(experts, 1, metrics()).unwrap();
-    let service = ExpertsServer::new(ExpertsService::new(experts.clone(), pool, hash));
-    let routes = Routes::new(service.max_decoding_message_size(wire::MAX_MESSAGE_BYTES));
-    let server = tokio::spawn(async move { wire::serve(listener, routes, std::future::pending()).await.unwrap() });
+    let service = ExpertsService::new(experts.clone(), pool, hash);
+    let frames = Arc::new(service.frames());
+    let service = ExpertsServer::new(service).max_decoding_message_size(wire::MAX_MESSAGE_BYTES);
+    let grpc = Services::from(Routes::new(service));
+    let services = if way == Way::Frames { grpc.with_frames(frames) } else { grpc };
+    let server = tokio::spawn(async move { wire::serve(listener, services, std::future::pending()).await.unwrap() });
     (server, address)
 }
 
-fn mesh(placement: &proto::Placement, addresses: &[String], sequence: u64) -> proto::MeshSnapshot {
+pub(super) fn mesh(placement: &proto::Placement, addresses: &[String], sequence: u64) -> proto::MeshSnapshot {
     let peer = |(ordinal, address): (u32, &String)| proto::Peer {
         id: format!("id-{ordinal}"),
         address: address.clone(),
@@ -106,7 +120,7 @@ fn mesh(placement: &proto::Placement, addresses: &[String], sequence: u64) -> pr
 }
 
 /// Who the worker 0 is.
-fn own() -> Own {
+pub(super) fn own() -> Own {
     Own { replica: 0, ordinal: 0, content_hash: HASH.into(), hidden: 256, dtype: engine::WireDtype::Bf16 }
 }
 
@@ -114,7 +128,7 @@ fn exchange(own: Own, meshes: Meshes) -> MeshExchange {
     MeshExchange::new(own, meshes, Board::new(metrics()), None, metrics())
 }
 
-fn following(snapshot: proto::MeshSnapshot) -> Meshes {
+pub(super) fn following(snapshot: proto::MeshSnapshot) -> Meshes {
     let meshes = Meshes::new(Mesh::default());
     meshes.take(snapshot).unwrap();
     meshes
@@ -133,13 +147,13 @@ fn request(prompt: &str, seed: u64, tokens: usize) -> Request {
     }
 }
 
-fn requests(count: u64, tokens: usize) -> Vec<Request> {
+pub(super) fn requests(count: u64, tokens: usize) -> Vec<Request> {
     (0..count)
         .map(|seed| request(&format!("<｜User｜>What is {seed}7 + 85?<｜Assistant｜><think>\n"), seed, tokens))
         .collect()
 }
 
-async fn all(mut sequences: Vec<Sequence>) -> Vec<Vec<Progress>> {
+pub(super) async fn all(mut sequences: Vec<Sequence>) -> Vec<Vec<Progress>> {
     let mut answers = Vec::new();
     for sequence in &mut sequences {
         let mut answer = Vec::new();
@@ -152,7 +166,7 @@ async fn all(mut sequences: Vec<Sequence>) -> Vec<Vec<Progress>> {
 }
 
 /// Tokens and log probabilities of one worker that holds everything.
-async fn alone(requests: Vec<Request>) -> Vec<Vec<Progress>> {
+pub(super) async fn alone(requests: Vec<Request>) -> Vec<Vec<Progress>> {
     let driver = Driver::start(load(&Held::all()).0, engine::NoPeers, metrics()).unwrap();
     all(driver.submit(requests, Span::none()).await.unwrap()).await
 }
@@ -161,19 +175,19 @@ async fn alone(requests: Vec<Request>) -> Vec<Vec<Progress>> {
 async fn shards_give_the_bits_of_one_worker_alone_and_in_company() {
     let wanted = alone(requests(4, 12)).await;
     assert!(wanted.iter().all(|answer| answer.len() == 13), "{wanted:?}");
-    for shards in [2, 4] {
+    for (shards, way) in [(2, Way::Frames), (2, Way::Grpc), (4, Way::Frames)] {
         let placement = placement(shards);
         let mut workers = Vec::new();
         for ordinal in 0..shards {
-            workers.push(Worker::start(&placement, ordinal, HASH).await);
+            workers.push(Worker::start_with(&placement, ordinal, HASH, way).await);
         }
         let addresses: Vec<_> = workers.iter().map(|worker| worker.address.clone()).collect();
         let meshes = following(mesh(&placement, &addresses, 1));
         let driver = workers[0].driver(0, &meshes);
         let one = driver.submit(requests(1, 12), Span::none()).await.unwrap();
-        assert_eq!(all(one).await[0], wanted[0], "{shards} shards, alone");
+        assert_eq!(all(one).await[0], wanted[0], "{shards} shards, {way:?}, alone");
         let company = driver.submit(requests(4, 12), Span::none()).await.unwrap();
-        assert_eq!(all(company).await, wanted, "{shards} shards, in company");
+        assert_eq!(all(company).await, wanted, "{shards} shards, {way:?}, in company");
     }
 }
 
@@ -199,7 +213,7 @@ async fn a_holder_that_is_killed_and_comes_back_elsewhere_changes_no_token() {
     // nothing but what was on its way arrives while the holder is away
     assert!(sequences[0].len() < 35, "the killing bit");
 
-    let (_server, address) = serve(&workers[1].experts, HASH, "127.0.0.1:0").await;
+    let (_server, address) = serve(&workers[1].experts, HASH, Way::Frames).await;
     meshes.take(mesh(&placement, &[addresses[0].clone(), address], 2)).unwrap();
     let mut answers = all(sequences).await;
     first.append(&mut answers[0]);
@@ -227,81 +241,6 @@ async fn rows_for_a_holder_of_other_files_stay_missing() {
         }
     }
     panic!("missing rows were not noticed");
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn calls_that_cannot_be_computed_are_refused_each_with_its_reason() {
-    let placement = placement(2);
-    let worker = Worker::start(&placement, 1, HASH).await;
-    let mut client = ExpertsClient::new(wire::connect(&worker.address));
-    let (calls, receiver) = mpsc::channel(16);
-    let mut replies = client.run(ReceiverStream::new(receiver)).await.unwrap().into_inner();
-    let good = RunCall {
-        sequence: 1,
-        layer: 1,
-        content_hash: HASH.into(),
-        dtype: proto::Dtype::Bf16.into(),
-        rows: vec![0; 512].into(),
-        pair_rows: vec![0],
-        pair_experts: vec![1],
-        ..RunCall::default()
-    };
-    let table = [
-        (good.clone(), None),
-        (RunCall { content_hash: "x".into(), ..good.clone() }, Some(Reason::OtherContent)),
-        (RunCall { dtype: proto::Dtype::F32.into(), ..good.clone() }, Some(Reason::Malformed)),
-        (RunCall { rows: vec![0; 511].into(), ..good.clone() }, Some(Reason::Malformed)),
-        (RunCall { pair_rows: vec![1], ..good.clone() }, Some(Reason::Malformed)),
-        (RunCall { pair_rows: vec![0, 0], ..good.clone() }, Some(Reason::Malformed)),
-        (
-            RunCall { pair_rows: vec![0; 200_000], pair_experts: vec![1; 200_000], ..good.clone() },
-            Some(Reason::Malformed),
-        ),
-        (RunCall { pair_experts: vec![2], ..good.clone() }, Some(Reason::NotHeld)),
-        (RunCall { layer: 99, ..good.clone() }, Some(Reason::NotHeld)),
-        (RunCall { pair_experts: vec![u32::MAX], ..good.clone() }, Some(Reason::NotHeld)),
-    ];
-    for (call, wanted) in table {
-        calls.send(call).await.unwrap();
-        let reply: RunReply = replies.message().await.unwrap().unwrap();
-        assert_eq!(reply.refusal.map(|refusal| refusal.reason()), wanted);
-        assert_eq!(reply.rows.len(), if wanted.is_none() { 512 } else { 0 });
-    }
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_caller_that_does_not_read_harms_nobody_else() {
-    let placement = placement(2);
-    let worker = Worker::start(&placement, 1, HASH).await;
-    let call = |sequence| RunCall {
-        sequence,
-        layer: 1,
-        content_hash: HASH.into(),
-        dtype: proto::Dtype::Bf16.into(),
-        // more than the connection's windows hold of calls that are not taken
-        rows: vec![0; 512 * 128].into(),
-        pair_rows: vec![0; 2048],
-        pair_experts: vec![1; 2048],
-        ..RunCall::default()
-    };
-    let (hung, receiver) = mpsc::channel(1);
-    let mut client = ExpertsClient::new(wire::connect(&worker.address));
-    let _unread = client.run(ReceiverStream::new(receiver)).await.unwrap();
-    let sent = async {
-        for sequence in 0..1000 {
-            hung.send(call(sequence)).await.unwrap(); // a megabyte of reply each
-        }
-    };
-    let stuck = tokio::time::timeout(Duration::from_millis(500), sent).await;
-    assert!(stuck.is_err(), "a gigabyte of replies that nobody reads is kept somewhere");
-    let (calls, receiver) = mpsc::channel(1);
-    let mut client = ExpertsClient::new(wire::connect(&worker.address)).max_decoding_message_size(4 << 20);
-    let mut replies = client.run(ReceiverStream::new(receiver)).await.unwrap().into_inner();
-    for sequence in 0..4 {
-        calls.send(call(sequence)).await.unwrap();
-        let reply = tokio::time::timeout(Duration::from_secs(20), replies.message()).await.expect("it is answered");
-        assert_eq!(reply.unwrap().unwrap().rows.len(), 512 * 2048);
-    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

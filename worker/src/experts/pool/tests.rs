@@ -4,6 +4,7 @@ use std::{path::Path, time::Duration};
 
 use engine::Held;
 use opentelemetry::metrics::MeterProvider as _;
+use tokio::sync::oneshot;
 
 use super::*;
 
@@ -28,10 +29,16 @@ fn call(layer: u32, seed: u8, pair_experts: &[u32]) -> RunCall {
     }
 }
 
-fn job(call: RunCall, deadline: Option<Instant>) -> (Job, mpsc::Receiver<Result<RunReply, Status>>) {
-    let (replies, receiver) = mpsc::channel(1);
-    let reply = replies.try_reserve_owned().unwrap();
+fn job(call: RunCall, deadline: Option<Instant>) -> (Job, oneshot::Receiver<RunReply>) {
+    let (sender, receiver) = oneshot::channel();
+    let reply = Box::new(move |reply| drop(sender.send(reply)));
     (Job { call, deadline, reply, span: Span::none() }, receiver)
+}
+
+/// Without threads.
+fn pool() -> Pool {
+    let compute = Arc::new(Compute { experts: experts(), metrics: metrics() });
+    Pool { queue: Arc::new(Queue::of(1)), compute }
 }
 
 fn queue_of(calls: &[RunCall]) -> Waiting {
@@ -68,7 +75,7 @@ fn one_bad_call_spoils_no_other() {
         replies.push(receiver);
     }
     let reason = |reply: RunReply| reply.refusal.map(|refusal| refusal.reason());
-    let reasons = replies.iter_mut().map(|reply| reason(reply.blocking_recv().unwrap().unwrap()));
+    let reasons = replies.into_iter().map(|reply| reason(reply.blocking_recv().unwrap()));
     assert_eq!(reasons.collect::<Vec<_>>(), [None, Some(Reason::NotHeld)]);
 }
 
@@ -91,7 +98,7 @@ fn only_calls_that_share_an_expert_are_put_together() {
 
 #[test]
 fn a_call_that_nobody_waits_for_any_more_is_not_computed_and_a_probe_is_answered_first() {
-    let pool = Pool { queue: Arc::default() };
+    let pool = pool();
     let now = Instant::now();
     let jobs = [
         (call(1, 1, &[3]), Some(now)),
@@ -104,16 +111,18 @@ fn a_call_that_nobody_waits_for_any_more_is_not_computed_and_a_probe_is_answered
         assert!(pool.submit(job).is_none());
         replies.push(receiver);
     }
-    assert_eq!(sequences(&pool.queue.next().unwrap()), [3]);
-    assert_eq!(sequences(&pool.queue.next().unwrap()), [2]);
-    let refusal = replies[0].try_recv().unwrap().unwrap().refusal.unwrap();
+    for next in [3, 2] {
+        assert_eq!(sequences(&pool.queue.next().unwrap()), [next]);
+        pool.queue.done();
+    }
+    let refusal = replies[0].try_recv().unwrap().refusal.unwrap();
     assert_eq!(refusal.reason(), Reason::Expired);
     assert_eq!(pool.queue.lock().bytes, 0);
 }
 
 #[test]
 fn more_than_fits_is_given_back() {
-    let pool = Pool { queue: Arc::default() };
+    let pool = pool();
     let large = RunCall { rows: vec![0; QUEUE_BYTES / 2 + 1].into(), ..call(1, 1, &[3]) };
     assert!(pool.submit(job(large.clone(), None).0).is_none());
     assert!(pool.submit(job(large, None).0).is_some(), "its bytes are too many");
@@ -121,4 +130,24 @@ fn more_than_fits_is_given_back() {
         assert!(pool.submit(job(call(1, 1, &[3]), None).0).is_none());
     }
     assert!(pool.submit(job(call(1, 1, &[3]), None).0).is_some(), "one call too many");
+}
+
+#[test]
+fn who_reads_a_small_call_computes_it_unless_others_wait_or_compute() {
+    let pool = pool();
+    let computed = |call: &RunCall| {
+        let (job, mut reply) = job(call.clone(), None);
+        assert!(pool.compute(job).is_none());
+        reply.try_recv().ok()
+    };
+    let small = call(1, 1, &[3, 4]);
+    assert_eq!(computed(&small), Some(run(&pool.compute.experts, &small)));
+    assert_eq!(computed(&call(1, 2, &[3; SMALL_PAIRS + 1])), None, "it is not small");
+    assert_eq!(computed(&small), None, "another one waits");
+    assert_eq!(sequences(&pool.queue.next().unwrap()), [2, 1]);
+    assert_eq!(computed(&small), None, "the only thread computes");
+    pool.queue.done();
+    assert_eq!(sequences(&pool.queue.next().unwrap()), [1]);
+    pool.queue.done();
+    assert_eq!(computed(&small), Some(run(&pool.compute.experts, &small)));
 }

@@ -1,0 +1,202 @@
+//! Frames and gRPC side by side: the same answers, and what goes wrong with sockets.
+
+use std::{
+    sync::atomic::{AtomicUsize, Ordering},
+    time::Duration,
+};
+
+use futures::StreamExt as _;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{TcpListener, TcpStream},
+};
+use wire::proto::{self, RunCall, RunReply, refusal::Reason};
+
+use super::{
+    exchange::MeshExchange,
+    network::{self, Calls, Open},
+    standing::Board,
+    tests::{HASH, Way, Worker, all, alone, following, mesh, metrics, own, placement, requests, serve},
+};
+use crate::drive::Driver;
+
+async fn open(way: Way, address: &str) -> Open {
+    let open = match way {
+        Way::Grpc => network::grpc(address).await,
+        Way::Frames => network::sockets().open(address).await,
+    };
+    let open = open.expect("somebody answers");
+    assert_eq!(matches!(open.0, Calls::Socket(_)), way == Way::Frames);
+    open
+}
+
+async fn next((_, replies): &mut Open) -> RunReply {
+    tokio::time::timeout(Duration::from_secs(20), replies.next()).await.expect("it is answered").expect("it is open")
+}
+
+fn good() -> RunCall {
+    RunCall {
+        sequence: 1,
+        layer: 1,
+        content_hash: HASH.into(),
+        dtype: proto::Dtype::Bf16.into(),
+        rows: vec![7; 512].into(),
+        pair_rows: vec![0],
+        pair_experts: vec![1],
+        ..RunCall::default()
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn both_ways_give_the_same_rows_and_refuse_what_cannot_be_computed_each_with_its_reason() {
+    let worker = Worker::start(&placement(2), 1, HASH).await;
+    let (mut frames, mut grpc) = (open(Way::Frames, &worker.address).await, open(Way::Grpc, &worker.address).await);
+    let good = good();
+    let table = [
+        (good.clone(), None),
+        (
+            RunCall {
+                rows: vec![9; 512 * 100].into(),
+                pair_rows: (0..100).collect(),
+                pair_experts: vec![1; 100],
+                ..good.clone()
+            },
+            None,
+        ),
+        (RunCall { rows: Vec::new().into(), pair_rows: vec![], pair_experts: vec![], ..good.clone() }, None),
+        (RunCall { content_hash: "x".into(), ..good.clone() }, Some(Reason::OtherContent)),
+        (RunCall { dtype: proto::Dtype::F32.into(), ..good.clone() }, Some(Reason::Malformed)),
+        (RunCall { rows: vec![0; 511].into(), ..good.clone() }, Some(Reason::Malformed)),
+        (RunCall { pair_rows: vec![1], ..good.clone() }, Some(Reason::Malformed)),
+        (RunCall { pair_rows: vec![0, 0], ..good.clone() }, Some(Reason::Malformed)),
+        (
+            RunCall { pair_rows: vec![0; 200_000], pair_experts: vec![1; 200_000], ..good.clone() },
+            Some(Reason::Malformed),
+        ),
+        (RunCall { pair_experts: vec![2], ..good.clone() }, Some(Reason::NotHeld)),
+        (RunCall { layer: 99, ..good.clone() }, Some(Reason::NotHeld)),
+        (RunCall { pair_experts: vec![u32::MAX], ..good.clone() }, Some(Reason::NotHeld)),
+    ];
+    for (call, wanted) in table {
+        let pairs = call.pair_experts.len();
+        assert!(frames.0.send(call.clone()) && grpc.0.send(call));
+        let reply = next(&mut frames).await;
+        assert_eq!(reply, next(&mut grpc).await);
+        assert_eq!(reply.rows.len(), if wanted.is_none() { 512 * pairs } else { 0 });
+        assert_eq!(reply.refusal.map(|refusal| refusal.reason()), wanted);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_caller_that_does_not_read_harms_nobody_else() {
+    let worker = Worker::start(&placement(2), 1, HASH).await;
+    // more than the connection holds of calls that are not taken, and a megabyte of reply each
+    let call = |sequence| RunCall {
+        sequence,
+        rows: vec![0; 512 * 128].into(),
+        pair_rows: vec![0; 2048],
+        pair_experts: vec![1; 2048],
+        ..good()
+    };
+    for way in [Way::Frames, Way::Grpc] {
+        let (hung, _unread) = open(way, &worker.address).await;
+        let sent = async {
+            for sequence in 0..1000 {
+                while !hung.send(call(sequence)) {
+                    tokio::task::yield_now().await;
+                }
+            }
+        };
+        let stuck = tokio::time::timeout(Duration::from_millis(500), sent).await;
+        assert!(stuck.is_err(), "a gigabyte of replies that nobody reads is kept somewhere");
+        let mut other = open(way, &worker.address).await;
+        for sequence in 0..4 {
+            assert!(other.0.send(call(sequence)));
+            let reply = next(&mut other).await;
+            assert_eq!((reply.sequence, reply.rows.len()), (sequence, 512 * 2048));
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_peer_without_frames_is_asked_over_grpc_and_not_tried_again_at_once() {
+    let worker = Worker::start(&placement(2), 1, HASH).await;
+    let (_server, address) = serve(&worker.experts, HASH, Way::Grpc).await;
+    let before = Proxy::to(&address, |_| None).await;
+    let network = network::sockets();
+    for connections in [2, 3] {
+        let mut open = network.open(&before.address).await.expect("it is asked over gRPC");
+        assert!(matches!(open.0, Calls::Queue(_)));
+        assert!(open.0.send(good()));
+        assert_eq!(next(&mut open).await.rows.len(), 512);
+        assert_eq!(before.connections.load(Ordering::Relaxed), connections);
+    }
+    assert!(network.open("127.0.0.1:1").await.is_none());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_call_that_waited_too_long_is_refused_in_frames_too() {
+    let worker = Worker::start(&placement(2), 1, HASH).await;
+    let mut stream = open(Way::Frames, &worker.address).await;
+    // long enough for the second to wait for longer than a millisecond
+    let long = RunCall {
+        rows: vec![0; 512 * 4096].into(),
+        pair_rows: (0..4096).collect(),
+        pair_experts: vec![1; 4096],
+        ..good()
+    };
+    let late = RunCall { sequence: 2, remaining_ms: 1, pair_rows: vec![0; 65], pair_experts: vec![1; 65], ..good() };
+    assert!(stream.0.send(long) && stream.0.send(late));
+    assert_eq!(next(&mut stream).await.rows.len(), 512 * 4096);
+    let refusal = next(&mut stream).await;
+    assert_eq!((refusal.sequence, refusal.refusal.unwrap().reason()), (2, Reason::Expired));
+}
+
+/// Stands before a holder, and resets each connection after as many bytes of replies as `cut` says of its number.
+struct Proxy {
+    address: String,
+    connections: &'static AtomicUsize,
+}
+
+impl Proxy {
+    async fn to(holder: &str, cut: fn(usize) -> Option<u64>) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let connections: &AtomicUsize = Box::leak(Box::default());
+        let holder = holder.to_owned();
+        tokio::spawn(async move {
+            while let Ok((near, _)) = listener.accept().await {
+                let number = connections.fetch_add(1, Ordering::Relaxed);
+                let far = TcpStream::connect(&holder).await.unwrap();
+                tokio::spawn(async move {
+                    let ((mut calls, mut back), (replies, mut on)) = (near.into_split(), far.into_split());
+                    let mut replies = replies.take(cut(number).unwrap_or(u64::MAX));
+                    tokio::select! {
+                        _ = tokio::io::copy(&mut calls, &mut on) => {}
+                        _ = tokio::io::copy(&mut replies, &mut back) => {}
+                    }
+                    let _ = on.shutdown().await; // the other ends close as they are dropped
+                });
+            }
+        });
+        Self { address, connections }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_cut_within_frames_change_no_token() {
+    let wanted = alone(requests(2, 20)).await;
+    let placement = placement(2);
+    let mut workers = [Worker::start(&placement, 0, HASH).await, Worker::start(&placement, 1, HASH).await];
+    // behind the preface, in the lengths, the message and the rows of some frame
+    let cut = |number| {
+        [Some(23), Some(20 + 8 + 1), Some(1000), Some(50_001), Some(100_003), None].get(number).copied().flatten()
+    };
+    let proxy = Proxy::to(&workers[1].address, cut).await;
+    let meshes = following(mesh(&placement, &[workers[0].address.clone(), proxy.address.clone()], 1));
+    let exchange = MeshExchange::new(own(), meshes, Board::new(metrics()), None, metrics());
+    let driver = Driver::start(workers[0].engine.take().unwrap(), exchange, metrics()).unwrap();
+    let answers = all(driver.submit(requests(2, 20), tracing::Span::none()).await.unwrap()).await;
+    assert_eq!(answers, wanted);
+    assert!(proxy.connections.load(Ordering::Relaxed) >= 6, "each cut bit");
+}
