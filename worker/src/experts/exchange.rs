@@ -277,12 +277,12 @@ impl MeshExchange {
         };
         flight.span.record("result", result.name());
         self.metrics.calls(result, 1);
-        if let (Landed::Answered(answer), CallResult::Answered) = (&landed, result) {
+        if let (Landed::Answered(answer), CallResult::Answered) = (landed, result) {
             if let Some(holder) = self.holders.get_mut(&flight.to) {
                 holder.answered(flight.part.pairs.len(), answer.at.saturating_duration_since(flight.sent));
             }
             self.metrics.bytes_received(answer.reply.rows.len());
-            gathered.take(&flight.part, &answer.reply.rows);
+            gathered.take(&flight.part, answer.reply.rows);
             return Vec::new();
         }
         if !flight.is_hoped_of() {
@@ -408,7 +408,7 @@ impl Exchange for MeshExchange {
         self.metrics.calls(CallResult::Unreachable, usize::from(!missing.is_empty()));
         self.metrics.waited(begun.elapsed());
         self.note(ticket.layer, &ticket.experts, &missing);
-        Replies { rows: gathered.rows, missing }
+        Replies { rows: gathered.into_rows(), missing }
     }
 }
 

@@ -183,7 +183,8 @@ impl Flight {
 /// The rows of a batch that came back so far.
 pub(super) struct Gathered {
     row_bytes: usize,
-    pub(super) rows: Vec<u8>,
+    /// Empty until some came.
+    rows: Vec<u8>,
     done: Vec<bool>,
     left: usize,
 }
@@ -191,11 +192,19 @@ pub(super) struct Gathered {
 impl Gathered {
     /// None of a batch of so many pairs.
     pub(super) fn none(pairs: usize, row_bytes: usize) -> Self {
-        Self { row_bytes, rows: vec![0; pairs * row_bytes], done: vec![false; pairs], left: pairs }
+        Self { row_bytes, rows: Vec::new(), done: vec![false; pairs], left: pairs }
     }
 
     /// Takes in the answer to a part. A row that came before has the same bits.
-    pub(super) fn take(&mut self, part: &Part, rows: &[u8]) {
+    pub(super) fn take(&mut self, part: &Part, rows: Bytes) {
+        let all = self.done.len();
+        if self.left == all && part.pairs.len() == all {
+            self.done.fill(true);
+            self.left = 0;
+            self.rows = rows.into(); // as they came, without a copy
+            return;
+        }
+        self.rows.resize(all * self.row_bytes, 0);
         for (&pair, bytes) in part.pairs.iter().zip(rows.chunks_exact(self.row_bytes)) {
             let pair = pair as usize;
             if !std::mem::replace(&mut self.done[pair], true) {
@@ -208,6 +217,12 @@ impl Gathered {
     /// The pairs of a part that did not come back, as indices in it.
     pub(super) fn lacking(&self, part: &Part) -> Vec<usize> {
         (0..part.pairs.len()).filter(|&at| !self.done[part.pairs[at] as usize]).collect()
+    }
+
+    /// The rows of the batch; those that are missing are zeros.
+    pub(super) fn into_rows(mut self) -> Vec<u8> {
+        self.rows.resize(self.done.len() * self.row_bytes, 0);
+        self.rows
     }
 
     /// Whether all came back.

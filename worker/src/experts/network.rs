@@ -66,7 +66,7 @@ impl Network for Sockets {
     fn open(&self, to: &str) -> BoxFuture<'static, Option<Open>> {
         let (to, known) = (to.to_owned(), self.grpc.clone());
         async move {
-            if !lock(&known).get(&to).is_some_and(|&until| Instant::now() < until) {
+            if lock(&known).get(&to).is_none_or(|&until| until <= Instant::now()) {
                 match framed::connect(&to).await {
                     Ok(Some(connection)) => {
                         return frames(connection).inspect_err(|error| debug!(peer = to, %error, "no stream")).ok();

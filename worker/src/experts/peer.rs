@@ -42,7 +42,7 @@ fn read(
     replies: &std::sync::Arc<Outgoing>,
 ) -> Result<(), frames::Error> {
     loop {
-        let call: RunCall = match incoming.next() {
+        let call: RunCall = match incoming.receive() {
             Ok(Some(call)) => call,
             Ok(None) => return Ok(()),
             Err(frames::Error::Broke(error)) if error.kind() == io::ErrorKind::WouldBlock && incoming.is_between() => {

@@ -117,7 +117,7 @@ impl<R: Read> Incoming<R> {
     ///
     /// # Errors
     /// [`Error`]. After [`io::ErrorKind::WouldBlock`] it can be called again, after any other error not.
-    pub fn next<M: Framed>(&mut self) -> Result<Option<M>, Error> {
+    pub fn receive<M: Framed>(&mut self) -> Result<Option<M>, Error> {
         if self.lengths.have < LENGTHS {
             match self.lengths.fill(&mut self.from) {
                 Err(error) if error.kind() == io::ErrorKind::UnexpectedEof && self.is_between() => return Ok(None),

@@ -94,7 +94,7 @@ impl Connection {
         Ok(stream::try_unfold((self, socket, incoming), |(connection, socket, mut incoming)| async {
             loop {
                 socket.readable().await?;
-                match incoming.next() {
+                match incoming.receive() {
                     Err(Error::Broke(error)) if error.kind() == io::ErrorKind::WouldBlock => {}
                     next => return Ok(next?.map(|message| (message, (connection, socket, incoming)))),
                 }

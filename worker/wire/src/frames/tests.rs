@@ -40,7 +40,7 @@ fn frames_that_come_byte_by_byte_are_read_whole() {
     let mut incoming = Incoming::new(Drops(&bytes, false));
     for wanted in calls {
         let read = loop {
-            match incoming.next::<RunCall>() {
+            match incoming.receive::<RunCall>() {
                 Err(Error::Broke(error)) if error.kind() == io::ErrorKind::WouldBlock => {}
                 read => break read.unwrap().unwrap(),
             }
@@ -64,10 +64,10 @@ fn what_is_no_frame_is_an_error_that_says_so() {
         (lengths(0, 64 << 20), "the connection broke"),
     ];
     for (bytes, wanted) in table {
-        let error = Incoming::new(&*bytes).next::<RunCall>().unwrap_err();
+        let error = Incoming::new(&*bytes).receive::<RunCall>().unwrap_err();
         assert_eq!(error.to_string(), wanted);
     }
-    assert!(Incoming::new(&[][..]).next::<RunCall>().unwrap().is_none(), "the end between two frames");
+    assert!(Incoming::new(&[][..]).receive::<RunCall>().unwrap().is_none(), "the end between two frames");
 }
 
 /// Two ends of a connection, the first of which does not block.
@@ -95,7 +95,7 @@ async fn more_than_a_socket_takes_is_written_in_order_and_bounded() {
     assert!(sent >= 8, "{sent}");
     let read = tokio::task::spawn_blocking(move || {
         let mut incoming = Incoming::new(&far);
-        (0..sent + 1).all(|sequence| incoming.next().unwrap() == Some(call(sequence, 1 << 20)))
+        (0..sent + 1).all(|sequence| incoming.receive().unwrap() == Some(call(sequence, 1 << 20)))
     });
     let place = tokio::time::timeout(std::time::Duration::from_secs(20), outgoing.reserve()).await;
     assert!(place.expect("there is room once it is read").unwrap().send(call(sent, 1 << 20)));
