@@ -1,7 +1,8 @@
 //! The one place where connections between our processes are opened and accepted.
 //!
 //! Both ends ping, bound what the other may send and disable Nagle's algorithm, so a peer that vanished is noticed in
-//! under ten seconds, and one that floods or does not read is cut. Mutual TLS belongs here, and nowhere else.
+//! under ten seconds, and one that floods or does not read is cut. A port tells by the first bytes whether a peer speaks
+//! HTTP/2 or frames ([`framed`]). Mutual TLS belongs here, and nowhere else.
 
 use std::{convert::Infallible, future::Future, io, sync::Arc, time::Duration};
 
