@@ -68,8 +68,11 @@ fn tuned(stream: TcpStream) -> io::Result<Connection> {
     sockopt::set_tcp_keepidle(&stream, PING_EVERY)?;
     sockopt::set_tcp_keepintvl(&stream, PING_TIMEOUT / PROBES)?;
     sockopt::set_tcp_keepcnt(&stream, PROBES)?;
-    let patience = PING_EVERY + PING_TIMEOUT;
-    sockopt::set_tcp_user_timeout(&stream, u32::try_from(patience.as_millis()).unwrap_or(u32::MAX))?;
+    #[cfg(target_os = "linux")] // elsewhere only the probes tell
+    {
+        let patience = PING_EVERY + PING_TIMEOUT;
+        sockopt::set_tcp_user_timeout(&stream, u32::try_from(patience.as_millis()).unwrap_or(u32::MAX))?;
+    }
     Ok(Connection { socket: Arc::new(stream), outgoing: None })
 }
 
