@@ -5,8 +5,7 @@
 //! - `framed TCP`: a length and the rows, echoed by a thread that does nothing else. The limit.
 //! - `tonic stream`: the same messages as ours over a plain bidirectional stream of tonic, echoed.
 //! - `over gRPC`, `in frames`: `MeshExchange` to `ExpertsService`, as workers do: rows gathered for the holder, checked,
-//!   queued, computed by an expert one value wide, and put back in order. That expert's part, `compute`, is measured after
-//!   each round trip and taken off it.
+//!   queued, computed by an expert one value wide, and put back in order. `compute` is that expert's part, measured alone.
 //!
 //! Each figure is the median of the rounds' medians, and the lowest and highest of these.
 
@@ -67,18 +66,15 @@ fn main() -> anyhow::Result<()> {
         for _ in 0..ROUNDS {
             rounds[0].push(median(|| framed.ask(&batch.rows))?);
             rounds[1].push(near.block_on(median_of(&mut plain, async |plain| plain.ask(&batch.rows).await))?);
-            rounds[2].push(near.block_on(over_grpc.median(&experts, &batch))?.way);
-            let ours = near.block_on(in_frames.median(&experts, &batch))?;
-            rounds[3].push(ours.way);
-            rounds[4].push(ours.compute);
+            rounds[2].push(near.block_on(median_of(&mut over_grpc, async |ours| ours.ask(&batch).await))?);
+            rounds[3].push(near.block_on(median_of(&mut in_frames, async |ours| ours.ask(&batch).await))?);
+            rounds[4].push(median(|| compute(&experts, &batch))?);
         }
         let limit = middle(&mut rounds[0]);
         let cells = rounds.iter_mut().map(|times| cell(times, limit));
         println!("{rows:>5} {}", cells.collect::<Vec<_>>().join(" "));
     }
-    println!(
-        "us a round trip (lowest-highest of {ROUNDS} rounds), and as a multiple of framed TCP; ours without compute"
-    );
+    println!("us a round trip (lowest-highest of {ROUNDS} rounds), and as a multiple of framed TCP");
     Ok(())
 }
 
@@ -110,12 +106,6 @@ impl Batch {
 enum Way {
     Grpc,
     Frames,
-}
-
-/// What a round trip takes.
-struct Took {
-    way: Duration,
-    compute: Duration,
 }
 
 /// A worker that holds nothing and asks one that holds everything.
@@ -162,25 +152,6 @@ impl Ours {
         };
         tokio::time::timeout(Duration::from_secs(10), connected).await?;
         Ok(ours)
-    }
-
-    /// The medians of round trips without what is computed, and of that. One after the other, so that both see the same
-    /// machine.
-    async fn median(&mut self, experts: &Experts, batch: &Batch) -> anyhow::Result<Took> {
-        let (mut ways, mut computes) = (Vec::with_capacity(TIMES), Vec::with_capacity(TIMES));
-        for turn in 0..WARM + TIMES {
-            let begun = Instant::now();
-            self.ask(batch).await?;
-            let all = begun.elapsed();
-            let begun = Instant::now();
-            compute(experts, batch)?;
-            let compute = begun.elapsed();
-            if turn >= WARM {
-                ways.push(all.saturating_sub(compute));
-                computes.push(compute);
-            }
-        }
-        Ok(Took { way: middle(&mut ways), compute: middle(&mut computes) })
     }
 
     async fn ask(&mut self, batch: &Batch) -> anyhow::Result<()> {
