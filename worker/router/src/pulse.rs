@@ -33,6 +33,8 @@ pub struct Pulse {
     /// Ticks since it was asked.
     asked: u32,
     is_asked: bool,
+    /// Whether the sign that is due tells how fast it answers. Not if it stood still meanwhile.
+    is_timed: bool,
     is_silent: bool,
     slowest_sign: Duration,
     doublings: u32,
@@ -63,21 +65,23 @@ impl Pulse {
         }
         if !self.is_asked {
             let is_due = self.quiet >= QUIET && self.asked >= QUIET || self.asked >= USUAL;
-            return is_due.then(|| {
-                (self.is_asked, self.asked) = (true, 0);
-                Act::Ask
-            });
+            return is_due.then(|| self.ask());
         }
         let is_late = self.quiet.min(self.asked) >= self.limit();
         (is_late && !self.is_silent).then(|| {
-            (self.is_silent, self.since) = (true, 0);
+            (self.is_silent, self.since, self.is_timed) = (true, 0, false);
             Act::GiveUp
         })
     }
 
+    fn ask(&mut self) -> Act {
+        (self.is_asked, self.asked, self.is_timed) = (true, 0, !self.is_silent);
+        Act::Ask
+    }
+
     /// It gave a sign, so long after it was asked.
     pub fn signed(&mut self, took: Duration) {
-        if !self.is_silent {
+        if self.is_timed {
             self.slowest_sign = took.max(self.slowest_sign - self.slowest_sign / 16);
         }
         self.is_asked = false;
@@ -90,9 +94,15 @@ impl Pulse {
         self.is_asked = false;
     }
 
-    /// It runs nothing, so nothing needs to be heard of it.
-    pub fn rests(&mut self) {
+    /// Time passed in which it ran nothing, so nothing needs to be heard of it. But it is asked until it is known how fast
+    /// it answers.
+    pub fn rests(&mut self) -> Option<Act> {
         self.quiet = 0;
+        if self.is_asked || !self.slowest_sign.is_zero() {
+            return None;
+        }
+        self.asked += 1;
+        (self.asked >= USUAL).then(|| self.ask())
     }
 
     /// Whether it was given up, and not heard since.
@@ -235,9 +245,29 @@ mod tests {
     #[test]
     fn what_a_worker_did_not_say_while_it_ran_nothing_is_no_silence() {
         let mut pulse = signing(Duration::from_millis(2));
-        for _ in 0..100 {
-            pulse.rests();
-        }
+        assert!((0..100).all(|_| pulse.rests().is_none()));
         assert_eq!(until(&mut pulse, false), (QUIET, Act::Ask));
+    }
+
+    #[test]
+    fn one_that_never_ran_anything_is_asked_until_it_is_known_how_fast_it_answers() {
+        let mut pulse = Pulse::default();
+        let mut asked = || (0..SECOND).filter_map(|_| pulse.rests()).count();
+        assert_eq!((asked(), asked()), (1, 0));
+        pulse.unsigned();
+        assert_eq!((0..SECOND).filter_map(|_| pulse.rests()).count(), 1);
+        pulse.signed(Duration::from_millis(2));
+        assert!((0..100).all(|_| pulse.rests().is_none()) && pulse.limit() == LEAST);
+    }
+
+    #[test]
+    fn a_sign_that_was_due_when_it_was_given_up_says_nothing_of_how_fast_it_answers() {
+        let mut pulse = signing(Duration::from_millis(2));
+        until(&mut pulse, false);
+        assert_eq!(until(&mut pulse, false).1, Act::GiveUp);
+        assert!((0..100).all(|_| pulse.tick(false).is_none()));
+        assert!(pulse.tick(true).is_none() && !pulse.is_silent(), "its answer comes first");
+        pulse.signed(TICK * 100);
+        assert_eq!(pulse.limit(), LEAST);
     }
 }

@@ -59,8 +59,7 @@ impl Life {
     fn tick(&self, runs: bool) -> Option<Act> {
         let mut pulse = self.lock();
         if !runs && !pulse.is_silent() {
-            pulse.rests();
-            return None;
+            return pulse.rests();
         }
         let act = pulse.tick(self.heard.swap(false, Relaxed));
         self.tell(&pulse);
