@@ -25,6 +25,7 @@ use super::{
     flight::{Flight, Gathered, Landed, Part, Past, Place, Stage},
     holder::Holder,
     network::{self, Network},
+    pace::LEAST,
     split::{self, Group},
     standing::Board,
 };
@@ -260,6 +261,7 @@ impl MeshExchange {
             past: past.clone(),
             sent,
             deadline: (sent + allowed).min(self.until),
+            look: (sent + allowed.min(LEAST)).min(self.until),
             stage: Stage::Awaited,
             reply,
             span,
@@ -272,8 +274,9 @@ impl MeshExchange {
         let result = match &landed {
             Landed::Answered(answer) => result(&answer.reply, flight.part.pairs.len() * self.own.row_bytes()),
             Landed::Lost => CallResult::Lost,
-            Landed::Late if flight.stage == Stage::Awaited => CallResult::Late,
-            Landed::Late => return self.look_again(flight, gathered),
+            Landed::Quiet if flight.stage != Stage::Awaited => return self.look_again(flight, gathered),
+            Landed::Quiet if self.has_time(&flight) => return vec![flight.looked_after(LOOK_EVERY)],
+            Landed::Quiet => CallResult::Late,
         };
         flight.span.record("result", result.name());
         self.metrics.calls(result, 1);
@@ -300,20 +303,29 @@ impl MeshExchange {
         self.again(&flight, flight.past.after(flight.to), result, gathered)
     }
 
-    /// The deadline is over for the first time: the holder is doubted, and its rows go to other copies. Its answer is
-    /// still listened to; where there is no other copy, it is waited for.
+    /// Whether a flight is not late yet, and its holder is there.
+    fn has_time(&mut self, flight: &Flight) -> bool {
+        let holder = self.holders.get_mut(&flight.to);
+        Instant::now() < flight.deadline && holder.is_some_and(|holder| !holder.is_missed())
+    }
+
+    /// The deadline is over for the first time, or the holder gives no sign of life: it is doubted, and its rows go to other
+    /// copies. Its answer is still listened to; where there is no other copy, it is waited for.
     fn is_late(&mut self, mut flight: Flight, gathered: &Gathered) -> Vec<Flight> {
         let now = Instant::now();
         if let Some(holder) = self.holders.get_mut(&flight.to) {
-            let waited = now.saturating_duration_since(flight.sent) / flight.past.patience();
-            holder.is_late(flight.part.pairs.len(), waited);
+            if now >= flight.deadline {
+                let waited = now.saturating_duration_since(flight.sent) / flight.past.patience();
+                holder.is_late(flight.part.pairs.len(), waited);
+            }
+            holder.doubt();
         }
         if now >= self.until {
             return Vec::new();
         }
         let mut flights = self.again(&flight, flight.past.after(flight.to), CallResult::Late, gathered);
         let elsewhere: usize = flights.iter().map(|flight| flight.part.pairs.len()).sum();
-        (flight.stage, flight.deadline) = match elsewhere < gathered.lacking(&flight.part).len() {
+        (flight.stage, flight.look) = match elsewhere < gathered.lacking(&flight.part).len() {
             true => (Stage::Overdue, now + LOOK_EVERY),
             false => (Stage::Listened, self.until),
         };
@@ -322,22 +334,26 @@ impl MeshExchange {
     }
 
     /// A flight without a copy is overdue. Whoever can be asked now is asked, with twice the time: the same holder, once
-    /// it answered its probe, or another that came back. If there is no hope of an answer, it is given up.
+    /// it answered its probe, or another that came back. If there is no hope of an answer, it is given up. A holder that
+    /// was missed and is there has the time that it had.
     fn look_again(&mut self, mut flight: Flight, gathered: &Gathered) -> Vec<Flight> {
         let now = Instant::now();
         if now >= self.until {
             return Vec::new();
         }
+        if flight.is_hoped_of() && now < flight.deadline && self.holders.get(&flight.to).is_some_and(Holder::is_asked) {
+            flight.stage = Stage::Awaited;
+            return vec![flight.looked_after(LOOK_EVERY)];
+        }
         let past = Past { tried: Vec::new(), misses: flight.past.misses + 1 };
         let mut flights = self.again(&flight, past, CallResult::Late, gathered);
         if !flights.is_empty() {
-            (flight.stage, flight.deadline) = (Stage::Listened, self.until);
+            (flight.stage, flight.look) = (Stage::Listened, self.until);
             flights.push(flight);
         } else if !self.holders.get(&flight.to).is_none_or(Holder::is_silent)
             && !gathered.lacking(&flight.part).is_empty()
         {
-            flight.deadline = now + LOOK_EVERY;
-            flights.push(flight);
+            flights.push(flight.looked_after(LOOK_EVERY));
         }
         flights
     }

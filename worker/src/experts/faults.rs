@@ -276,8 +276,11 @@ fn with_a_copy_a_loss_is_hardly_felt() {
     for at in 0..6 {
         let killed = one_fault(TWO, at, Fault::KillBefore(60_000)).took.saturating_sub(usual);
         assert!(killed < Duration::from_millis(200), "a killed holder cost {killed:?}");
-        let frozen = one_fault(TWO, at + 12, Fault::Freeze(60_000)).took.saturating_sub(usual);
-        assert!(frozen < Duration::from_secs(1), "a frozen holder cost {frozen:?}");
+        for at in [at, at + 12] {
+            // the first ones may take long, as nothing is known of their holders
+            let frozen = one_fault(TWO, at, Fault::Freeze(60_000)).took.saturating_sub(usual);
+            assert!(frozen < Duration::from_millis(200), "a frozen holder cost {frozen:?}");
+        }
         let other = one_fault(OTHER, at, Fault::KillBefore(60_000)).took.saturating_sub(usual);
         assert!(other < Duration::from_millis(200), "another replica helped out after {other:?}");
     }

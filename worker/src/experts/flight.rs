@@ -147,7 +147,10 @@ pub(super) struct Flight {
     pub(super) part: Part,
     pub(super) past: Past,
     pub(super) sent: Instant,
+    /// When it is late.
     pub(super) deadline: Instant,
+    /// When it is looked after, if nothing came of it until then.
+    pub(super) look: Instant,
     pub(super) stage: Stage,
     pub(super) reply: oneshot::Receiver<Answer>,
     pub(super) span: Span,
@@ -159,8 +162,8 @@ pub(super) enum Landed {
     Answered(Answer),
     /// The stream ended.
     Lost,
-    /// The deadline is over.
-    Late,
+    /// Nothing, until it is to be looked after.
+    Quiet,
 }
 
 impl Flight {
@@ -169,12 +172,19 @@ impl Flight {
         self.stage != Stage::Listened
     }
 
-    /// Waits for the reply, until the deadline.
+    /// It goes on, and is looked after again after a pause, and when it is late.
+    pub(super) fn looked_after(self, pause: Duration) -> Self {
+        let next = Instant::now() + pause;
+        let look = if self.stage == Stage::Awaited { next.min(self.deadline) } else { next };
+        Self { look, ..self }
+    }
+
+    /// Waits for the reply, until it is to be looked after.
     pub(super) async fn land(mut self) -> (Self, Landed) {
-        let landed = match tokio::time::timeout_at(self.deadline, &mut self.reply).await {
+        let landed = match tokio::time::timeout_at(self.look, &mut self.reply).await {
             Ok(Ok(answer)) => Landed::Answered(answer),
             Ok(Err(_)) => Landed::Lost,
-            Err(_) => Landed::Late,
+            Err(_) => Landed::Quiet,
         };
         (self, landed)
     }

@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use futures::StreamExt as _;
+use futures::{FutureExt as _, StreamExt as _};
 use tokio::{sync::oneshot, task::AbortHandle};
 use wire::proto::{Peer, RunCall};
 
@@ -16,6 +16,7 @@ use super::{
     link::{Answer, Link, OPEN_WAIT, ways},
     network::Network,
     pace::Pace,
+    signs::Signs,
     split,
     standing::{Board, Standing},
 };
@@ -31,6 +32,7 @@ pub(super) struct Holder {
     link: Link,
     standing: Arc<Standing>,
     pace: Pace,
+    signs: Signs,
     on_their_way: Arc<AtomicUsize>,
     network: Arc<dyn Network>,
     /// A call of nothing.
@@ -55,8 +57,8 @@ impl Holder {
     pub(super) fn open(peer: &Peer, nothing: RunCall, network: Arc<dyn Network>, board: &Board) -> Self {
         let standing = Standing::new(&peer.id, board);
         let link = Link::open(ways(&peer.address, &peer.dns_name), network.clone(), standing.clone());
-        let (pace, on_their_way) = (Pace::default(), Arc::default());
-        Self { peer: peer.clone(), link, standing, pace, on_their_way, network, nothing, probe: None }
+        let (pace, signs, on_their_way) = (Pace::default(), Signs::new(), Arc::default());
+        Self { peer: peer.clone(), link, standing, pace, signs, on_their_way, network, nothing, probe: None }
     }
 
     /// Whether a snapshot means this very process.
@@ -104,12 +106,23 @@ impl Holder {
     /// It answered so many rows after this time.
     pub(super) fn answered(&mut self, rows: usize, took: Duration) {
         self.pace.answered(rows, took);
+        self.signs.heard();
         self.trust();
     }
 
-    /// It takes longer than this for so many rows. It is not asked until it answers a probe.
+    /// Whether it gives no sign of life while it is waited for.
+    pub(super) fn is_missed(&mut self) -> bool {
+        let (network, peer) = (&self.network, &self.peer);
+        self.signs.are_missing(|| network.open(&peer.address).map(|open| open.is_some()).boxed())
+    }
+
+    /// It takes longer than this for so many rows.
     pub(super) fn is_late(&mut self, rows: usize, waited: Duration) {
         self.pace.late(rows, waited);
+    }
+
+    /// It is not asked until it answers a probe.
+    pub(super) fn doubt(&mut self) {
         if !self.standing.is_doubted() {
             self.standing.doubt();
             let (ways, nothing) = (ways(&self.peer.address, &self.peer.dns_name), self.nothing.clone());

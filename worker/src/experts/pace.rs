@@ -9,7 +9,7 @@ const WINDOW: usize = 128;
 /// Below this many, a holder is given the time of [`START_ROW`] besides.
 const FEW: usize = 8;
 /// Nobody is late sooner.
-const LEAST: Duration = Duration::from_millis(50);
+pub(super) const LEAST: Duration = Duration::from_millis(50);
 /// Longer than this nobody is waited for who may be dead; who is slower than that is asked again.
 const MOST: Duration = Duration::from_secs(10);
 /// How often the slowest of a hundred replies may be slower still.
