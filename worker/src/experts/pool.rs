@@ -2,9 +2,9 @@
 //!
 //! They are none of the runtime's, and none of the step loop: a peer waits for neither. A thread that reads from a peer
 //! computes a small call itself where it would be computed at once, as waking another thread takes longer than the way
-//! over the network; it takes the place of one of ours meanwhile. Calls that wait for the same
-//! expert are computed together, whoever they are of, so that its weights are read once; a row's bits do not depend on
-//! the rows beside it. Nobody here waits for a peer: each call brings the place for its reply.
+//! over the network; it takes the place of one of ours meanwhile. Calls that wait for the same expert are computed
+//! together, whoever they are of, so that its weights are read once; a row's bits do not depend on the rows beside it.
+//! Nobody here waits for a peer: each call brings the place for its reply.
 
 use std::{
     collections::{BTreeSet, VecDeque},
