@@ -23,6 +23,8 @@ mod signs;
 mod split;
 pub mod standing;
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
 use wire::proto;
 
 /// How a dtype is named in messages.
@@ -31,6 +33,11 @@ pub fn dtype(dtype: engine::WireDtype) -> proto::Dtype {
         engine::WireDtype::Bf16 => proto::Dtype::Bf16,
         engine::WireDtype::F32 => proto::Dtype::F32,
     }
+}
+
+/// Locks, whoever panicked with the lock.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

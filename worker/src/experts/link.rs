@@ -2,7 +2,7 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex},
     time::Duration,
 };
 
@@ -16,6 +16,7 @@ use tracing::debug;
 use wire::proto::{RunCall, RunReply};
 
 use super::{
+    lock,
     network::{CALLS, Calls, Network, Open},
     standing::Standing,
 };
@@ -44,10 +45,6 @@ struct Stream {
     calls: Option<Calls>,
     /// Where replies go, by sequence; a receiver that is gone gave its call up.
     open: HashMap<u64, oneshot::Sender<Answer>>,
-}
-
-fn lock(stream: &Mutex<Stream>) -> MutexGuard<'_, Stream> {
-    stream.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Link {

@@ -3,7 +3,7 @@
 use std::{
     collections::HashMap,
     io,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex},
     time::Duration,
 };
 
@@ -16,6 +16,8 @@ use wire::{
     frames::Outgoing,
     proto::{RunCall, RunReply, experts_client::ExpertsClient},
 };
+
+use super::lock;
 
 /// Calls on their way to a holder; a step sends one a layer, so more means that the holder does not read.
 pub(super) const CALLS: usize = 256;
@@ -87,10 +89,6 @@ impl Network for Sockets {
         }
         .boxed()
     }
-}
-
-fn lock(known: &Mutex<HashMap<String, Instant>>) -> MutexGuard<'_, HashMap<String, Instant>> {
-    known.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn frames(mut connection: framed::Connection) -> io::Result<Open> {

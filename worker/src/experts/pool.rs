@@ -9,7 +9,7 @@
 use std::{
     collections::{BTreeSet, VecDeque},
     panic::{AssertUnwindSafe, catch_unwind},
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Condvar, Mutex, PoisonError},
     thread,
     time::Instant,
 };
@@ -18,6 +18,7 @@ use engine::{ExpertBatch, Experts, ExpertsError};
 use tracing::{Span, error};
 use wire::proto::{Refusal, RunCall, RunReply, refusal::Reason};
 
+use super::lock;
 use crate::metrics::Metrics;
 
 /// Calls that wait, of all peers.
@@ -99,7 +100,7 @@ impl Pool {
 
     /// Takes a job, or gives it back if too much waits already.
     pub(super) fn submit(&self, job: Job) -> Option<Job> {
-        let mut waiting = self.queue.lock();
+        let mut waiting = lock(&self.queue.waiting);
         let bytes = job.call.rows.len();
         if waiting.jobs.len() >= QUEUE_CALLS || waiting.bytes + bytes > QUEUE_BYTES {
             return Some(job);
@@ -117,7 +118,7 @@ impl Pool {
 
 impl Drop for Pool {
     fn drop(&mut self) {
-        self.queue.lock().ended = true;
+        lock(&self.queue.waiting).ended = true;
         self.queue.more.notify_all();
     }
 }
@@ -141,10 +142,6 @@ impl Queue {
         Self { waiting: Mutex::new(Waiting { idle: threads, ..Waiting::default() }), more: Condvar::new() }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Waiting> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// The next call, and those that wait for the same experts. Calls that came too late are refused on the way.
     fn next(&self) -> Option<Vec<Job>> {
         loop {
@@ -162,7 +159,7 @@ impl Queue {
 
     fn take(&self) -> Option<Vec<Job>> {
         let rests = |waiting: &mut Waiting| (waiting.jobs.is_empty() || waiting.idle == 0) && !waiting.ended;
-        let mut waiting = self.more.wait_while(self.lock(), rests).unwrap_or_else(PoisonError::into_inner);
+        let mut waiting = self.more.wait_while(lock(&self.waiting), rests).unwrap_or_else(PoisonError::into_inner);
         let jobs = waiting.take_together()?;
         waiting.bytes -= jobs.iter().map(|job| job.call.rows.len()).sum::<usize>();
         waiting.idle = waiting.idle.saturating_sub(1); // at the end there may be none left
@@ -171,14 +168,14 @@ impl Queue {
 
     /// Whether the caller may compute now; [`Queue::done`] must follow.
     fn begin(&self) -> bool {
-        let mut waiting = self.lock();
+        let mut waiting = lock(&self.waiting);
         let may = waiting.jobs.is_empty() && waiting.idle > 0;
         waiting.idle -= usize::from(may);
         may
     }
 
     fn done(&self) {
-        let mut waiting = self.lock();
+        let mut waiting = lock(&self.waiting);
         waiting.idle += 1;
         let more = !waiting.jobs.is_empty();
         drop(waiting);

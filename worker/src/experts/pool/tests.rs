@@ -117,7 +117,7 @@ fn a_call_that_nobody_waits_for_any_more_is_not_computed_and_a_probe_is_answered
     }
     let refusal = replies[0].try_recv().unwrap().refusal.unwrap();
     assert_eq!(refusal.reason(), Reason::Expired);
-    assert_eq!(pool.queue.lock().bytes, 0);
+    assert_eq!(lock(&pool.queue.waiting).bytes, 0);
 }
 
 #[test]
