@@ -158,8 +158,8 @@ impl Queue {
     }
 
     fn take(&self) -> Option<Vec<Job>> {
-        let rests = |waiting: &mut Waiting| (waiting.jobs.is_empty() || waiting.idle == 0) && !waiting.ended;
-        let mut waiting = self.more.wait_while(lock(&self.waiting), rests).unwrap_or_else(PoisonError::into_inner);
+        let waiting = self.more.wait_while(lock(&self.waiting), |waiting| waiting.rests());
+        let mut waiting = waiting.unwrap_or_else(PoisonError::into_inner);
         let jobs = waiting.take_together()?;
         waiting.bytes -= jobs.iter().map(|job| job.call.rows.len()).sum::<usize>();
         waiting.idle = waiting.idle.saturating_sub(1); // at the end there may be none left
@@ -186,6 +186,11 @@ impl Queue {
 }
 
 impl Waiting {
+    /// A thread has nothing to take.
+    fn rests(&self) -> bool {
+        (self.jobs.is_empty() || self.idle == 0) && !self.ended
+    }
+
     fn take_together(&mut self) -> Option<Vec<Job>> {
         let first = self.jobs.pop_front()?;
         let layer = first.call.layer;

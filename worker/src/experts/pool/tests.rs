@@ -151,3 +151,14 @@ fn who_reads_a_small_call_computes_it_unless_others_wait_or_compute() {
     pool.queue.done();
     assert_eq!(computed(&small), Some(run(&pool.compute.experts, &small)));
 }
+
+#[test]
+fn who_computes_a_call_itself_takes_the_place_of_a_thread() {
+    let pool = pool();
+    let rests = || lock(&pool.queue.waiting).rests();
+    assert!(pool.queue.begin());
+    assert!(pool.submit(job(call(1, 1, &[3]), None).0).is_none());
+    assert!(rests(), "as many compute as there are threads");
+    pool.queue.done();
+    assert!(!rests());
+}
