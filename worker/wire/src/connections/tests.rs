@@ -128,7 +128,8 @@ async fn one_port_speaks_frames_and_http2_and_cuts_who_speaks_neither() {
     assert_eq!(answers.next().await.unwrap().unwrap(), call);
     let answer = FleetClient::new(connect(&address)).watch(tokio_stream::once(Report::default())).await;
     assert_eq!(answer.unwrap().into_inner().message().await.unwrap(), Some(Instruction::default()));
-    for other in [&b"modelfleet-frames 2\n"[..], b"GET / HTTP/1.1\r\n\r\n", b"\0"] {
+    let both = [&framed::PREFACE[..10], PREFACE].concat();
+    for other in [&b"modelfleet-frames 2\n"[..], b"GET / HTTP/1.1\r\n\r\n", b"\0", &both] {
         let mut stream = TcpStream::connect(&address).await.unwrap();
         stream.write_all(other).await.unwrap();
         let mut rest = Vec::new();
