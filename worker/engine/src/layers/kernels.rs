@@ -226,10 +226,11 @@ pub(crate) fn exp(x: f32) -> f32 {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
-    fn values(count: usize, seed: u32) -> Vec<f32> {
+    /// Values between -1 and 1 that look random.
+    pub(in crate::layers) fn values(count: usize, seed: u32) -> Vec<f32> {
         let mut state = seed;
         let mut next = || {
             state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);

@@ -260,3 +260,66 @@ pub(crate) struct LayerCache<'a> {
 fn rows<'a>(slices: &'a [Slice<'a>]) -> impl Iterator<Item = (&'a Slice<'a>, usize)> {
     slices.iter().flat_map(|slice| slice.positions().map(move |position| (slice, position)))
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{DType, Device, Tensor};
+
+    use super::super::kernels::tests::values;
+    use super::*;
+
+    const ROWS: usize = 50;
+
+    fn matrix(outputs: usize, inputs: usize, dtype: DType) -> Matrix {
+        let values = values(outputs * inputs, (outputs * 100 + inputs) as u32);
+        let tensor = Tensor::from_vec(values, (outputs, inputs), &Device::Cpu).unwrap();
+        Matrix::new(tensor.to_dtype(dtype).unwrap()).unwrap()
+    }
+
+    fn attention(dtype: DType) -> Mla {
+        let shape =
+            MlaShape { hidden: 24, heads: 3, query_rank: None, rank: 37, nope: 8, rope: 6, value: 10, bias: false };
+        let linear = |outputs, inputs| Linear { weight: matrix(outputs, inputs, dtype), bias: None };
+        Mla {
+            query: Query::Whole(matrix(3 * (8 + 6), 24, dtype)),
+            latent: linear(37 + 6, 24),
+            latent_norm: RmsNorm::new(values(37, 1), EPSILON),
+            absorb: (0..3).map(|_| matrix(37, 8, dtype)).collect(),
+            expand: (0..3).map(|_| matrix(10, 37, dtype)).collect(),
+            output: linear(24, 3 * 10),
+            scale: 0.3,
+            shape,
+        }
+    }
+
+    /// Bits of the outputs of a sequence that goes through in these parts, each behind rows of another sequence.
+    fn outputs(mla: &Mla, parts: &[usize], others: usize) -> Vec<u32> {
+        let (hidden, tokens, x) = (mla.shape.hidden, [0; ROWS], values(ROWS * mla.shape.hidden, 7));
+        let (rope, mut cache) = (Rope::new(mla.shape.rope, 10_000.0, None, true), Cache::new(1, mla.shape.width()));
+        let (mut outputs, mut start) = (Vec::new(), 0);
+        for rows in parts {
+            let end = start + rows;
+            let company = Slice { sequence: 1, start: 0, tokens: &tokens[..others], pages: &[4] };
+            let slice = Slice { sequence: 0, start, tokens: &tokens[start..end], pages: &[2, 0, 3, 1] };
+            let together = [&x[..others * hidden], &x[start * hidden..end * hidden]].concat();
+            let angles: Vec<Angles> = company.positions().chain(slice.positions()).map(|at| rope.angles(at)).collect();
+            let mut cache = LayerCache { cache: &mut cache, layer: 0 };
+            let y = mla.forward(&together, &rope, &angles, &[company, slice], &mut cache);
+            outputs.extend(y[others * hidden..].iter().map(|value| value.to_bits()));
+            start = end;
+        }
+        outputs
+    }
+
+    #[test]
+    fn a_row_has_the_same_bits_alone_and_among_others() {
+        for dtype in [DType::F32, DType::BF16] {
+            let mla = attention(dtype);
+            let alone = outputs(&mla, &[1; ROWS], 0);
+            assert!(alone.iter().all(|bits| f32::from_bits(*bits).is_finite()));
+            for (parts, others) in [(&[ROWS][..], 0), (&[7, 20, 23], 5), (&[1; ROWS], 9)] {
+                assert!(outputs(&mla, parts, others) == alone, "{dtype:?} in {parts:?}, {others} of others");
+            }
+        }
+    }
+}
