@@ -247,8 +247,7 @@ async fn run(
     let mut placed = state.loaded.subscribe();
     tokio::select! {
         _ = placed.wait_for(Option::is_some) => {} // a snapshot may have come meanwhile
-        fault = fault_of(&mut keeping) => return Err(fault),
-        _ = &mut shutdown => return Ok(()),
+        ended = until_ended(&mut shutdown, driver.ended(), &mut keeping) => return ended.map(drop),
     }
     let (experts, dense_bytes) = (Some(loaded.experts), loaded.dense_bytes);
     state.serving(Serving { driver: driver.clone(), experts, asked, dense_bytes, suspects });
@@ -259,19 +258,15 @@ async fn run(
         let _ = stopped.wait_for(Option::is_some).await;
     };
     let server = tokio::spawn(wire::serve(listener, services, closing));
-    let (ended, grace) = tokio::select! {
-        how = shutdown => {
+    let (ended, grace) = match until_ended(shutdown, driver.ended(), &mut keeping).await {
+        Ok(how) => {
             health.set_not_serving::<WorkerServer<GenerateService>>().await;
             let (running, closing) = how.times(options.drain_timeout);
             drain(state, running, how).await;
             (Ok(()), closing)
         }
-        () = driver.ended() => {
+        Err(fault) => {
             state.cut(); // not ready, and whatever is here goes on elsewhere
-            (Err(Error::Engine), Duration::ZERO)
-        }
-        fault = fault_of(&mut keeping) => {
-            state.cut(); // it would answer by a placement that nobody follows
             (Err(fault), Duration::ZERO)
         }
     };
@@ -280,12 +275,25 @@ async fn run(
     ended
 }
 
-/// Waits for the end of a keeper, which goes on for ever unless it panics.
-async fn fault_of(keeping: &mut JoinHandle<()>) -> Error {
-    if let Err(panic) = keeping.await {
-        error!(%panic, "the keeper of the experts panicked");
+/// Waits until the worker is told to end, or has lost what it cannot go on without.
+///
+/// # Errors
+/// The engine ended, or the keeper, which goes on for ever unless it panics.
+async fn until_ended(
+    shutdown: impl Future<Output = Shutdown>,
+    engine: impl Future<Output = ()>,
+    keeping: &mut JoinHandle<()>,
+) -> Result<Shutdown, Error> {
+    tokio::select! {
+        how = shutdown => Ok(how),
+        () = engine => Err(Error::Engine),
+        kept = keeping => {
+            if let Err(panic) = kept {
+                error!(%panic, "the keeper of the experts panicked");
+            }
+            Err(Error::Keeper)
+        }
     }
-    Error::Keeper
 }
 
 /// The services of a worker: requests, experts, health; experts in frames too.

@@ -187,8 +187,10 @@ async fn the_rows_of_each_expert_are_told_to_whom_asks() {
 }
 
 #[tokio::test]
-async fn a_keeper_that_panics_is_noticed_and_told() {
-    let fault = fault_of(&mut tokio::spawn(async { panic!("on purpose") })).await;
+async fn a_keeper_that_panics_ends_the_worker_and_is_told() {
+    let mut keeping = tokio::spawn(async { panic!("on purpose") });
+    let ended = until_ended(std::future::pending(), std::future::pending(), &mut keeping);
+    let fault = tokio::time::timeout(Duration::from_secs(20), ended).await.expect("it ends").unwrap_err();
     assert_eq!(
         (fault.reason(), fault.to_string().as_str()),
         ("WorkerFailed", "nothing keeps the experts as the operator says any more")
