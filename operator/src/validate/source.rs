@@ -91,9 +91,13 @@ pub(super) fn place(input: &Input<'_>) -> Vec<Refusal> {
     let message = match input.place {
         Place::Cluster if source.starts_with("file://") => {
             "spec.model.source is a file:// of one machine; in a cluster use hf://OWNER/NAME or pvc://CLAIM/PATH"
+                .to_owned()
         }
-        Place::Local if source.starts_with("pvc://") => {
-            "spec.model.source is a pvc:// of a cluster; in local mode use hf://OWNER/NAME or file://PATH"
+        // a password is not repeated
+        Place::Local if source.starts_with("pvc://") && !source.contains('@') => {
+            format!(
+                "{SOURCE} is {source}, which only a cluster can read; on this machine use hf://OWNER/NAME or file://PATH"
+            )
         }
         Place::Cluster | Place::Local => return Vec::new(),
     };
