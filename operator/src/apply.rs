@@ -423,4 +423,19 @@ mod tests {
         assert!(!gate.is_awaited(&pod("9"), &open, now), "the watch has told, and somebody undid it");
         assert!(!gate.is_awaited(&pod("5"), &open, now + LAG), "by then somebody undid it");
     }
+
+    #[tokio::test]
+    async fn a_gate_that_was_written_is_not_written_again_before_the_watch_tells() {
+        let server = tower::service_fn(async |_: http::Request<kube::client::Body>| {
+            let written = serde_json::to_vec(&pod("9")).unwrap();
+            Ok::<_, std::convert::Infallible>(http::Response::new(kube::client::Body::from(written)))
+        });
+        let (claim, leadership) = crate::lease::leadership();
+        claim.lead(1, Instant::now() + Duration::from_secs(60));
+        let writer = Writer::new(Client::new(server, "default"), leadership);
+        let open = PodCondition { type_: ROUTED.to_owned(), status: "True".to_owned(), ..PodCondition::default() };
+        assert!(writer.write_gate(&pod("5"), &open).await.unwrap());
+        assert!(!writer.write_gate(&pod("5"), &open).await.unwrap());
+        assert!(writer.write_gate(&pod("9"), &open).await.unwrap(), "somebody undid it");
+    }
 }

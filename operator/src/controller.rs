@@ -168,14 +168,23 @@ async fn control(
 /// Reconciles one ModelDeployment, if this process leads. A panic is an error like others.
 async fn reconcile(object: Arc<Guarded>, context: Arc<Context>) -> Result<Action, Error> {
     context.roster.notify_one();
-    if context.leadership.term().is_none() {
-        // a term that is renewed late goes on, and wakes nobody
-        return Ok(if context.leadership.lapsed() { Action::requeue(CONFIRM) } else { Action::await_change() });
+    if let Some(action) = unless_leading(&context.leadership) {
+        return Ok(action);
     }
     let pass = AssertUnwindSafe(pass(&object, &context)).catch_unwind().await;
     let action = pass.unwrap_or_else(|panic| Err(Error::Panic(text(panic.as_ref()))))?;
     context.backoff.succeeded(&ObjectRef::from_obj(object.as_ref()));
     Ok(action)
+}
+
+/// What follows where this process must not act; `None`: it leads.
+fn unless_leading(leadership: &Leadership) -> Option<Action> {
+    match leadership.term() {
+        Some(_) => None,
+        // a term that is renewed late goes on, and wakes nobody
+        None if leadership.lapsed() => Some(Action::requeue(CONFIRM)),
+        None => Some(Action::await_change()),
+    }
 }
 
 /// One pass: from what there is to what should be.
@@ -538,4 +547,20 @@ fn text(panic: &(dyn std::any::Any + Send)) -> String {
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_woken_while_the_lease_has_lapsed_is_looked_at_again() {
+        let (claim, leadership) = lease::leadership();
+        let now = tokio::time::Instant::now();
+        assert_eq!(unless_leading(&leadership), Some(Action::await_change()));
+        claim.lead(1, now);
+        assert_eq!(unless_leading(&leadership), Some(Action::requeue(CONFIRM)));
+        claim.lead(1, now + Duration::from_secs(60));
+        assert_eq!(unless_leading(&leadership), None);
+    }
 }
