@@ -39,7 +39,7 @@ use crate::{
     apply::{Applied, CALL, StatusWrite, Writer},
     backoff::{self, Backoff},
     control::Fleet,
-    decide::{Decision, Target, decide, recorded},
+    decide::{Decision, Target, decide},
     error::{Class, Error},
     facts::{facts, unruled},
     lease::{self, Candidate, Leadership},
@@ -201,7 +201,7 @@ async fn pass(object: &Guarded, context: &Context) -> Result<Action, Error> {
         return Ok(Action::await_change());
     }
     let mut seen = observe(&md, &context.stores, &context.fleet);
-    let (md, accepted) = accept(md, unreadable, &names, &seen, context)?;
+    let (md, accepted) = accept(md, unreadable, &names, &seen, context);
     let accepted = match accepted {
         Ok(accepted) => accepted,
         Err(refusals) => return refuse(&md, &names, &refusals, &seen, context).await,
@@ -211,7 +211,7 @@ async fn pass(object: &Guarded, context: &Context) -> Result<Action, Error> {
     let before = md.status.as_ref().and_then(|status| status.desired_replicas).map(|count| count.max(0).unsigned_abs());
     let decision = context.with_history(names.path(), |history| {
         decide(&names, &accepted.model, &context.install, &seen, before, history, now)
-    })?;
+    });
     log(&names, &decision);
 
     let created = md.metadata.creation_timestamp.as_ref().map(|time| time.0);
@@ -331,31 +331,36 @@ fn accept(
     names: &Names,
     seen: &Observed,
     context: &Context,
-) -> Result<(ModelDeployment, Verdict), Error> {
+) -> (ModelDeployment, Verdict) {
     let taken = context.taken(&md);
-    let refusals = match unreadable {
+    let mut refusals = match unreadable {
         Some(refusal) => vec![refusal],
         None => match validate(&md, Place::Cluster) {
             Ok(model) if served::refusals(&md, &taken).is_empty() => {
                 let remark = served::remark(&md, &taken);
                 let served_names = context.free(&md);
                 let accepted = Accepted { model, served_names, refusals: Vec::new(), remark };
-                return Ok((md, Ok(accepted)));
+                return (md, Ok(accepted));
             }
             Ok(_) => served::refusals(&md, &taken),
             Err(refusals) => refusals,
         },
     };
-    let Some(spec) = read_accepted(names, &seen.owned.config_maps)? else {
-        return Ok((md, Err(refusals)));
-    };
-    md.spec = spec;
+    match read_accepted(names, &seen.owned.config_maps) {
+        Ok(Some(spec)) => md.spec = spec,
+        Ok(None) => return (md, Err(refusals)),
+        Err(error) => {
+            let message = error.to_string();
+            refusals.push(Refusal { reason: Reason::Unparsable, field: "spec".to_owned(), message });
+            return (md, Err(refusals));
+        }
+    }
     let served_names = context.free(&md);
     let verdict = match validate(&md, Place::Cluster) {
         Ok(model) => Ok(Accepted { model, served_names, refusals, remark: None }),
         Err(_) => Err(refusals),
     };
-    Ok((md, verdict))
+    (md, verdict)
 }
 
 /// Shows why a spec is refused of which no accepted version is known, and waits for a change. What exists stays, and the
@@ -367,11 +372,8 @@ async fn refuse(
     seen: &Observed,
     context: &Context,
 ) -> Result<Action, Error> {
-    let replicas = replicas(names, seen);
-    // a replica whose record cannot be read is left out, as one without any is
-    let records = recorded(names, &replicas, seen).unwrap_or_default();
     let created = md.metadata.creation_timestamp.as_ref().map(|time| time.0);
-    context.fleet.publish(names.path(), unruled(names, context.free(md), created, &replicas, &records));
+    context.fleet.publish(names.path(), unruled(names, context.free(md), created, &replicas(names, seen)));
     let messages: Vec<&str> = refusals.iter().map(|refusal| refusal.message.as_str()).collect();
     let reason = refusals.first().map_or(Reason::Unparsable, |refusal| refusal.reason);
     let status = refused(md, reason, &messages.join("; "), now());

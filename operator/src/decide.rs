@@ -14,7 +14,6 @@ use planner::{
 
 use crate::{
     control::LoadView,
-    error::Error,
     moving::{self, Besides, Move, Standing, Stuck},
     observe::Observed,
     render::{Install, Names, Record, Revision, Workload, template},
@@ -27,7 +26,7 @@ use crate::{
 pub enum Planning {
     /// What the model weighs is being read.
     Describing,
-    /// The describer answered with something else than a description.
+    /// It cannot be read: the describer answered with something else than a description, or the record is none.
     Unreadable(String),
     /// It fits.
     Planned(Plan),
@@ -116,8 +115,8 @@ pub struct Decision {
     pub advice: Option<u64>,
     /// Why copies of experts cannot be kept apart.
     pub together: Option<NoRoom>,
-    /// Replicas whose objects stay as they are: the record that they were made from is lost, or no watch told of their
-    /// StatefulSet yet.
+    /// Objects that stay as they are: of replicas whose record is lost or cannot be read, or of whose StatefulSet no watch
+    /// told yet, and that record.
     pub left_alone: Vec<String>,
 }
 
@@ -181,9 +180,6 @@ impl Moves {
 /// 2. It is planned. While it cannot be, replicas are made of the revision that runs.
 /// 3. The number is the user's or the autoscaler's; nothing if suspended.
 /// 4. The rollout says which replicas are made, drained, taken back and deleted.
-///
-/// # Errors
-/// If a record in the cluster cannot be read.
 pub fn decide(
     names: &Names,
     model: &ValidModel,
@@ -192,12 +188,14 @@ pub fn decide(
     desired_before: Option<u32>,
     history: &mut Option<autoscale::History>,
     now: Timestamp,
-) -> Result<Decision, Error> {
+) -> Decision {
     let revision = Revision::of(model.revision_input.as_bytes());
     let replicas = replicas(names, seen);
-    let mut records = recorded(names, &replicas, seen)?;
-    let asked = Record::find(names, &revision, &seen.owned.config_maps)?;
-    let (planning, asked) = plan_asked(names, model, install, &revision, asked, seen);
+    let mut records = recorded(names, &replicas, seen);
+    let (planning, asked) = match Record::find(names, &revision, &seen.owned.config_maps) {
+        Ok(record) => plan_asked(names, model, install, &revision, record, seen),
+        Err(unreadable) => (Planning::Unreadable(unreadable.to_string()), None),
+    };
     if let Some(record) = asked.filter(|record| !records.iter().any(|known| known.revision == record.revision)) {
         records.push(record);
     }
@@ -219,13 +217,16 @@ pub fn decide(
     let targets = targets(&replicas, basis.as_ref(), &moves, &step, seen, now);
     let has_record = |replica: &&Replica| records.iter().any(|record| record.revision == replica.revision);
     let is_left = |replica: &&Replica| replica.is_unseen() || replica.set.is_some() && !has_record(replica);
-    let left_alone = replicas.iter().filter(is_left);
-    Ok(Decision {
+    let left_alone = replicas
+        .iter()
+        .filter(is_left)
+        .flat_map(|replica| [names.replica(&replica.revision, replica.index), names.revision(&replica.revision)]);
+    Decision {
         describe: planning == Planning::Describing && !described_in_vain(names, &revision, seen),
         moving: moves.why(),
         advice: moves.advice(),
         together: moves.together(),
-        left_alone: left_alone.map(|replica| names.replica(&replica.revision, replica.index)).collect(),
+        left_alone: left_alone.collect(),
         running: basis.map(|basis| basis.revision),
         revision,
         planning,
@@ -235,7 +236,7 @@ pub fn decide(
         scaling,
         step,
         targets,
-    })
+    }
 }
 
 /// The describer ended, and its answer did not reach us: another one asks again.
@@ -245,12 +246,12 @@ fn described_in_vain(names: &Names, revision: &Revision, seen: &Observed) -> boo
     job.and_then(|job| job.status.as_ref()).is_some_and(|status| status.succeeded.unwrap_or(0) > 0)
 }
 
-/// The records of all revisions that have replicas.
-pub(crate) fn recorded(names: &Names, replicas: &[Replica], seen: &Observed) -> Result<Vec<Record>, Error> {
+/// The records of all revisions that have replicas, as far as they can be read.
+fn recorded(names: &Names, replicas: &[Replica], seen: &Observed) -> Vec<Record> {
     let mut revisions: Vec<&Revision> = replicas.iter().map(|replica| &replica.revision).collect();
     revisions.dedup();
     let found = revisions.into_iter().map(|revision| Record::find(names, revision, &seen.owned.config_maps));
-    found.filter_map(Result::transpose).collect()
+    found.filter_map(|record| record.ok().flatten()).collect()
 }
 
 fn plan_asked(

@@ -9,7 +9,7 @@ use crate::{
     control::{Availability, ModelFacts, ReplicaFacts, WorkerFacts},
     decide::{Decision, Planning, Target},
     launch::WORKER_PORT,
-    render::{Names, Record},
+    render::Names,
     replica::{Replica, Worker},
     validate::{MAX_PENDING, MAX_WAIT, ValidModel, attempts},
 };
@@ -46,10 +46,9 @@ pub fn unruled(
     served_names: Vec<String>,
     created: Option<Timestamp>,
     replicas: &[Replica],
-    records: &[Record],
 ) -> ModelFacts {
     let stands = replicas.iter().any(Replica::stands);
-    let facts = |one: &Replica| replica(names, one, records, one.draining_since.is_some() || !one.stands());
+    let facts = |one: &Replica| replica(names, one, one.draining_since.is_some() || !one.stands());
     ModelFacts {
         served_names,
         created: created.map_or(0, |time| time.as_second()),
@@ -79,16 +78,15 @@ fn decided(names: &Names, one: &Replica, decision: &Decision) -> Option<ReplicaF
     if target.is_some_and(|target| is_placed_anew(one, target)) {
         return None;
     }
-    replica(names, one, &decision.records, target.is_none_or(|target| target.draining_since.is_some()))
+    replica(names, one, target.is_none_or(|target| target.draining_since.is_some()))
 }
 
-fn replica(names: &Names, replica: &Replica, records: &[Record], draining: bool) -> Option<ReplicaFacts> {
-    let record = records.iter().find(|record| record.revision == replica.revision)?;
+fn replica(names: &Names, replica: &Replica, draining: bool) -> Option<ReplicaFacts> {
     let plan = replica.plan.as_ref()?;
     Some(ReplicaFacts {
         replica: replica.index,
         revision: replica.revision.to_string(),
-        content_hash: record.description.content_hash.clone(),
+        content_hash: replica.content_hash()?.to_owned(),
         placement: plan.placement.clone(),
         also_hold: replica.also.as_ref().map(|also| also.plan().placement.clone()),
         draining,

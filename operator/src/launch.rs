@@ -187,6 +187,12 @@ pub struct Route<'a> {
     pub operators: &'a [String],
 }
 
+/// The value of a flag that is among the arguments.
+pub fn flag<'a>(arguments: &'a [String], flag: &str) -> Option<&'a str> {
+    let at = arguments.iter().position(|argument| argument == flag)?;
+    arguments.get(at + 1).map(String::as_str)
+}
+
 /// Gives a flag that is among the arguments another value.
 pub fn set_flag(arguments: &mut [String], flag: &str, value: String) {
     let at = arguments.iter().position(|argument| argument == flag);

@@ -8,6 +8,8 @@ mod pod;
 mod record;
 mod set;
 
+use std::collections::BTreeSet;
+
 use k8s_openapi::api::{
     apps::v1::StatefulSet,
     batch::v1::{Job, JobSpec},
@@ -92,9 +94,8 @@ pub fn objects(names: &Names, model: &ValidModel, install: &Install, decision: &
             desired.replica(names, model, record, target);
         }
     }
-    let with_replicas = |record: &&Record| decision.targets.iter().any(|target| target.revision == record.revision);
-    let revisions = decision.records.iter().filter(with_replicas).map(|record| &record.revision);
-    desired.budgets = revisions.map(|revision| set::budget(names, revision, model.redundancy)).collect();
+    let revisions: BTreeSet<&Revision> = decision.targets.iter().map(|target| &target.revision).collect();
+    desired.budgets = revisions.into_iter().map(|revision| set::budget(names, revision, model.redundancy)).collect();
     if decision.describe {
         desired.jobs.push(describe(&Workload { names, model, install, revision: &decision.revision }));
     }

@@ -16,6 +16,7 @@ use planner::Plan;
 
 use crate::{
     control::{FailureView, FetcherView, FleetView, WorkerPhase, WorkerView},
+    launch,
     moving::Besides,
     observe::{Observed, node_of},
     render::{DRAINING_SINCE, Names, POD_INDEX, REPLICA, REVISION, ROUTED, Revision, WORKER, read_also, read_plan},
@@ -88,6 +89,13 @@ impl Replica {
     /// Workers that it should have.
     pub fn shards(&self) -> u32 {
         self.plan.as_ref().map_or_else(|| self.pods(), |plan| plan.shards)
+    }
+
+    /// The model files that its workers must have. Its StatefulSet tells: what runs needs no record to go on.
+    pub fn content_hash(&self) -> Option<&str> {
+        let pod = self.set.as_ref()?.spec.as_ref()?.template.spec.as_ref()?;
+        let worker = pod.containers.iter().find(|container| container.name == WORKER)?;
+        launch::flag(worker.args.as_ref()?, "--content-hash")
     }
 
     /// Its StatefulSet exists and is not being deleted.

@@ -123,7 +123,7 @@ impl Scene {
     fn status(&self) -> ModelDeploymentStatus {
         let (names, model, install) = (Names::of(&self.md), self.model(), Install::default());
         let before = self.md.status.as_ref().and_then(|status| status.desired_replicas).map(i32::unsigned_abs);
-        let decision = decide(&names, &model, &install, &self.seen, before, &mut None, self.now).unwrap();
+        let decision = decide(&names, &model, &install, &self.seen, before, &mut None, self.now);
         let applied = Applied::default();
         report(&Case {
             md: &self.md,

@@ -278,22 +278,57 @@ async fn a_refused_spec_leaves_its_workers_to_the_routers_if_the_accepted_one_is
     world.api().delete("configmaps", "tiny-accepted");
     let told = world.cluster.stage.lock().unwrap().seen.len();
     let operator = world.operator(0).await;
-    let takes = |world: &World, workers: usize| {
-        let stage = world.cluster.stage.lock().unwrap();
-        let newest = stage.seen[told..].last();
-        newest.is_some_and(|newest| newest.workers.iter().filter(|worker| !worker.draining).count() == workers)
-    };
-    world.until("the routers are told of both workers", |world| takes(world, 2)).await;
+    world.until("the routers are told of both workers", |world| takes(world, told, 2)).await;
     assert_eq!(world.names("statefulsets").len(), 1);
     let pod = world.names("pods").into_iter().find(|name| name.ends_with("-0-1")).unwrap();
     world.cluster.no_pods.store(true, Ordering::Relaxed);
     world.api().delete("pods", &pod);
-    world.until("and that one is gone", |world| takes(world, 0) || takes(world, 1)).await;
+    world.until("and that one is gone", |world| takes(world, told, 0) || takes(world, told, 1)).await;
     world.cluster.no_pods.store(false, Ordering::Relaxed);
-    world.until("and of the one that replaces it", |world| takes(world, 2)).await;
+    world.until("and of the one that replaces it", |world| takes(world, told, 2)).await;
     world.edit(|spec| spec["model"] = model()["spec"]["model"].clone());
     world.ready().await;
     drop(operator);
+}
+
+/// The newest snapshot since `told` has so many workers that take requests.
+fn takes(world: &World, told: usize, workers: usize) -> bool {
+    let stage = world.cluster.stage.lock().unwrap();
+    let newest = stage.seen[told..].last();
+    newest.is_some_and(|newest| newest.workers.iter().filter(|worker| !worker.draining).count() == workers)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_accepted_spec_that_cannot_be_read_is_named_and_leaves_its_workers_to_the_routers() {
+    let (world, operator) = World::installed().await;
+    world.edit(|spec| spec["model"]["source"] = json!("file:///models/tiny"));
+    world.says("Refused: ").await;
+    operator.kill().await;
+    assert!(world.api().edit("configmaps", "tiny-accepted", |config| config["data"]["spec.json"] = json!("{")));
+    let (sets, told) = (world.uids("statefulsets"), world.cluster.stage.lock().unwrap().seen.len());
+    let _operator = world.operator(0).await;
+    world.until("the routers are told of both workers", |world| takes(world, told, 2)).await;
+    let named = |world: &World| {
+        let message = world.condition("Accepted")["message"].as_str().unwrap_or_default().to_owned();
+        message.contains("; the record in ConfigMap tiny-accepted cannot be read: spec.json: ")
+    };
+    world.until("it is named", named).await;
+    world.edit(|spec| spec["model"] = model()["spec"]["model"].clone());
+    world.ready().await;
+    assert_eq!(world.uids("statefulsets"), sets);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_revision_whose_record_cannot_be_read_is_named_and_stays_as_it_is() {
+    let (world, operator) = World::installed().await;
+    let record = format!("tiny-{}", world.status()["plan"]["revision"].as_str().unwrap());
+    operator.kill().await;
+    assert!(world.api().edit("configmaps", &record, |config| config["data"]["description.json"] = json!("{")));
+    let (objects, told) = (world.objects(), world.cluster.stage.lock().unwrap().seen.len());
+    let _operator = world.operator(0).await;
+    world.until("the routers are told of both workers", |world| takes(world, told, 2)).await;
+    world.says(&format!("DescribeFailed: the record in ConfigMap {record} cannot be read: description.json: ")).await;
+    assert_eq!(world.objects(), objects);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
