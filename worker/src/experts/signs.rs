@@ -91,18 +91,23 @@ mod tests {
 
     use super::*;
 
+    /// Time passes on a clock that stands still otherwise.
+    async fn pass(time: Duration) {
+        tokio::time::sleep(time).await; // the time is what is tried
+    }
+
     /// Milliseconds until signs are missing, if they are within five seconds, asking `after` so many.
     async fn missing(signs: &mut Signs, after: Option<u64>) -> Option<u128> {
         let begun = Instant::now();
         while begun.elapsed() < Duration::from_secs(5) {
             let ask = || match after {
-                Some(ms) => tokio::time::sleep(Duration::from_millis(ms)).map(|()| true).boxed(),
+                Some(ms) => pass(Duration::from_millis(ms)).map(|()| true).boxed(),
                 None => pending().boxed(),
             };
             if signs.are_missing(ask) {
                 return Some(begun.elapsed().as_millis());
             }
-            tokio::time::sleep(Duration::from_millis(5)).await;
+            pass(Duration::from_millis(5)).await;
         }
         None
     }
@@ -112,7 +117,7 @@ mod tests {
         let mut signs = Signs::new();
         for _ in 0..10 {
             assert_eq!(missing(&mut signs, None).await, Some(100), "50 ms of quiet, and 50 ms for a sign");
-            tokio::time::sleep(Duration::from_secs(1)).await;
+            pass(Duration::from_secs(1)).await;
             assert_eq!(missing(&mut signs, Some(1)).await, None, "it is there again");
             signs.heard();
         }
@@ -122,7 +127,7 @@ mod tests {
     async fn one_that_is_slow_is_missed_until_that_is_learnt() {
         let mut signs = Signs::new();
         assert_eq!(missing(&mut signs, Some(70)).await, Some(100));
-        tokio::time::sleep(Duration::from_millis(70)).await;
+        pass(Duration::from_millis(70)).await;
         assert_eq!(missing(&mut signs, Some(70)).await, None);
         assert_eq!(missing(&mut signs, Some(300)).await, None, "five times as long as usual");
     }
@@ -133,7 +138,7 @@ mod tests {
         for _ in 0..1000 {
             signs.heard();
             assert!(!signs.are_missing(|| panic!("it is heard")));
-            tokio::time::sleep(LEAST / 2).await;
+            pass(LEAST / 2).await;
         }
     }
 
@@ -143,7 +148,7 @@ mod tests {
         let begun = Instant::now();
         while begun.elapsed() < Duration::from_secs(5) {
             assert!(!signs.are_missing(|| ready(false).boxed()));
-            tokio::time::sleep(Duration::from_millis(5)).await;
+            pass(Duration::from_millis(5)).await;
         }
     }
 }
