@@ -1,9 +1,8 @@
 //! What it costs that the bits of a row do not depend on its company: `cargo bench -p engine --bench products`.
 //!
 //! The engine's own product beside candle's, whose kernel depends on the number of rows, on the same weights and rows, each
-//! with the threads that it chooses itself. There is no engine without bit-equality to compare whole answers with: this is
-//! where all of its arithmetic price is, since everything else a layer does is the same either way. candle has no product
-//! with weights in bf16: it widens them all in each call, and to widen them once takes twice the memory.
+//! with the threads that it chooses itself. `tests/bench/bits` compares whole answers. candle has no product with weights in
+//! bf16: it widens them all in each call, and to widen them once takes twice the memory.
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};

@@ -1,42 +1,96 @@
-//! Tokens a second of a model, for 1 and 8 requests at once: `cargo bench -p engine [-- FOLDER]`.
+//! Tokens a second of a model: `cargo bench -p engine --bench tokens [-- FOLDER [REQUESTS PROMPT ANSWER]]`.
+//!
+//! One line for each load: requests at once, tokens of each prompt and of each answer, and tokens a second of all of them
+//! together, until each request has its first token and after that. `-- models FOLDER` writes the models of
+//! `tests/bench/bits` instead.
 
-use std::path::PathBuf;
+#[path = "tokens/model.rs"]
+mod model;
+
+use std::collections::BTreeSet;
+use std::error::Error;
+use std::path::Path;
 use std::pin::pin;
 use std::task::{Context, Poll, Waker};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use engine::{Engine, Event, Held, NoPeers, Options, Request, Sampling, load};
+use engine::{Engine, Event, Held, ModelEngine, NoPeers, Options, Request, Sampling, load};
 
 const TINY_R1: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../manifests/models/tiny-r1");
-const PROMPT: usize = 64;
-const ANSWER: usize = 256;
+const LOADS: [Load; 4] = [Load::new(1, 64, 256), Load::new(8, 64, 256), Load::new(32, 64, 256), Load::new(1, 960, 1)];
+/// How long a load runs, at least.
+const ENOUGH: Duration = Duration::from_secs(1);
 
-fn main() -> Result<(), engine::Error> {
-    let folder = std::env::args().skip(1).find(|argument| !argument.starts_with('-'));
-    let dir = PathBuf::from(folder.unwrap_or_else(|| TINY_R1.into()));
-    let options = Options {
-        kv_cache_tokens: 8 * (PROMPT + ANSWER),
-        max_context_tokens: None,
-        max_sequences: 8,
-        prefill_chunk: 512,
-    };
-    let (mut engine, _) = load(&dir, &Held::all(), &options, &mut |_, _| {})?;
-    run(&mut engine, 1)?; // warms up
-    println!("requests  prefill tokens/s  decode tokens/s");
-    for requests in [1, 8] {
-        let (prefill, decode) = run(&mut engine, requests)?;
-        println!("{requests:8}  {prefill:16.0}  {decode:15.0}");
+#[derive(Clone, Copy)]
+struct Load {
+    requests: usize,
+    prompt: usize,
+    answer: usize,
+}
+
+impl Load {
+    const fn new(requests: usize, prompt: usize, answer: usize) -> Self {
+        Load { requests, prompt, answer }
+    }
+}
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| !argument.starts_with('-')).collect();
+    let numbers = arguments.iter().skip(1).map(|number| number.parse());
+    match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        ["models", folder] => model::write_all(TINY_R1.as_ref(), folder.as_ref()),
+        [folder, _, _, _] => {
+            let numbers: Vec<usize> = numbers.collect::<Result<_, _>>()?;
+            measure(folder.as_ref(), &[Load::new(numbers[0], numbers[1], numbers[2])])
+        }
+        [folder] => measure(folder.as_ref(), &LOADS),
+        _ => measure(TINY_R1.as_ref(), &LOADS),
+    }
+}
+
+fn measure(folder: &Path, loads: &[Load]) -> Result<(), Box<dyn Error>> {
+    println!("requests  prompt  answer  prefill tokens/s  decode tokens/s");
+    for &of in loads {
+        let options = Options {
+            kv_cache_tokens: of.requests * (of.prompt + of.answer).next_multiple_of(16),
+            max_context_tokens: None,
+            max_sequences: of.requests,
+            prefill_chunk: 512,
+        };
+        let (mut engine, _) = load(folder, &Held::all(), &options, &mut |_, _| {})?;
+        run(&mut engine, Load { prompt: of.prompt.min(16), answer: of.answer.min(8), ..of })?; // warms up
+        let (mut runs, mut sum) = (0, Ran::default());
+        while sum.prefill + sum.decode < ENOUGH {
+            let ran = run(&mut engine, of)?;
+            runs += 1;
+            sum.prefill += ran.prefill;
+            sum.decode += ran.decode;
+            sum.decoded += ran.decoded;
+        }
+        let prefill = (runs * of.requests * of.prompt) as f64 / sum.prefill.as_secs_f64();
+        let decode = sum.decoded as f64 / sum.decode.as_secs_f64();
+        println!("{:8}  {:6}  {:6}  {prefill:16.1}  {decode:15.1}", of.requests, of.prompt, of.answer);
     }
     Ok(())
 }
 
-/// Tokens a second until each request has its first token, and after that.
-fn run(engine: &mut impl Engine, requests: usize) -> Result<(f64, f64), engine::Error> {
-    for index in 0..requests {
+#[derive(Default)]
+struct Ran {
+    /// Until each request has its first token.
+    prefill: Duration,
+    /// After that.
+    decode: Duration,
+    /// Tokens after that.
+    decoded: usize,
+}
+
+fn run(engine: &mut ModelEngine, of: Load) -> Result<Ran, engine::Error> {
+    let vocabulary = engine.limits().vocab_size;
+    for index in 0..of.requests {
         let request = Request {
-            prompt: (0..PROMPT).map(|at| ((at * 37 + index * 11) % 500) as u32).collect(),
+            prompt: (0..of.prompt).map(|at| ((at * 37 + index * 11) % vocabulary) as u32).collect(),
             generated: Vec::new(),
-            max_tokens: ANSWER,
+            max_tokens: of.answer,
             stop_tokens: Vec::new(),
             sampling: Sampling::default(),
             logprobs: None,
@@ -44,18 +98,21 @@ fn run(engine: &mut impl Engine, requests: usize) -> Result<(f64, f64), engine::
         };
         engine.submit(request).expect("the prompt fits the model");
     }
-    let (mut drawn, start) = (0, Instant::now());
-    let mut first = None;
+    let (mut begun, mut ran, start) = (BTreeSet::new(), Ran::default(), Instant::now());
     while !engine.is_idle() {
-        let events = ready(engine.step(&mut NoPeers))?;
-        drawn += events.iter().filter(|event| matches!(event, Event::Token { .. })).count();
-        if drawn >= requests {
-            first.get_or_insert_with(|| (drawn, start.elapsed()));
+        let all_begun = begun.len() == of.requests;
+        for event in ready(engine.step(&mut NoPeers))? {
+            if let Event::Token { sequence, .. } = event {
+                begun.insert(sequence);
+                ran.decoded += usize::from(all_begun);
+            }
+        }
+        if !all_begun {
+            ran.prefill = start.elapsed();
         }
     }
-    let (early, until) = first.unwrap_or((drawn, start.elapsed()));
-    let rest = (start.elapsed() - until).as_secs_f64();
-    Ok(((requests * PROMPT) as f64 / until.as_secs_f64(), (drawn - early) as f64 / rest))
+    ran.decode = start.elapsed() - ran.prefill;
+    Ok(ran)
 }
 
 /// Without peers no step ever waits.

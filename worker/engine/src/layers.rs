@@ -6,5 +6,6 @@ pub(crate) mod mla;
 pub(crate) mod mlp;
 pub(crate) mod moe;
 pub(crate) mod norm;
+pub(crate) mod plain;
 pub(crate) mod product;
 pub(crate) mod rope;

@@ -2,6 +2,7 @@
 
 use candle_core::{CpuStorage, DType, Storage, Tensor};
 
+use super::plain;
 use super::product::{Weight, product};
 
 /// A matrix of bf16, f16 or f32 on the CPU. Copies share their memory.
@@ -27,6 +28,9 @@ impl Matrix {
 
     /// `x`: `[rows, inputs]`. Returns `[rows, outputs]`.
     pub(crate) fn apply(&self, x: &[f32]) -> Vec<f32> {
+        if cfg!(feature = "plain") {
+            return plain::product(x, &self.values).expect("x has as many inputs as the weights");
+        }
         let mut y = vec![0.0; x.len() / self.inputs * self.outputs];
         self.with(0..self.outputs, |weight| product(x, weight, self.inputs, &mut y));
         y

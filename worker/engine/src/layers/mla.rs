@@ -5,6 +5,7 @@ use std::ops::Range;
 use super::kernels;
 use super::matrix::Matrix;
 use super::norm::RmsNorm;
+use super::plain;
 use super::product::{Weight, product};
 use super::rope::{Angles, Rope};
 use crate::error::Error;
@@ -208,6 +209,11 @@ impl Mla {
     ) {
         let MlaShape { heads, rank, .. } = self.shape;
         let (width, length) = (self.shape.width(), positions.end);
+        if cfg!(feature = "plain") {
+            let latents = cache.cache.read(cache.layer, pages, length).collect::<Vec<_>>().concat();
+            let plain = plain::attend(&self.shape, self.scale, query, &latents, positions);
+            return mixed.copy_from_slice(&plain.expect("the latents are of this shape"));
+        }
         scores.clear();
         scores.resize(positions.len() * heads * length, 0.0);
         let mut found = vec![0.0; positions.len() * heads * PAGE_TOKENS];
