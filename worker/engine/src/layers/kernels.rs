@@ -16,7 +16,7 @@ pub(super) const LANES: usize = 32;
 /// What the processor can do: the same code, compiled for wider registers where there are some.
 pub(super) static ARCH: LazyLock<Arch> = LazyLock::new(Arch::new);
 
-/// The sum of products, over [`LANES`] lanes.
+/// The sum of products, each fused with its addition, over [`LANES`] lanes.
 #[inline(always)]
 pub(super) fn dot<S: Simd>(simd: S, a: &[f32], b: &[f32]) -> f32 {
     let mut lanes = [simd.splat_f32s(0.0); LANES];
@@ -35,7 +35,7 @@ pub(super) fn dot<S: Simd>(simd: S, a: &[f32], b: &[f32]) -> f32 {
 fn step<S: Simd>(simd: S, lanes: &mut [S::f32s], a: &[f32; LANES], b: &[f32; LANES]) {
     let (a, b) = (S::as_simd_f32s(a).0, S::as_simd_f32s(b).0);
     for at in 0..LANES / S::F32_LANES {
-        lanes[at] = simd.add_f32s(lanes[at], simd.mul_f32s(a[at], b[at]));
+        lanes[at] = simd.mul_add_f32s(a[at], b[at], lanes[at]);
     }
 }
 
@@ -46,7 +46,7 @@ fn padded(rest: &[f32]) -> [f32; LANES] {
     padded
 }
 
-/// Sums [`LANES`] lanes by halves: 32, 16, 8, 4, 2, 1.
+/// Sums [`LANES`] lanes by halves: 32, 16, 8, 4, 2, 1. The sum is never -0.
 #[inline(always)]
 pub(super) fn fold<S: Simd>(simd: S, lanes: &[S::f32s]) -> f32 {
     let mut sums = [simd.splat_f32s(0.0); LANES];
@@ -66,7 +66,7 @@ pub(super) fn fold<S: Simd>(simd: S, lanes: &[S::f32s]) -> f32 {
     let mut first = [0.0; LANES];
     S::as_mut_simd_f32s(&mut first).0[0] = sum;
     // else the compiler gathers lanes one by one, to fold several sums at once
-    black_box(first[0])
+    black_box(first[0]) + 0.0
 }
 
 /// The sum of squares of a row.
@@ -82,46 +82,88 @@ pub(crate) fn square_sum(row: &[f32]) -> f32 {
     ARCH.dispatch(Squares(row))
 }
 
-/// Adds rows, each times its factor, to `sum`, one row after the other.
+/// Adds rows, each times its factor, to some sums, one row after the other.
 ///
 /// # Shapes
-/// `factors`: `[rows]`. `rows`: `[rows, stride]`, of which the first `sum.len()` values count.
-pub(crate) fn add_scaled(factors: &[f32], rows: &[f32], stride: usize, sum: &mut [f32]) {
-    struct AddScaled<'a> {
-        factors: &'a [f32],
-        rows: &'a [f32],
-        stride: usize,
-        sum: &'a mut [f32],
-    }
-    impl WithSimd for AddScaled<'_> {
-        type Output = ();
-        #[inline(always)]
-        fn with_simd<S: Simd>(self, simd: S) {
-            /// Registers of sums at a time: enough that none waits for its own last addition.
-            const AT_ONCE: usize = 4;
-            let AddScaled { factors, rows, stride, sum } = self;
-            let (wide, rest) = S::as_mut_simd_f32s(sum);
-            let begun = wide.len() * S::F32_LANES;
-            for (at, sums) in wide.chunks_mut(AT_ONCE).enumerate() {
-                let start = at * AT_ONCE * S::F32_LANES;
-                let mut kept = [simd.splat_f32s(0.0); AT_ONCE];
-                kept[..sums.len()].copy_from_slice(sums);
-                for (factor, row) in factors.iter().zip(rows.chunks_exact(stride)) {
-                    let factor = simd.splat_f32s(*factor);
-                    for (sum, value) in kept.iter_mut().zip(S::as_simd_f32s(&row[start..begun]).0) {
-                        *sum = simd.add_f32s(*sum, simd.mul_f32s(factor, *value));
-                    }
-                }
-                sums.copy_from_slice(&kept[..sums.len()]);
-            }
-            for (factor, row) in factors.iter().zip(rows.chunks_exact(stride)) {
-                for (sum, value) in rest.iter_mut().zip(&row[begun..]) {
-                    *sum += factor * value;
-                }
+/// `factors`: of a sum one for each row, `apart` from those of the next sum. `rows`: `[rows, stride]`, of which the first
+/// `width` values count. `sums`: `[sums, width]`.
+pub(crate) fn add_scaled(factors: &[f32], apart: usize, rows: &[f32], stride: usize, sums: &mut [f32], width: usize) {
+    ARCH.dispatch(AddScaled { factors, apart, rows, stride, sums, width });
+}
+
+struct AddScaled<'a> {
+    factors: &'a [f32],
+    apart: usize,
+    rows: &'a [f32],
+    stride: usize,
+    sums: &'a mut [f32],
+    width: usize,
+}
+
+impl WithSimd for AddScaled<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(mut self, simd: S) {
+        /// Sums that share what is read of a row.
+        const TOGETHER: usize = 4;
+        for first in (0..self.sums.len() / self.width).step_by(TOGETHER) {
+            match self.sums.len() / self.width - first {
+                1 => self.some::<S, 1, 8>(simd, first),
+                2 => self.some::<S, 2, 4>(simd, first),
+                3 => self.some::<S, 3, 2>(simd, first),
+                _ => self.some::<S, 4, 2>(simd, first),
             }
         }
     }
-    ARCH.dispatch(AddScaled { factors, rows, stride, sum });
+}
+
+impl AddScaled<'_> {
+    /// The sums from `first`, `R` registers of each at a time.
+    #[inline(always)]
+    fn some<S: Simd, const N: usize, const R: usize>(&mut self, simd: S, first: usize) {
+        let registers = self.width / S::F32_LANES;
+        let whole = registers / R * R;
+        for at in (0..whole).step_by(R) {
+            self.tile::<S, N, R>(simd, first, at);
+        }
+        for at in whole..registers {
+            self.tile::<S, N, 1>(simd, first, at);
+        }
+        for at in registers * S::F32_LANES..self.width {
+            for sum in first..first + N {
+                let mut kept = self.sums[sum * self.width + at];
+                for (factor, row) in self.factors[sum * self.apart..].iter().zip(self.rows.chunks_exact(self.stride)) {
+                    kept = factor.mul_add(row[at], kept);
+                }
+                self.sums[sum * self.width + at] = kept;
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn tile<S: Simd, const N: usize, const R: usize>(&mut self, simd: S, first: usize, at: usize) {
+        let span = at * S::F32_LANES..(at + R) * S::F32_LANES;
+        let mut kept = [[simd.splat_f32s(0.0); R]; N];
+        for (sum, kept) in kept.iter_mut().enumerate() {
+            let start = (first + sum) * self.width;
+            kept.copy_from_slice(S::as_simd_f32s(&self.sums[start + span.start..start + span.end]).0);
+        }
+        for (row, values) in self.rows.chunks_exact(self.stride).enumerate() {
+            let mut wide = [simd.splat_f32s(0.0); R];
+            wide.copy_from_slice(S::as_simd_f32s(&values[span.clone()]).0);
+            for (sum, kept) in kept.iter_mut().enumerate() {
+                let factor = simd.splat_f32s(self.factors[(first + sum) * self.apart + row]);
+                for (kept, value) in kept.iter_mut().zip(wide) {
+                    *kept = simd.mul_add_f32s(factor, value, *kept);
+                }
+            }
+        }
+        for (sum, kept) in kept.iter().enumerate() {
+            let start = (first + sum) * self.width;
+            S::as_mut_simd_f32s(&mut self.sums[start + span.start..start + span.end]).0.copy_from_slice(kept);
+        }
+    }
 }
 
 /// Adds `other` to `sum`, value by value.
@@ -242,12 +284,17 @@ pub(super) mod tests {
     #[test]
     fn scaled_rows_are_added_one_after_the_other() {
         for (rows, width, stride) in [(1, 1, 1), (3, 7, 9), (5, 64, 80), (16, 67, 67), (4, 200, 203)] {
-            let (factors, values, begun) = (values(rows, 1), values(rows * stride, 2), values(width, 3));
-            let mut sum = begun.clone();
-            add_scaled(&factors, &values, stride, &mut sum);
-            for (at, sum) in sum.iter().enumerate() {
-                let each = factors.iter().zip(values.chunks(stride)).map(|(factor, row)| factor * row[at]);
-                assert_eq!(*sum, each.fold(begun[at], |sum, value| sum + value), "{rows} x {width}");
+            for count in 1..10 {
+                let apart = rows + count % 3;
+                let (factors, values, begun) =
+                    (values(count * apart, 1), values(rows * stride, 2), values(count * width, 3));
+                let mut sums = begun.clone();
+                add_scaled(&factors, apart, &values, stride, &mut sums, width);
+                for (at, sum) in sums.iter().enumerate() {
+                    let each = factors[at / width * apart..].iter().zip(values.chunks(stride));
+                    let expected = each.fold(begun[at], |sum, (factor, row)| factor.mul_add(row[at % width], sum));
+                    assert_eq!(*sum, expected, "{count} sums of {rows} x {width}");
+                }
             }
         }
     }

@@ -229,12 +229,12 @@ impl Mla {
         }
         let of_row = mixed.chunks_exact_mut(heads * rank).zip(scores.chunks_exact_mut(heads * length));
         for ((mixed, scores), position) in of_row.zip(positions) {
-            for (mixed, scores) in mixed.chunks_exact_mut(rank).zip(scores.chunks_exact_mut(length)) {
-                let scores = &mut scores[..=position];
-                kernels::softmax(scores, self.scale);
-                for (scores, (_, page)) in scores.chunks(PAGE_TOKENS).zip(latents()) {
-                    kernels::add_scaled(scores, page, width, mixed);
-                }
+            for scores in scores.chunks_exact_mut(length) {
+                kernels::softmax(&mut scores[..=position], self.scale);
+            }
+            for (start, page) in latents().take_while(|(start, _)| *start <= position) {
+                let seen = &page[..page.len().min((position + 1 - start) * width)];
+                kernels::add_scaled(&scores[start..], length, seen, width, mixed, rank);
             }
         }
     }

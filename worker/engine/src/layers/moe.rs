@@ -178,7 +178,8 @@ pub(crate) fn combine(dispatch: &Dispatch, outputs: &[f32], tokens: usize, hidde
     let pairs = dispatch.tokens.iter().zip(&dispatch.gates).zip(outputs.chunks_exact(hidden));
     for ((&token, &gate), output) in pairs {
         let token = token as usize;
-        kernels::add_scaled(&[gate], output, hidden, &mut sums[token * hidden..(token + 1) * hidden]);
+        let sum = &mut sums[token * hidden..(token + 1) * hidden];
+        kernels::add_scaled(&[gate], 1, output, hidden, sum, hidden);
     }
     sums
 }
@@ -370,7 +371,7 @@ mod tests {
                 for at in token * routing.top_k..(token + 1) * routing.top_k {
                     let output = expert(routing.experts[at], &x[token * hidden..(token + 1) * hidden]);
                     for (sum, value) in dense.iter_mut().zip(output) {
-                        *sum += routing.gates[at] * value;
+                        *sum = routing.gates[at].mul_add(value, *sum);
                     }
                 }
                 prop_assert_eq!(&sums[token * hidden..(token + 1) * hidden], &dense[..]);

@@ -1,9 +1,10 @@
 //! Products of rows with weight matrices: where nearly all time of a step goes.
 //!
 //! **Architecture Invariant.** Every value is one sum over [`LANES`] lanes in f32, each over every 32nd input in
-//! ascending order, and the lanes folded by halves. Blocks decide what is computed next to what, never the order within
-//! a sum, so they may follow the number of rows, the threads and the processor. Inputs that are missing in the last
-//! round of the lanes count as zeros, which change no lane: a sum that began with +0 is never -0.
+//! ascending order, products and additions fused (IEEE 754 `fusedMultiplyAdd`), and the lanes folded by halves. Blocks
+//! decide what is computed next to what, never the order within a sum, so they may follow the number of rows, the
+//! threads and the processor; one that cannot fuse computes the same bits slowly. Inputs that are missing in the last
+//! round of the lanes count as zeros or not at all, which may change the sign of a zero, so no sum is -0.
 
 use std::array::from_fn;
 use std::num::NonZero;
@@ -298,7 +299,7 @@ impl<S: Simd> Tiles<'_, S> {
                 for row in 0..R {
                     let x = xs[row][at];
                     for column in 0..C {
-                        lanes[row][column] = simd.add_f32s(lanes[row][column], simd.mul_f32s(x, w[column]));
+                        lanes[row][column] = simd.mul_add_f32s(x, w[column], lanes[row][column]);
                     }
                 }
                 at += registers;
@@ -329,18 +330,20 @@ impl Columns<'_> {
             }
             for (x, y) in x.chunks_exact(inputs).zip(y.chunks_exact_mut(width)) {
                 for (lane, (x, w)) in lanes.iter_mut().zip(x.iter().zip(&turned)) {
-                    *lane = from_fn(|at| 0.0 + x * w[at]);
+                    *lane = from_fn(|at| x.mul_add(w[at], 0.0));
                 }
                 let mut half = NARROW / 2;
                 while half > 0 {
                     let (low, high) = lanes.split_at_mut(half);
-                    // the lanes beyond the inputs are +0, which changes no sum
+                    // the lanes beyond the inputs are 0, which changes no more than the sign of a 0
                     for (low, high) in low.iter_mut().zip(&high[..half.min(inputs.saturating_sub(half))]) {
                         *low = from_fn(|at| low[at] + high[at]);
                     }
                     half /= 2;
                 }
-                y[columns.clone()].copy_from_slice(&lanes[0][..columns.len()]);
+                for (y, sum) in y[columns.clone()].iter_mut().zip(&lanes[0]) {
+                    *y = sum + 0.0;
+                }
             }
         }
     }
@@ -363,14 +366,14 @@ mod tests {
     fn one_sum(x: &[f32], w: &[f32]) -> f32 {
         let mut lanes = [0.0f32; LANES];
         for (at, (x, w)) in x.iter().zip(w).enumerate() {
-            lanes[at % LANES] += x * w;
+            lanes[at % LANES] = x.mul_add(*w, lanes[at % LANES]);
         }
         let mut half = LANES;
         while half > 1 {
             half /= 2;
             (0..half).for_each(|at| lanes[at] += lanes[at + half]);
         }
-        lanes[0]
+        lanes[0] + 0.0
     }
 
     fn one_by_one(x: &[f32], w: &[f32], inputs: usize) -> Vec<f32> {
