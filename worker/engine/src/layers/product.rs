@@ -177,7 +177,9 @@ impl Columns<'_> {
         let Columns { x, weight, inputs, range, y } = self;
         let (rows, width) = (x.len() / inputs, range.len());
         let most = DEPTH.min(inputs.next_multiple_of(LANES));
-        let mut x_block = vec![0.0; rows.min(BLOCK) * most];
+        // values that lie as they are needed are not copied
+        let lie_well = inputs == most;
+        let mut x_block = vec![0.0; if lie_well { 0 } else { rows.min(BLOCK) * most }];
         let mut strip = vec![0.0; STRIP * most];
         let mut sums = vec![0.0; rows.min(BLOCK) * PANEL.min(width).next_multiple_of(STRIP) * LANES];
         for panel in steps(0..width, PANEL) {
@@ -189,14 +191,26 @@ impl Columns<'_> {
                         to[..inner.len()].copy_from_slice(&x[row * inputs..][inner.clone()]);
                         to[inner.len()..].fill(0.0);
                     }
-                    let x = &x_block[..block.len() * depth];
+                    let x = match lie_well {
+                        true => &x[block.start * inputs..block.end * inputs],
+                        false => &x_block[..block.len() * depth],
+                    };
                     for (columns, sums) in steps(panel.clone(), STRIP).zip(sums.chunks_exact_mut(of_strip)) {
-                        for (column, to) in columns.clone().zip(strip.chunks_exact_mut(depth)) {
-                            let start = (range.start + column) * inputs;
-                            weight.widen(start + inner.start..start + inner.end, &mut to[..inner.len()]);
-                            to[inner.len()..].fill(0.0);
-                        }
-                        let tiles = Tiles { simd, depth, w: &strip, columns: columns.len(), begin: inner.start == 0 };
+                        let first = (range.start + columns.start) * inputs;
+                        let w = match weight {
+                            Weight::F32(values) if lie_well && columns.len() == STRIP => {
+                                &values[first..first + STRIP * inputs]
+                            }
+                            _ => {
+                                for (column, to) in strip.chunks_exact_mut(depth).take(columns.len()).enumerate() {
+                                    let start = first + column * inputs;
+                                    weight.widen(start + inner.start..start + inner.end, &mut to[..inner.len()]);
+                                    to[inner.len()..].fill(0.0);
+                                }
+                                &strip
+                            }
+                        };
+                        let tiles = Tiles { simd, depth, w, columns: columns.len(), begin: inner.start == 0 };
                         tiles.run(x, sums);
                     }
                 }
