@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use candle_core::{DType, Device, Tensor};
 use half::bf16;
 
-use layers::product::{Weight, product};
+use layers::product::{Weight, product, to_panels};
 
 #[expect(
     dead_code,
@@ -37,6 +37,7 @@ fn main() -> candle_core::Result<()> {
         println!("{:>5} {:>26} {:>26} {:>26} {:>26}", "rows", "candle f32", "candle bf16", "ours f32", "ours bf16");
         let wide = values(outputs * inputs);
         let narrow: Vec<bf16> = wide.iter().map(|&value| bf16::from_f32(value)).collect();
+        let (wide_panels, narrow_panels) = (to_panels(&wide, inputs), to_panels(&narrow, inputs));
         let tensor = Tensor::from_slice(&wide, (outputs, inputs), &Device::Cpu)?;
         let weights = [tensor.t()?, tensor.to_dtype(DType::BF16)?.t()?];
         for rows in ROWS {
@@ -49,7 +50,9 @@ fn main() -> candle_core::Result<()> {
                 for (times, (xs, weights)) in rounds.iter_mut().zip(xs.iter().zip(&weights)) {
                     times.push(mean(|| xs.matmul(weights).map(drop))?);
                 }
-                for (times, weight) in rounds[2..].iter_mut().zip([Weight::F32(&wide), Weight::Bf16(&narrow)]) {
+                for (times, weight) in
+                    rounds[2..].iter_mut().zip([Weight::F32(&wide_panels), Weight::Bf16(&narrow_panels)])
+                {
                     times.push(mean(|| {
                         product(&x, weight, inputs, black_box(&mut y));
                         Ok(())

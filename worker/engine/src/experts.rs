@@ -4,10 +4,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
+use rayon::prelude::*;
+
 use crate::error::{Error, ExpertsError};
 use crate::exchange::{ExpertBatch, WireDtype};
 use crate::files::LocalFiles;
 use crate::layers::mlp::Mlp;
+use crate::layers::product::worth_threads;
 use crate::load::{Loader, Mode, Shelf};
 use crate::models::{ByLayer, Family, Shape};
 
@@ -129,21 +132,30 @@ impl Experts {
     /// As [`Experts::run`], with the experts of a table that was taken before.
     pub(crate) fn run_on(&self, table: &Table, batch: &ExpertBatch<'_>) -> Result<Vec<u8>, ExpertsError> {
         self.check(table, batch)?;
-        let row_bytes = self.hidden * self.dtype.size();
-        let mut answers = Vec::with_capacity(batch.pair_rows.len() * row_bytes);
-        let mut start = 0;
+        let (mut calls, mut rest) = (Vec::new(), batch.pair_rows);
         for pairs in batch.pair_experts.chunk_by(|a, b| a == b) {
-            let mut rows = vec![0.0; pairs.len() * self.hidden];
-            let wanted = &batch.pair_rows[start..start + pairs.len()];
-            for (to, &row) in rows.chunks_exact_mut(self.hidden).zip(wanted) {
-                let row = row as usize;
-                self.dtype.decode(&batch.rows[row * row_bytes..(row + 1) * row_bytes], to);
-            }
-            let expert = find(table, batch.layer, pairs[0] as usize)?;
-            answers.extend(self.dtype.encode(&expert.forward(&rows)));
-            start += pairs.len();
+            let (rows, others) = rest.split_at(pairs.len());
+            calls.push((find(table, batch.layer, pairs[0] as usize)?, rows));
+            rest = others;
         }
-        Ok(answers)
+        let answer = |&(expert, rows): &(&Mlp, &[u32])| self.answer(expert, batch.rows, rows);
+        let work = |(expert, rows): &(&Mlp, &[u32])| rows.len() * expert.multiplications();
+        let weights = calls.iter().map(|(expert, _)| expert.multiplications()).sum();
+        let answers: Vec<Vec<u8>> = match worth_threads(calls.iter().map(work).sum(), weights) {
+            true => calls.par_iter().map(answer).collect(),
+            false => calls.iter().map(answer).collect(),
+        };
+        Ok(answers.concat())
+    }
+
+    /// What an expert makes of some of the rows.
+    fn answer(&self, expert: &Mlp, rows: &[u8], wanted: &[u32]) -> Vec<u8> {
+        let row_bytes = self.hidden * self.dtype.size();
+        let mut x = vec![0.0; wanted.len() * self.hidden];
+        for (to, &row) in x.chunks_exact_mut(self.hidden).zip(wanted) {
+            self.dtype.decode(&rows[row as usize * row_bytes..][..row_bytes], to);
+        }
+        self.dtype.encode(&expert.forward(&x))
     }
 
     fn check(&self, table: &Table, batch: &ExpertBatch<'_>) -> Result<(), ExpertsError> {

@@ -111,7 +111,7 @@ impl<'w, 'f> Weights<'w, 'f> {
 
     /// A matrix in the file's type.
     pub(crate) fn matrix(&self, name: &str, outputs: usize, inputs: usize) -> Result<Matrix, Error> {
-        self.keep(name, self.tensor(name, &[outputs, inputs])?)
+        self.keep(name, &self.tensor(name, &[outputs, inputs])?)
     }
 
     /// A vector, widened to f32.
@@ -135,18 +135,18 @@ impl<'w, 'f> Weights<'w, 'f> {
         let (mut keys, mut values) = (Vec::new(), Vec::new());
         for start in (0..heads).map(|head| head * (key + value)) {
             let transposed = part(start, key)?.t().map_err(|source| self.failed(name, source))?;
-            keys.push(self.keep(name, transposed)?);
-            values.push(self.keep(name, part(start + key, value)?)?);
+            keys.push(self.keep(name, &transposed)?);
+            values.push(self.keep(name, &part(start + key, value)?)?);
         }
         Ok((keys, values))
     }
 
-    fn keep(&self, name: &str, tensor: Tensor) -> Result<Matrix, Error> {
-        let tensor = match self.loader.mode {
-            Mode::Check => tensor,
-            Mode::Read => tensor.contiguous().map_err(|source| self.failed(name, source))?,
+    fn keep(&self, name: &str, tensor: &Tensor) -> Result<Matrix, Error> {
+        let matrix = match self.loader.mode {
+            Mode::Check => Matrix::unread(tensor),
+            Mode::Read => Matrix::new(tensor),
         };
-        Ok(Matrix::new(tensor).expect("the shelf hands out only types that matrices take"))
+        matrix.map_err(|source| self.failed(name, source))
     }
 
     fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor, Error> {

@@ -1,9 +1,9 @@
 //! All arithmetic over many values but products with weights: weighted sums and elementwise functions.
 //!
 //! **Architecture Invariant.** The bits of an output row depend on its input row and the weights
-//! alone: not on how many rows come with it, on threads, or on what the processor can do. Sums run
-//! over a fixed number of lanes, nothing is fused, and no function of the system's mathematics
-//! library is used.
+//! alone: not on how many rows come with it, on threads, or on what the processor can do. The order of
+//! a sum is fixed, what is fused is always fused, and no function of the system's mathematics library
+//! is used.
 
 use std::hint::black_box;
 use std::sync::LazyLock;
@@ -85,7 +85,7 @@ pub(crate) fn square_sum(row: &[f32]) -> f32 {
 /// Adds rows, each times its factor, to some sums, one row after the other.
 ///
 /// # Shapes
-/// `factors`: of a sum one for each row, `apart` from those of the next sum. `rows`: `[rows, stride]`, of which the first
+/// `factors`: of a row one for each sum, `apart` from those of the next row. `rows`: `[rows, stride]`, of which the first
 /// `width` values count. `sums`: `[sums, width]`.
 pub(crate) fn add_scaled(factors: &[f32], apart: usize, rows: &[f32], stride: usize, sums: &mut [f32], width: usize) {
     ARCH.dispatch(AddScaled { factors, apart, rows, stride, sums, width });
@@ -133,8 +133,8 @@ impl AddScaled<'_> {
         for at in registers * S::F32_LANES..self.width {
             for sum in first..first + N {
                 let mut kept = self.sums[sum * self.width + at];
-                for (factor, row) in self.factors[sum * self.apart..].iter().zip(self.rows.chunks_exact(self.stride)) {
-                    kept = factor.mul_add(row[at], kept);
+                for (factors, row) in self.factors.chunks(self.apart).zip(self.rows.chunks_exact(self.stride)) {
+                    kept = factors[sum].mul_add(row[at], kept);
                 }
                 self.sums[sum * self.width + at] = kept;
             }
@@ -149,11 +149,11 @@ impl AddScaled<'_> {
             let start = (first + sum) * self.width;
             kept.copy_from_slice(S::as_simd_f32s(&self.sums[start + span.start..start + span.end]).0);
         }
-        for (row, values) in self.rows.chunks_exact(self.stride).enumerate() {
+        for (factors, values) in self.factors.chunks(self.apart).zip(self.rows.chunks_exact(self.stride)) {
             let mut wide = [simd.splat_f32s(0.0); R];
             wide.copy_from_slice(S::as_simd_f32s(&values[span.clone()]).0);
             for (sum, kept) in kept.iter_mut().enumerate() {
-                let factor = simd.splat_f32s(self.factors[(first + sum) * self.apart + row]);
+                let factor = simd.splat_f32s(factors[first + sum]);
                 for (kept, value) in kept.iter_mut().zip(wide) {
                     *kept = simd.mul_add_f32s(factor, value, *kept);
                 }
@@ -188,37 +188,72 @@ pub(crate) fn silu_times(gate: &mut [f32], up: &[f32]) {
     ARCH.dispatch(SiluTimes(gate, up));
 }
 
-/// Replaces scores by `exp(score * scale)`, normalised to sum 1.
-pub(crate) fn softmax(row: &mut [f32], scale: f32) {
-    struct Softmax<'a>(&'a mut [f32], f32);
-    impl WithSimd for Softmax<'_> {
-        type Output = ();
-        #[inline(always)]
-        fn with_simd<S: Simd>(self, simd: S) {
-            let Softmax(row, scale) = self;
-            // greatest of each lane first: the order of these changes nothing
-            let mut most = [f32::NEG_INFINITY; LANES];
-            for values in row.chunks_mut(LANES) {
-                for (most, value) in most.iter_mut().zip(values) {
-                    *value *= scale;
-                    *most = most.max(*value);
-                }
-            }
-            let most = most.into_iter().fold(f32::NEG_INFINITY, f32::max);
-            let mut lanes = [0.0f32; LANES];
-            for values in row.chunks_mut(LANES) {
-                for (lane, value) in lanes.iter_mut().zip(values) {
-                    *value = exp(*value - most);
-                    *lane += *value;
-                }
-            }
-            let sum = fold(simd, S::as_simd_f32s(&lanes).0);
-            for value in row.iter_mut() {
-                *value /= sum;
-            }
+/// Replaces scores by `exp((score - most) * scale)`, `most` being the greatest of its query, and returns each query's sum of
+/// them, in the order of the tokens: together a softmax whose division is left for later.
+///
+/// # Shapes
+/// `scores`: `[tokens, queries]`. `seen`: for each query how many of the first tokens it sees, at least one. The scores of
+/// the others count for nothing, and mean nothing afterwards. Returns `[queries]`.
+/// # Assumptions
+/// `scale` is positive.
+pub(crate) fn softmax(scores: &mut [f32], seen: &[usize], scale: f32) -> Vec<f32> {
+    let mut sums = vec![0.0; seen.len()];
+    ARCH.dispatch(Softmax { scores, seen, scale, sums: &mut sums });
+    sums
+}
+
+struct Softmax<'a> {
+    scores: &'a mut [f32],
+    seen: &'a [usize],
+    scale: f32,
+    sums: &'a mut [f32],
+}
+
+impl WithSimd for Softmax<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(mut self, _: S) {
+        let mut query = 0;
+        while query < self.seen.len() {
+            query += match self.seen.len() - query {
+                16.. => self.some::<16>(query),
+                8.. => self.some::<8>(query),
+                4.. => self.some::<4>(query),
+                _ => self.some::<1>(query),
+            };
         }
     }
-    ARCH.dispatch(Softmax(row, scale));
+}
+
+impl Softmax<'_> {
+    /// `N` queries from `first`. Returns `N`.
+    #[inline(always)]
+    fn some<const N: usize>(&mut self, first: usize) -> usize {
+        let (queries, seen) = (self.seen.len(), &self.seen[first..first + N]);
+        let (all, any) = seen.iter().fold((usize::MAX, 0), |(all, any), &seen| (all.min(seen), any.max(seen)));
+        let mut most = [f32::NEG_INFINITY; N];
+        for (token, scores) in self.scores.chunks_exact(queries).take(any).enumerate() {
+            let scores = &scores[first..first + N];
+            for query in 0..N {
+                if token < all || token < seen[query] {
+                    most[query] = most[query].max(scores[query]);
+                }
+            }
+        }
+        let mut sums = [0.0; N];
+        for (token, scores) in self.scores.chunks_exact_mut(queries).take(any).enumerate() {
+            let scores = &mut scores[first..first + N];
+            for query in 0..N {
+                scores[query] = exp((scores[query] - most[query]) * self.scale);
+                if token < all || token < seen[query] {
+                    sums[query] += scores[query];
+                }
+            }
+        }
+        self.sums[first..first + N].copy_from_slice(&sums);
+        N
+    }
 }
 
 /// Rounds values to bf16, to the nearest, ties to even, as little-endian bytes: two a value.
@@ -285,13 +320,13 @@ pub(super) mod tests {
     fn scaled_rows_are_added_one_after_the_other() {
         for (rows, width, stride) in [(1, 1, 1), (3, 7, 9), (5, 64, 80), (16, 67, 67), (4, 200, 203)] {
             for count in 1..10 {
-                let apart = rows + count % 3;
+                let apart = count + rows % 3;
                 let (factors, values, begun) =
-                    (values(count * apart, 1), values(rows * stride, 2), values(count * width, 3));
+                    (values(rows * apart, 1), values(rows * stride, 2), values(count * width, 3));
                 let mut sums = begun.clone();
                 add_scaled(&factors, apart, &values, stride, &mut sums, width);
                 for (at, sum) in sums.iter().enumerate() {
-                    let each = factors[at / width * apart..].iter().zip(values.chunks(stride));
+                    let each = factors[at / width..].iter().step_by(apart).zip(values.chunks(stride));
                     let expected = each.fold(begun[at], |sum, (factor, row)| factor.mul_add(row[at % width], sum));
                     assert_eq!(*sum, expected, "{count} sums of {rows} x {width}");
                 }
@@ -326,12 +361,33 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn softmax_sums_to_one_and_keeps_what_is_not_a_number() {
-        let mut row = values(100, 7);
-        softmax(&mut row, 3.0);
-        assert!((row.iter().sum::<f32>() - 1.0).abs() < 1e-6);
-        let mut row = [1.0, f32::NAN, 2.0];
-        softmax(&mut row, 1.0);
-        assert!(row.iter().all(|value| value.is_nan()));
+    fn softmax_is_of_the_tokens_that_a_query_sees() {
+        for queries in [1, 3, 4, 7, 8, 15, 16, 29, 64] {
+            let tokens = 50;
+            let seen: Vec<usize> = (0..queries).map(|query| 1 + (query * 7 + 3) % tokens).collect();
+            let all = values(tokens * queries, queries as u32);
+            let mut scores = all.clone();
+            let sums = softmax(&mut scores, &seen, 3.0);
+            for (query, &seen) in seen.iter().enumerate() {
+                let of =
+                    |scores: &[f32]| scores[query..].iter().step_by(queries).copied().take(seen).collect::<Vec<_>>();
+                let most = of(&all).into_iter().fold(f32::NEG_INFINITY, f32::max);
+                let expected: Vec<f32> = of(&all).iter().map(|score| exp((score - most) * 3.0)).collect();
+                assert_eq!(of(&scores), expected, "query {query} of {queries}");
+                assert_eq!(
+                    sums[query],
+                    expected.iter().fold(0.0, |sum, value| sum + value),
+                    "query {query} of {queries}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn softmax_keeps_what_is_not_a_number_and_only_where_it_is_seen() {
+        let mut scores = [1.0, 1.0, 2.0, f32::NAN, 3.0, 3.0, f32::NAN, f32::NAN];
+        let sums = softmax(&mut scores, &[3, 3], 1.0);
+        assert!((sums[0] - (1.0 + (-1.0f32).exp() + (-2.0f32).exp())).abs() < 1e-6, "{sums:?}");
+        assert!(sums[1].is_nan());
     }
 }

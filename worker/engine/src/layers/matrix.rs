@@ -1,29 +1,47 @@
 //! A weight matrix in memory, in the type of its file.
 
-use candle_core::{CpuStorage, DType, Storage, Tensor};
+use candle_core::{CpuStorage, DType, Device, Result, Storage, Tensor, WithDType};
 
 use super::plain;
-use super::product::{Weight, product};
+use super::product::{Weight, product, to_panels};
 
 /// A matrix of bf16, f16 or f32 on the CPU. Copies share their memory.
 #[derive(Debug, Clone)]
 pub(crate) struct Matrix {
+    /// In the order of [`Weight`], in one dimension.
     values: Tensor,
     outputs: usize,
     inputs: usize,
 }
 
 impl Matrix {
-    /// Takes a tensor `[outputs, inputs]`; `None` if its type is not one of the three.
-    pub(crate) fn new(values: Tensor) -> Option<Self> {
-        let known = matches!(values.dtype(), DType::BF16 | DType::F16 | DType::F32);
-        let (outputs, inputs) = values.dims2().ok()?;
-        (known && values.device().is_cpu()).then_some(Matrix { values, outputs, inputs })
+    /// Takes a tensor `[outputs, inputs]` of one of the three types.
+    ///
+    /// # Errors
+    /// candle's, if the tensor is another.
+    pub(crate) fn new(values: &Tensor) -> Result<Self> {
+        let (outputs, inputs) = values.dims2()?;
+        let values = match values.dtype() {
+            _ if cfg!(feature = "plain") => values.contiguous()?,
+            DType::BF16 => turned::<half::bf16>(values)?,
+            DType::F16 => turned::<half::f16>(values)?,
+            _ => turned::<f32>(values)?,
+        };
+        Ok(Matrix { values, outputs, inputs })
+    }
+
+    /// One of this shape and type without values, for files that are only checked.
+    ///
+    /// # Errors
+    /// As [`Matrix::new`].
+    pub(crate) fn unread(values: &Tensor) -> Result<Self> {
+        let (outputs, inputs) = values.dims2()?;
+        Ok(Matrix { values: Tensor::zeros(0, values.dtype(), &Device::Cpu)?, outputs, inputs })
     }
 
     /// Bytes of its values.
     pub(crate) fn bytes(&self) -> u64 {
-        (self.values.elem_count() * self.values.dtype().size_in_bytes()) as u64
+        (self.outputs * self.inputs * self.values.dtype().size_in_bytes()) as u64
     }
 
     /// `x`: `[rows, inputs]`. Returns `[rows, outputs]`.
@@ -32,28 +50,38 @@ impl Matrix {
             return plain::product(x, &self.values).expect("x has as many inputs as the weights");
         }
         let mut y = vec![0.0; x.len() / self.inputs * self.outputs];
-        self.with(0..self.outputs, |weight| product(x, weight, self.inputs, &mut y));
+        self.with(|weight| product(x, weight, self.inputs, &mut y));
         y
     }
 
-    /// Copies one row, widened to f32, to `to`: `[inputs]`.
-    pub(crate) fn row(&self, index: usize, to: &mut [f32]) {
-        self.with(index..index + 1, |weight| match weight {
-            Weight::F32(row) => to.copy_from_slice(row),
-            Weight::Bf16(row) => to.iter_mut().zip(row).for_each(|(to, v)| *to = v.to_f32()),
-            Weight::F16(row) => to.iter_mut().zip(row).for_each(|(to, v)| *to = v.to_f32()),
-        });
+    /// Multiplications that [`Matrix::apply`] does for one row.
+    pub(crate) fn multiplications(&self) -> usize {
+        self.outputs * self.inputs
     }
 
-    fn with(&self, rows: std::ops::Range<usize>, work: impl FnOnce(Weight<'_>)) {
-        let (storage, layout) = self.values.storage_and_layout();
-        let start = layout.start_offset();
-        let span = start + rows.start * self.inputs..start + rows.end * self.inputs;
-        match &*storage {
-            Storage::Cpu(CpuStorage::BF16(values)) => work(Weight::Bf16(&values[span])),
-            Storage::Cpu(CpuStorage::F16(values)) => work(Weight::F16(&values[span])),
-            Storage::Cpu(CpuStorage::F32(values)) => work(Weight::F32(&values[span])),
+    /// Copies the weights of one output, widened to f32, to `to`: `[inputs]`.
+    pub(crate) fn output(&self, output: usize, to: &mut [f32]) {
+        if cfg!(feature = "plain") {
+            return plain::row(&self.values, output, to).expect("the tensor has this row");
+        }
+        self.with(|weight| weight.output(output, to));
+    }
+
+    fn with(&self, work: impl FnOnce(Weight<'_>)) {
+        match &*self.values.storage_and_layout().0 {
+            Storage::Cpu(CpuStorage::BF16(values)) => work(Weight::Bf16(values)),
+            Storage::Cpu(CpuStorage::F16(values)) => work(Weight::F16(values)),
+            Storage::Cpu(CpuStorage::F32(values)) => work(Weight::F32(values)),
             _ => unreachable!("Matrix::new takes only these"),
         }
     }
+}
+
+fn turned<T: WithDType + Default>(values: &Tensor) -> Result<Tensor> {
+    let (inputs, values) = (values.dim(1)?, values.contiguous()?);
+    let (storage, layout) = values.storage_and_layout();
+    let Storage::Cpu(storage) = &*storage else { candle_core::bail!("weights are on the CPU") };
+    let span = layout.start_offset()..layout.start_offset() + values.elem_count();
+    let panels = to_panels(&T::cpu_storage_as_slice(storage)?[span], inputs);
+    Tensor::from_vec(panels, values.elem_count(), &Device::Cpu)
 }

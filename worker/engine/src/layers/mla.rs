@@ -1,12 +1,15 @@
 //! Multi-head latent attention over a paged cache of latents.
 
+use std::iter::repeat_n;
 use std::ops::Range;
+
+use rayon::prelude::*;
 
 use super::kernels;
 use super::matrix::Matrix;
 use super::norm::RmsNorm;
 use super::plain;
-use super::product::{Weight, product};
+use super::product::{Weight, product, to_panels, worth_threads};
 use super::rope::{Angles, Rope};
 use crate::error::Error;
 use crate::kv::{Cache, PAGE_TOKENS, Slice};
@@ -144,16 +147,22 @@ impl Mla {
         let MlaShape { heads, rank, .. } = self.shape;
         let mut mixed = vec![0.0; angles.len() * heads * rank];
         let together = (QUERIES / heads).max(1);
-        let (mut queries, mut rest, mut scores) = (queries.as_slice(), mixed.as_mut_slice(), Vec::new());
+        let (mut queries, mut rest, mut blocks) = (queries.as_slice(), mixed.as_mut_slice(), Vec::new());
         for slice in slices {
             let all = slice.positions();
             for start in all.clone().step_by(together) {
                 let positions = start..all.end.min(start + together);
                 let (query, others) = queries.split_at(positions.len() * heads * width);
                 let (mixed, below) = std::mem::take(&mut rest).split_at_mut(positions.len() * heads * rank);
-                self.attend(query, cache, slice.pages, positions, &mut scores, mixed);
+                blocks.push(Block { query, pages: slice.pages, positions, mixed });
                 (queries, rest) = (others, below);
             }
+        }
+        let cache = &*cache;
+        let work: usize = blocks.iter().map(|block| block.query.len() * block.positions.end).sum();
+        match worth_threads(work, 0) {
+            true => blocks.into_par_iter().for_each(|block| self.attend(cache, block)),
+            false => blocks.into_iter().for_each(|block| self.attend(cache, block)),
         }
         self.output.apply(&self.values(&mixed))
     }
@@ -194,48 +203,35 @@ impl Mla {
         queries
     }
 
-    /// Mixes for rows of one sequence, which follow each other, the latents up to each.
-    ///
-    /// # Shapes
-    /// `query`: `[rows, heads, width]`. `mixed`: `[rows, heads, rank]`, zero.
-    fn attend(
-        &self,
-        query: &[f32],
-        cache: &LayerCache<'_>,
-        pages: &[u32],
-        positions: Range<usize>,
-        scores: &mut Vec<f32>,
-        mixed: &mut [f32],
-    ) {
+    /// Mixes for rows of one sequence the latents up to each.
+    fn attend(&self, cache: &LayerCache<'_>, block: Block<'_>) {
         let MlaShape { heads, rank, .. } = self.shape;
+        let Block { query, pages, positions, mixed } = block;
         let (width, length) = (self.shape.width(), positions.end);
+        let seen: Vec<usize> = positions.flat_map(|position| repeat_n(position + 1, heads)).collect();
+        let latents = || (0..length).step_by(PAGE_TOKENS).zip(cache.cache.read(cache.layer, pages, length));
         if cfg!(feature = "plain") {
-            let latents = cache.cache.read(cache.layer, pages, length).collect::<Vec<_>>().concat();
-            let plain = plain::attend(&self.shape, self.scale, query, &latents, positions);
+            let latents: Vec<f32> = latents().flat_map(|(_, page)| page).copied().collect();
+            let plain = plain::attend(&self.shape, self.scale, query, &latents, &seen);
             return mixed.copy_from_slice(&plain.expect("the latents are of this shape"));
         }
-        scores.clear();
-        scores.resize(positions.len() * heads * length, 0.0);
-        let mut found = vec![0.0; positions.len() * heads * PAGE_TOKENS];
-        let latents = || (0..length).step_by(PAGE_TOKENS).zip(cache.cache.read(cache.layer, pages, length));
-        // of the last pages this is more than some rows may see; they take no notice of it
+        // the other way about: what a page holds is multiplied with the queries as weights
+        let (queries, query) = (seen.len(), to_panels(query, width));
+        let mut scores = vec![0.0; length * queries];
         for (start, page) in latents() {
             let tokens = page.len() / width;
-            let found = &mut found[..positions.len() * heads * tokens];
-            product(query, Weight::F32(page), width, found);
-            for (scores, found) in scores.chunks_exact_mut(length).zip(found.chunks_exact(tokens)) {
-                scores[start..start + tokens].copy_from_slice(found);
+            product(page, Weight::F32(&query), width, &mut scores[start * queries..(start + tokens) * queries]);
+        }
+        let sums = kernels::softmax(&mut scores, &seen, self.scale);
+        for (start, page) in latents() {
+            for (row, mixed) in mixed.chunks_exact_mut(heads * rank).enumerate() {
+                let tokens = seen[row * heads].saturating_sub(start).min(page.len() / width);
+                let factors = &scores[start * queries + row * heads..];
+                kernels::add_scaled(factors, queries, &page[..tokens * width], width, mixed, rank);
             }
         }
-        let of_row = mixed.chunks_exact_mut(heads * rank).zip(scores.chunks_exact_mut(heads * length));
-        for ((mixed, scores), position) in of_row.zip(positions) {
-            for scores in scores.chunks_exact_mut(length) {
-                kernels::softmax(&mut scores[..=position], self.scale);
-            }
-            for (start, page) in latents().take_while(|(start, _)| *start <= position) {
-                let seen = &page[..page.len().min((position + 1 - start) * width)];
-                kernels::add_scaled(&scores[start..], length, seen, width, mixed, rank);
-            }
+        for (mixed, sum) in mixed.chunks_exact_mut(rank).zip(sums) {
+            mixed.iter_mut().for_each(|value| *value /= sum);
         }
     }
 
@@ -253,6 +249,16 @@ impl Mla {
         }
         values
     }
+}
+
+/// Rows of one sequence that follow each other.
+struct Block<'a> {
+    /// `[rows, heads, width]`
+    query: &'a [f32],
+    pages: &'a [u32],
+    positions: Range<usize>,
+    /// `[rows, heads, rank]`, zero.
+    mixed: &'a mut [f32],
 }
 
 /// The part of the cache that one layer reads and writes.
@@ -279,7 +285,7 @@ mod tests {
     fn matrix(outputs: usize, inputs: usize, dtype: DType) -> Matrix {
         let values = values(outputs * inputs, (outputs * 100 + inputs) as u32);
         let tensor = Tensor::from_vec(values, (outputs, inputs), &Device::Cpu).unwrap();
-        Matrix::new(tensor.to_dtype(dtype).unwrap()).unwrap()
+        Matrix::new(&tensor.to_dtype(dtype).unwrap()).unwrap()
     }
 
     fn attention(dtype: DType) -> Mla {

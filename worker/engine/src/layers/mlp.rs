@@ -30,6 +30,11 @@ impl Mlp {
         [&self.gate, &self.up, &self.down].map(Matrix::bytes).iter().sum()
     }
 
+    /// Multiplications for one row: as many as there are weights.
+    pub(crate) fn multiplications(&self) -> usize {
+        [&self.gate, &self.up, &self.down].map(Matrix::multiplications).iter().sum()
+    }
+
     /// `x`: `[rows, hidden]`. Returns the same shape.
     pub(crate) fn forward(&self, x: &[f32]) -> Vec<f32> {
         let (mut inner, up) = (self.gate.apply(x), self.up.apply(x));

@@ -110,7 +110,7 @@ impl DeepseekV3 {
         let tokens = slices.iter().flat_map(|slice| slice.tokens);
         let mut hidden = vec![0.0; tokens.clone().count() * self.hidden];
         for (row, &token) in hidden.chunks_exact_mut(self.hidden).zip(tokens) {
-            self.embed.row(token as usize, row);
+            self.embed.output(token as usize, row);
         }
         hidden
     }
