@@ -37,8 +37,9 @@ use activity::{Activity, Busy, Watched};
 const HEADER_BYTES: usize = 16 << 10;
 /// How long a connection may say nothing at first, or take for a head that it has begun.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long a connection may idle between requests.
-const IDLE_TIMEOUT: Duration = Duration::from_secs(75);
+/// How long a connection may idle between requests: longer than clients (90 s in Go and reqwest) and load balancers (600 s at
+/// Google) keep theirs, since a request that is on its way when we close is lost.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(620);
 const PING_EVERY: Duration = Duration::from_secs(5);
 const PING_TIMEOUT: Duration = Duration::from_secs(5);
 const STREAMS_PER_CONNECTION: u32 = 1024;
