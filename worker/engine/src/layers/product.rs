@@ -77,27 +77,23 @@ impl Weight<'_> {
         }
     }
 
-    /// Replaces `wide` by a span of the weights, widened to f32, rows of `width` filled up to [`PANEL`] with zeros.
+    /// Replaces `wide` by a span of the weights, widened to f32, and a panel of zeros behind it.
     #[inline(always)]
-    fn widen(&self, span: Range<usize>, width: usize, wide: &mut Vec<f32>) {
-        // half of an f32's bits are a bf16; the others are zero
-        let widened = |value: &bf16| f32::from_bits(u32::from(value.to_bits()) << 16);
+    fn widen(&self, span: Range<usize>, wide: &mut Vec<f32>) {
+        let length = span.len();
         wide.clear();
         match self {
-            Weight::F32(values) if width == PANEL => wide.extend_from_slice(&values[span]),
-            Weight::Bf16(values) if width == PANEL => wide.extend(values[span].iter().map(widened)),
-            _ => {
-                wide.resize(span.len() / width * PANEL, 0.0);
-                for (start, to) in span.step_by(width).zip(wide.chunks_exact_mut(PANEL)) {
-                    let (span, to) = (start..start + width, &mut to[..width]);
-                    match self {
-                        Weight::F32(values) => to.copy_from_slice(&values[span]),
-                        Weight::F16(values) => values[span].convert_to_f32_slice(to),
-                        Weight::Bf16(values) => to.iter_mut().zip(&values[span]).for_each(|(to, v)| *to = widened(v)),
-                    }
-                }
+            Weight::F32(values) => wide.extend_from_slice(&values[span]),
+            // half of an f32's bits are a bf16; the others are zero
+            Weight::Bf16(values) => {
+                wide.extend(values[span].iter().map(|value| f32::from_bits(u32::from(value.to_bits()) << 16)));
+            }
+            Weight::F16(values) => {
+                wide.resize(length, 0.0);
+                values[span].convert_to_f32_slice(wide);
             }
         }
+        wide.resize(length + PANEL, 0.0);
     }
 }
 
@@ -176,7 +172,7 @@ impl WithSimd for Panels<'_> {
 impl Panels<'_> {
     #[inline(always)]
     fn sum<S: Simd>(mut self, simd: S) {
-        let mut strip = Vec::with_capacity(DEPTH.min(self.inputs) * PANEL);
+        let mut strip = Vec::with_capacity((DEPTH.min(self.inputs) + 1) * PANEL);
         for rows in steps(0..self.x.len() / self.inputs, BLOCK) {
             // a few rows stay in the fastest cache, so weights are read in their order; of many, a part stays in the second
             if rows.len() <= TILE {
@@ -210,7 +206,7 @@ impl Panels<'_> {
         let weights = match self.weight {
             Weight::F32(values) if width == PANEL => &values[span],
             _ => {
-                self.weight.widen(span, width, strip);
+                self.weight.widen(span, strip);
                 &*strip
             }
         };
@@ -229,7 +225,7 @@ fn steps(range: Range<usize>, step: usize) -> impl Iterator<Item = Range<usize>>
 /// A part of the sums of a panel.
 struct Part<'a, S> {
     simd: S,
-    /// `[inner, PANEL]`
+    /// `[inner, width]`, and a panel of any values behind them where `width` is less.
     weights: &'a [f32],
     inputs: usize,
     /// The inputs of this part.
@@ -284,29 +280,45 @@ impl<S: Simd> Part<'_, S> {
     /// `C` registers of outputs from the one at `at`, of `R` rows.
     #[inline(always)]
     fn tile<const R: usize, const C: usize>(&self, at: usize, x: &[f32], y: &mut [f32]) {
+        match self.width {
+            PANEL => self.add_to::<R, C>(at, y, self.sums::<R, C, true>(at, x)),
+            _ => self.add_to::<R, C>(at, y, self.sums::<R, C, false>(at, x)),
+        }
+    }
+
+    /// `FULL`: whether the panel is. Else the registers hold values of the next input too, of which nothing is kept.
+    #[inline(always)]
+    fn sums<const R: usize, const C: usize, const FULL: bool>(&self, at: usize, x: &[f32]) -> [[S::f32s; C]; R] {
         let (simd, depth) = (self.simd, self.inner.len());
         let mut rows: [&[f32]; R] = [&[]; R];
         for row in 0..R {
             rows[row] = &x[row * self.inputs + self.inner.start..][..depth];
         }
-        let weights = &self.weights.as_chunks::<PANEL>().0[..depth];
+        let panels = &self.weights.as_chunks::<PANEL>().0[..if FULL { depth } else { 0 }];
         let mut sums = [[simd.splat_f32s(0.0); C]; R];
         for input in 0..depth {
-            let w = &S::as_simd_f32s(&weights[input]).0[at..at + C];
+            let weights = if FULL { &panels[input] } else { &self.weights[input * self.width..][..PANEL] };
+            let weights = &S::as_simd_f32s(weights).0[at..at + C];
             for row in 0..R {
                 let x = simd.splat_f32s(rows[row][input]);
                 for column in 0..C {
-                    sums[row][column] = simd.mul_add_f32s(x, w[column], sums[row][column]);
+                    sums[row][column] = simd.mul_add_f32s(x, weights[column], sums[row][column]);
                 }
             }
         }
+        sums
+    }
+
+    /// `sums`: of the registers from the one at `at`. `y`: as above.
+    #[inline(always)]
+    fn add_to<const R: usize, const C: usize>(&self, at: usize, y: &mut [f32], sums: [[S::f32s; C]; R]) {
         let start = at * S::F32_LANES;
         let width = (C * S::F32_LANES).min(self.width - start);
         for (row, sums) in sums.iter().enumerate() {
             let y = &mut y[row * self.outputs + start..][..width];
             if width == C * S::F32_LANES {
                 for (y, sum) in S::as_mut_simd_f32s(y).0.iter_mut().zip(sums) {
-                    *y = if self.inner.start == 0 { *sum } else { simd.add_f32s(*y, *sum) };
+                    *y = if self.inner.start == 0 { *sum } else { self.simd.add_f32s(*y, *sum) };
                 }
             } else {
                 let mut values = [0.0; PANEL];
