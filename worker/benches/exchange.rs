@@ -5,7 +5,8 @@
 //! - `framed TCP`: a length and the rows, echoed by a thread that does nothing else. The limit.
 //! - `tonic stream`: the same messages as ours over a plain bidirectional stream of tonic, echoed.
 //! - `over gRPC`, `in frames`: `MeshExchange` to `ExpertsService`, as workers do: rows gathered for the holder, checked,
-//!   queued, computed by an expert one value wide, and put back in order. `compute` is that expert's part, measured alone.
+//!   queued, computed by an expert one value wide, and put back in order. `compute` is that expert's part, measured alone,
+//!   and `way` what is left of a round trip in frames without it.
 //!
 //! Each figure is the median of the rounds' medians, and the lowest and highest of these.
 
@@ -58,17 +59,19 @@ fn main() -> anyhow::Result<()> {
     let mut over_grpc = near.block_on(Ours::start(&far, &experts, Way::Grpc))?;
     let mut in_frames = near.block_on(Ours::start(&far, &experts, Way::Frames))?;
 
-    let columns = ["framed TCP", "tonic stream", "over gRPC", "in frames", "compute"];
+    let columns = ["framed TCP", "tonic stream", "over gRPC", "in frames", "compute", "way"];
     println!("{:>5} {}", "rows", columns.map(|name| format!("{name:>24}")).join(" "));
     for rows in ROWS {
         let batch = Batch::of(rows);
-        let mut rounds: [Vec<Duration>; 5] = Default::default();
-        for _ in 0..ROUNDS {
+        let mut rounds: [Vec<Duration>; 6] = Default::default();
+        for round in 0..ROUNDS {
             rounds[0].push(median(|| framed.ask(&batch.rows))?);
             rounds[1].push(near.block_on(median_of(&mut plain, async |plain| plain.ask(&batch.rows).await))?);
             rounds[2].push(near.block_on(median_of(&mut over_grpc, async |ours| ours.ask(&batch).await))?);
             rounds[3].push(near.block_on(median_of(&mut in_frames, async |ours| ours.ask(&batch).await))?);
             rounds[4].push(median(|| compute(&experts, &batch))?);
+            let way = rounds[3][round].saturating_sub(rounds[4][round]);
+            rounds[5].push(way);
         }
         let limit = middle(&mut rounds[0]);
         let cells = rounds.iter_mut().map(|times| cell(times, limit));
