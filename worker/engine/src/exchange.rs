@@ -4,6 +4,7 @@
 
 use std::future::{Future, ready};
 
+use bytes::Bytes;
 use half::bf16;
 
 use crate::layers::kernels;
@@ -63,7 +64,7 @@ pub struct ExpertBatch<'a> {
     /// The layer, counted from the first of the model.
     pub layer: usize,
     /// `[unique rows, hidden]`, little endian, in the wire dtype.
-    pub rows: &'a [u8],
+    pub rows: &'a Bytes,
     /// For each pair, its row in `rows`.
     pub pair_rows: &'a [u32],
     /// For each pair, its expert. Pairs are sorted by expert, then row.

@@ -60,7 +60,7 @@ impl Part {
     pub(super) fn whole(batch: &ExpertBatch<'_>) -> Self {
         Self {
             layer: u32::try_from(batch.layer).unwrap_or(u32::MAX),
-            rows: Bytes::copy_from_slice(batch.rows),
+            rows: batch.rows.clone(),
             pairs: (0..).take(batch.pair_experts.len()).collect(),
             pair_rows: batch.pair_rows.to_vec(),
             pair_experts: batch.pair_experts.to_vec(),

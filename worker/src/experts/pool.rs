@@ -233,7 +233,7 @@ fn run_together(experts: &Experts, calls: &[&RunCall]) -> Option<Vec<RunReply>> 
     pairs.sort_unstable();
     let pair_rows: Vec<u32> = pairs.iter().map(|pair| pair.3).collect();
     let pair_experts: Vec<u32> = pairs.iter().map(|pair| pair.0).collect();
-    let layer = calls.first()?.layer as usize;
+    let (layer, rows) = (calls.first()?.layer as usize, rows.into());
     let batch = ExpertBatch { layer, rows: &rows, pair_rows: &pair_rows, pair_experts: &pair_experts };
     let answers = catch_unwind(AssertUnwindSafe(|| experts.run(&batch))).ok()?.ok()?;
     let mut replies: Vec<Vec<u8>> = calls.iter().map(|call| vec![0; call.pair_rows.len() * row]).collect();

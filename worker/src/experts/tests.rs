@@ -229,7 +229,7 @@ async fn rows_for_a_holder_of_other_files_stay_missing() {
     let own = Own { replica: 0, ordinal: 0, content_hash: HASH.into(), hidden: 256, dtype: engine::WireDtype::Bf16 };
     let mut exchange = exchange(own, meshes);
     exchange.begin_step(Span::none());
-    let rows = [0; 512];
+    let rows = vec![0; 512].into();
     let batch = ExpertBatch { layer: 1, rows: &rows, pair_rows: &[0, 0], pair_experts: &[1, 3] };
     for _ in 0..3 {
         exchange.changed().await;

@@ -1,5 +1,7 @@
 //! Mixture of experts: gate, then dispatch to whoever holds the experts, then combine.
 
+use bytes::Bytes;
+
 use super::kernels;
 use super::matrix::Matrix;
 use super::mlp::Mlp;
@@ -134,7 +136,7 @@ pub(crate) fn dispatch(routing: &Routing) -> Dispatch {
 pub(crate) struct Part {
     /// The pairs' places in the dispatch.
     pub(crate) places: Vec<usize>,
-    rows: Vec<u8>,
+    rows: Bytes,
     pair_rows: Vec<u32>,
     pair_experts: Vec<u32>,
 }
@@ -155,12 +157,13 @@ impl Dispatch {
         let mut part = Part { places: places.collect(), ..Part::default() };
         let mut needed = vec![false; rows.len() / row_bytes];
         part.places.iter().for_each(|&place| needed[self.tokens[place] as usize] = true);
-        let mut row_of = vec![0; needed.len()];
+        let (mut row_of, mut kept_rows) = (vec![0; needed.len()], Vec::new());
         let kept = rows.chunks_exact(row_bytes).enumerate().filter(|(token, _)| needed[*token]);
         for (row, (token, bytes)) in (0u32..).zip(kept) {
             row_of[token] = row;
-            part.rows.extend_from_slice(bytes);
+            kept_rows.extend_from_slice(bytes);
         }
+        part.rows = kept_rows.into();
         for &place in &part.places {
             part.pair_rows.push(row_of[self.tokens[place] as usize]);
             part.pair_experts.push(self.experts[place]);

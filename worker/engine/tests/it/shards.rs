@@ -84,7 +84,7 @@ fn experts_that_come_and_go_between_steps_change_no_bit() {
 #[test]
 fn experts_come_and_go_while_others_compute_with_them() {
     let (_, experts) = load(&model("tiny-r1"), &Held::all(), &options(), &mut |_, _| {}).unwrap();
-    let rows: Vec<u8> = (0..512).map(|at| (at * 7 % 60) as u8).collect();
+    let rows = (0..512).map(|at| (at * 7 % 60) as u8).collect();
     let batch = ExpertBatch { layer: 2, rows: &rows, pair_rows: &[0, 0], pair_experts: &[3, 7] };
     let expected = experts.run(&batch).unwrap();
     let (mut answered, mut refused) = (0, 0);
@@ -161,7 +161,7 @@ fn batches_that_do_not_fit_are_refused() {
     assert_eq!((experts.dtype(), experts.hidden()), (WireDtype::Bf16, 256));
     let row = vec![0; 512];
     let run = |layer, rows: &[u8], pair_rows: &[u32], pair_experts: &[u32]| {
-        experts.run(&ExpertBatch { layer, rows, pair_rows, pair_experts })
+        experts.run(&ExpertBatch { layer, rows: &rows.to_vec().into(), pair_rows, pair_experts })
     };
     assert_eq!(run(1, &row, &[0, 0], &[3, 7]).unwrap().len(), 1024);
     assert_eq!(run(1, &[], &[], &[]), Ok(Vec::new()));
