@@ -1,13 +1,13 @@
 //! A peer that asks in frames: a thread that reads its calls, and computes those that would be computed at once.
 
-use std::{io, thread};
+use std::{sync::Arc, thread};
 
 use futures::executor::block_on;
 use tokio::sync::oneshot;
 use tracing::{debug, error};
 use wire::{
-    connections::framed::Connection,
-    frames::{self, Incoming, Outgoing},
+    connections::framed::{Connection, Waiting},
+    frames::{self, Outgoing},
     proto::RunCall,
 };
 
@@ -36,28 +36,17 @@ pub(super) async fn serve(service: ExpertsService, mut connection: Connection) {
 }
 
 /// Takes calls until the peer ends.
-fn read(
-    service: &ExpertsService,
-    mut incoming: Incoming<impl io::Read>,
-    replies: &std::sync::Arc<Outgoing>,
-) -> Result<(), frames::Error> {
-    loop {
-        let call: RunCall = match incoming.receive() {
-            Ok(Some(call)) => call,
-            Ok(None) => return Ok(()),
-            Err(frames::Error::Broke(error)) if error.kind() == io::ErrorKind::WouldBlock && incoming.is_between() => {
-                continue; // it has nothing to ask
-            }
-            Err(error) => return Err(error),
-        };
+fn read(service: &ExpertsService, mut incoming: Waiting, replies: &Arc<Outgoing>) -> Result<(), frames::Error> {
+    while let Some(call) = incoming.receive::<RunCall>()? {
         let place = replies.try_reserve();
         let place = place.map(|place| -> SendReply { Box::new(move |reply| _ = place.send(reply)) });
         if let Some(refusal) = service.compute(call, place) {
             // a peer that does not read its refusals is not read either
             match block_on(replies.reserve()) {
                 Some(place) => _ = place.send(refusal),
-                None => return Ok(()),
+                None => break,
             }
         }
     }
+    Ok(())
 }

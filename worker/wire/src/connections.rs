@@ -135,7 +135,7 @@ pub async fn serve_until(
     shutdown: impl Future<Output = ()>,
     grace: Duration,
 ) -> io::Result<()> {
-    let serving = Arc::new(Serving::new(services.into(), READER_TIMEOUT));
+    let serving = Arc::new(Serving::new(services.into(), READER_TIMEOUT, FRAMED_CONNECTIONS));
     accept(listener, shutdown, grace, move |stream, watcher| serving.clone().connection(stream, watcher)).await;
     Ok(())
 }
@@ -205,13 +205,15 @@ struct Serving {
     http2: http2::Builder<Streams>,
     frames: Option<Arc<ServeFrames>>,
     framed: Semaphore,
+    reader_timeout: Duration,
 }
 
 impl Serving {
-    fn new(services: Services, reader_timeout: Duration) -> Self {
+    /// With at most `framed` connections that speak frames.
+    fn new(services: Services, reader_timeout: Duration, framed: usize) -> Self {
         let Services { routes, frames } = services;
         let (routes, http2) = (routes.prepare(), server(reader_timeout));
-        Self { routes, http2, frames, framed: Semaphore::new(FRAMED_CONNECTIONS) }
+        Self { routes, http2, frames, framed: Semaphore::new(framed), reader_timeout }
     }
 
     async fn connection(self: Arc<Self>, stream: TcpStream, watcher: Watcher) {
@@ -247,9 +249,9 @@ impl Serving {
 
     async fn frames(&self, stream: TcpStream, serve: &ServeFrames) {
         let Ok(_place) = self.framed.try_acquire() else {
-            return warn!(open = FRAMED_CONNECTIONS, "hung up on a peer that speaks frames; too many do");
+            return warn!("hung up on a peer that speaks frames; too many do");
         };
-        match framed::accept(stream).await {
+        match framed::accept(stream, self.reader_timeout).await {
             Ok(connection) => serve(connection).await,
             Err(error) => debug!(%error, "a peer that speaks frames is gone"),
         }

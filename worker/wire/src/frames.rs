@@ -5,7 +5,7 @@
 
 use std::{
     collections::VecDeque,
-    io::{self, BufReader, IoSlice, Read, Write},
+    io::{self, IoSlice, Write},
     net::{Shutdown, TcpStream},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
@@ -68,77 +68,84 @@ pub enum Error {
     Broke(#[from] io::Error),
 }
 
+/// Where bytes come from.
+pub trait Source {
+    /// Adds what there is to `buffer`, in the capacity that it has; returns how many bytes.
+    ///
+    /// # Errors
+    /// `WouldBlock` if there is nothing for now.
+    fn read(&mut self, buffer: &mut Vec<u8>) -> io::Result<usize>;
+}
+
 /// Reads frames. What was read of one is kept when the connection has no more for now.
-pub struct Incoming<R> {
-    from: BufReader<R>,
-    lengths: Piece,
-    message: Piece,
-    rows: Piece,
+pub struct Incoming<S> {
+    from: S,
+    /// The lengths and the message, and what was read behind them.
+    head: Vec<u8>,
+    rows: Vec<u8>,
 }
 
-/// Bytes that are being read.
-#[derive(Default)]
-struct Piece {
-    bytes: Vec<u8>,
-    have: usize,
-}
-
-impl Piece {
-    fn of(length: usize) -> Self {
-        Self { bytes: vec![0; length], have: 0 } // zeroed pages are the system's: untouched before bytes come
-    }
-
-    fn fill(&mut self, from: &mut impl Read) -> io::Result<()> {
-        while self.have < self.bytes.len() {
-            match from.read(&mut self.bytes[self.have..]) {
-                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(read) => self.have += read,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(())
-    }
-}
-
-impl<R: Read> Incoming<R> {
+impl<S: Source> Incoming<S> {
     /// Reads from the beginning of a frame.
-    pub fn new(from: R) -> Self {
-        let from = BufReader::with_capacity(READ_BYTES, from);
-        Self { from, lengths: Piece::of(LENGTHS), message: Piece::default(), rows: Piece::default() }
+    pub fn new(from: S) -> Self {
+        Self { from, head: Vec::with_capacity(READ_BYTES), rows: Vec::new() }
     }
 
     /// Whether nothing of a frame was read yet.
     pub fn is_between(&self) -> bool {
-        self.lengths.have == 0
+        self.head.is_empty()
+    }
+
+    pub(crate) fn source(&self) -> &S {
+        &self.from
     }
 
     /// The next message; `None` where the peer ended between two.
     ///
     /// # Errors
-    /// [`Error`]. After [`io::ErrorKind::WouldBlock`] it can be called again, after any other error not.
+    /// [`Error`]. After [`io::ErrorKind::WouldBlock`] it can be called again, after any other error in vain.
     pub fn receive<M: Framed>(&mut self) -> Result<Option<M>, Error> {
-        if self.lengths.have < LENGTHS {
-            match self.lengths.fill(&mut self.from) {
+        while self.head.len() < LENGTHS {
+            match fill(&mut self.from, &mut self.head) {
                 Err(error) if error.kind() == io::ErrorKind::UnexpectedEof && self.is_between() => return Ok(None),
                 filled => filled?,
             }
-            let lengths = self.lengths.bytes.as_chunks::<4>().0;
-            let [message, rows] = [0, 1].map(|at| u32::from_le_bytes(lengths[at]) as usize);
-            if message + rows > MAX_MESSAGE_BYTES {
-                return Err(Error::TooLarge { message, rows });
-            }
-            (self.message, self.rows) = (Piece::of(message), Piece::of(rows));
         }
-        self.message.fill(&mut self.from)?;
-        self.rows.fill(&mut self.from)?;
-        self.lengths.have = 0;
-        let mut message = M::decode(&*self.message.bytes)?;
+        let lengths = self.head.as_chunks::<4>().0;
+        let [message, rows] = [0, 1].map(|at| u32::from_le_bytes(lengths[at]) as usize);
+        if message + rows > MAX_MESSAGE_BYTES {
+            return Err(Error::TooLarge { message, rows });
+        }
+        let end = LENGTHS + message;
+        self.head.reserve(end.saturating_sub(self.head.len()));
+        while self.head.len() < end {
+            fill(&mut self.from, &mut self.head)?;
+        }
+        if self.rows.is_empty() {
+            self.rows.reserve_exact(rows); // pages are the system's until bytes come
+        }
+        let behind = self.head.len().min(end + rows - self.rows.len());
+        self.rows.extend(self.head.drain(end..behind));
+        while self.rows.len() < rows {
+            fill(&mut self.from, &mut self.rows)?;
+        }
+        self.head.extend(self.rows.drain(rows..)); // where the capacity was larger
+        let mut message = M::decode(&self.head[LENGTHS..end])?;
         if !message.rows().is_empty() {
             return Err(Error::RowsWithin);
         }
-        *message.rows() = std::mem::take(&mut self.rows.bytes).into();
+        self.head.drain(..end);
+        self.head.shrink_to(READ_BYTES);
+        *message.rows() = std::mem::take(&mut self.rows).into();
         Ok(Some(message))
+    }
+}
+
+fn fill(from: &mut impl Source, buffer: &mut Vec<u8>) -> io::Result<()> {
+    match from.read(buffer) {
+        Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
+        Err(error) if error.kind() != io::ErrorKind::Interrupted => Err(error),
+        Ok(_) | Err(_) => Ok(()),
     }
 }
 

@@ -4,23 +4,26 @@
 //! no HTTP, and is asked over gRPC.
 
 use std::{
-    io::{self, Read},
+    io,
     net::{self, Shutdown},
     sync::Arc,
+    time::Duration,
 };
 
 use futures::{Stream, stream};
 use rustix::{
+    buffer::spare_capacity,
     event::{PollFd, PollFlags, Timespec, poll},
+    io::Errno,
     net::sockopt,
 };
 use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    io::{AsyncReadExt as _, AsyncWriteExt as _, Interest},
     net::TcpStream,
 };
 
 use super::{CONNECT_TIMEOUT, PING_EVERY, PING_TIMEOUT, READER_TIMEOUT};
-use crate::frames::{Error, Framed, Incoming, Outgoing};
+use crate::frames::{Error, Framed, Incoming, Outgoing, Source};
 
 /// What either end sends first.
 pub(super) const PREFACE: &[u8; 20] = b"modelfleet-frames 1\n";
@@ -28,6 +31,7 @@ pub(super) const PREFACE: &[u8; 20] = b"modelfleet-frames 1\n";
 /// An open connection. It closes when it is dropped, whoever still reads from it or writes to it.
 pub struct Connection {
     socket: Arc<net::TcpStream>,
+    patience: Duration,
     outgoing: Option<Arc<Outgoing>>,
 }
 
@@ -46,21 +50,21 @@ pub async fn connect(address: &str) -> io::Result<Option<Connection>> {
         if heard.await.is_err() || back != *PREFACE {
             return Ok(None);
         }
-        tuned(stream).map(Some)
+        tuned(stream, READER_TIMEOUT).map(Some)
     };
     tokio::time::timeout(CONNECT_TIMEOUT, opened).await?
 }
 
-/// Takes one whose first bytes were seen to be the preface.
-pub(super) async fn accept(mut stream: TcpStream) -> io::Result<Connection> {
+/// Takes one whose first bytes were seen to be the preface. `patience`: how long the rest of a message may take to go on.
+pub(super) async fn accept(mut stream: TcpStream, patience: Duration) -> io::Result<Connection> {
     stream.read_exact(&mut [0; PREFACE.len()]).await?;
     stream.write_all(PREFACE).await?;
-    tuned(stream)
+    tuned(stream, patience)
 }
 
 /// A peer that vanished, or does not read, is noticed as soon as over HTTP/2. The system does it: both ends' processes
 /// may be busy.
-fn tuned(stream: TcpStream) -> io::Result<Connection> {
+fn tuned(stream: TcpStream, patience: Duration) -> io::Result<Connection> {
     const PROBES: u32 = 5;
     let stream = stream.into_std()?;
     stream.set_nodelay(true)?;
@@ -70,10 +74,10 @@ fn tuned(stream: TcpStream) -> io::Result<Connection> {
     sockopt::set_tcp_keepcnt(&stream, PROBES)?;
     #[cfg(target_os = "linux")] // elsewhere only the probes tell
     {
-        let patience = PING_EVERY + PING_TIMEOUT;
-        sockopt::set_tcp_user_timeout(&stream, u32::try_from(patience.as_millis()).unwrap_or(u32::MAX))?;
+        let unheard = PING_EVERY + PING_TIMEOUT;
+        sockopt::set_tcp_user_timeout(&stream, u32::try_from(unheard.as_millis()).unwrap_or(u32::MAX))?;
     }
-    Ok(Connection { socket: Arc::new(stream), outgoing: None })
+    Ok(Connection { socket: Arc::new(stream), patience, outgoing: None })
 }
 
 impl Connection {
@@ -82,9 +86,9 @@ impl Connection {
         self.outgoing.insert(Outgoing::new(self.socket.clone(), places)).clone()
     }
 
-    /// What comes over it, for a thread that waits. `WouldBlock` means that nothing came for a minute.
-    pub fn incoming(&self) -> Incoming<impl Read + Send + use<>> {
-        Incoming::new(Waiting(self.socket.clone()))
+    /// What comes over it, for a thread that waits.
+    pub fn incoming(&self) -> Waiting {
+        Waiting { incoming: Incoming::new(Socket(self.socket.clone())), patience: self.patience }
     }
 
     /// The messages that come over it, until the first error or the end. Must be called inside tokio.
@@ -92,17 +96,63 @@ impl Connection {
     /// # Errors
     /// If the system has no more file descriptors.
     pub fn messages<M: Framed>(self) -> io::Result<impl Stream<Item = Result<M, Error>> + Send> {
-        let socket = Arc::new(TcpStream::from_std(self.socket.try_clone()?)?);
-        let incoming = Incoming::new(Trying(socket.clone()));
-        Ok(stream::try_unfold((self, socket, incoming), |(connection, socket, mut incoming)| async {
+        let watched = TcpStream::from_std(self.socket.try_clone()?)?;
+        let incoming = Incoming::new(Socket(self.socket.clone()));
+        Ok(stream::try_unfold((self, watched, incoming), |(connection, watched, mut incoming)| async {
             loop {
-                socket.readable().await?;
-                match incoming.receive() {
-                    Err(Error::Broke(error)) if error.kind() == io::ErrorKind::WouldBlock => {}
-                    next => return Ok(next?.map(|message| (message, (connection, socket, incoming)))),
+                watched.readable().await?;
+                let mut received = Ok(None);
+                let read = watched.try_io(Interest::READABLE, || match incoming.receive() {
+                    Err(Error::Broke(error)) if error.kind() == io::ErrorKind::WouldBlock => Err(error),
+                    next => {
+                        received = next;
+                        Ok(())
+                    }
+                });
+                if read.is_ok() {
+                    return Ok(received?.map(|message| (message, (connection, watched, incoming))));
                 }
             }
         }))
+    }
+}
+
+/// What comes over a connection, waited for.
+pub struct Waiting {
+    incoming: Incoming<Socket>,
+    /// How long the rest of a message may take to go on.
+    patience: Duration,
+}
+
+impl Waiting {
+    /// The next message; `None` where the peer ended between two.
+    ///
+    /// # Errors
+    /// [`Error`]; half a message and then nothing for a minute is one.
+    pub fn receive<M: Framed>(&mut self) -> Result<Option<M>, Error> {
+        loop {
+            match self.incoming.receive() {
+                Err(Error::Broke(error)) if error.kind() == io::ErrorKind::WouldBlock => {}
+                next => return next,
+            }
+            let most = (!self.incoming.is_between()).then_some(self.patience);
+            if !wait_for(&mut [readable(&self.incoming)], most)? {
+                return Err(io::Error::from(io::ErrorKind::TimedOut).into());
+            }
+        }
+    }
+}
+
+fn readable(incoming: &Incoming<Socket>) -> PollFd<'_> {
+    PollFd::new(&*incoming.source().0, PollFlags::IN)
+}
+
+/// Whether one of these is ready, after at most so long.
+fn wait_for(sockets: &mut [PollFd<'_>], most: Option<Duration>) -> io::Result<bool> {
+    let most = most.map(Timespec::try_from).transpose().map_err(io::Error::other)?;
+    match poll(sockets, most.as_ref()) {
+        Err(Errno::INTR) => Ok(true), // it is looked again
+        ready => Ok(ready? > 0),
     }
 }
 
@@ -115,28 +165,14 @@ impl Drop for Connection {
     }
 }
 
-/// A socket that does not block, and is waited for.
-struct Waiting(Arc<net::TcpStream>);
+/// A socket that does not block.
+struct Socket(Arc<net::TcpStream>);
 
-impl Read for Waiting {
-    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
-        const WAIT: Timespec = Timespec { tv_sec: READER_TIMEOUT.as_secs() as i64, tv_nsec: 0 };
-        let mut socket = &*self.0;
-        match socket.read(into) {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                poll(&mut [PollFd::new(socket, PollFlags::IN)], Some(&WAIT))?;
-                socket.read(into)
-            }
-            read => read,
-        }
+impl Source for Socket {
+    fn read(&mut self, buffer: &mut Vec<u8>) -> io::Result<usize> {
+        Ok(rustix::io::read(&*self.0, spare_capacity(buffer))?)
     }
 }
 
-/// A socket that tokio waits for.
-struct Trying(Arc<TcpStream>);
-
-impl Read for Trying {
-    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
-        self.0.try_read(into)
-    }
-}
+#[cfg(test)]
+mod tests;

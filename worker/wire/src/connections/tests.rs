@@ -165,6 +165,28 @@ async fn a_framed_connection_ends_with_its_peer_or_with_the_server() {
 }
 
 #[tokio::test]
+async fn one_framed_connection_too_many_is_hung_up_on_and_can_ask_over_grpc() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let serving = Arc::new(Serving::new(framed_echo(), READER_TIMEOUT, 2));
+    let serve = move |stream, watcher| serving.clone().connection(stream, watcher);
+    tokio::spawn(accept(listener, std::future::pending(), Duration::ZERO, serve));
+    let open = || async { framed::connect(&address).await.unwrap() };
+    let (first, second) = (open().await, open().await);
+    assert!(first.is_some() && second.is_some());
+    assert!(open().await.is_none(), "one too many");
+    let answer = FleetClient::new(connect(&address)).watch(tokio_stream::once(Report::default())).await;
+    assert_eq!(answer.unwrap().into_inner().message().await.unwrap(), Some(Instruction::default()));
+    drop(first);
+    let place = async {
+        while open().await.is_none() {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), place).await.expect("there is a place again");
+}
+
+#[tokio::test]
 async fn dropping_the_server_closes_its_connections() {
     let (address, _end, server) = served().await;
     let (_reports, receiver) = tokio::sync::mpsc::channel(1);
@@ -209,7 +231,7 @@ async fn who_grants_no_window_is_cut_and_other_streams_of_the_connection_are_not
     let address = listener.local_addr().unwrap().to_string();
     let unwanted = Arc::new(tokio::sync::Notify::new());
     let routes = Routes::new(FleetServer::new(Flood(unwanted.clone())));
-    let serving = Arc::new(Serving::new(routes.into(), Duration::from_secs(1)));
+    let serving = Arc::new(Serving::new(routes.into(), Duration::from_secs(1), 0));
     let serve = move |stream, watcher| serving.clone().connection(stream, watcher);
     tokio::spawn(accept(listener, std::future::pending(), Duration::ZERO, serve));
     let mut client = FleetClient::new(connect(&address));

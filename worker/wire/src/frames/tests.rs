@@ -1,6 +1,6 @@
 //! Without a network, but for what only a socket does.
 
-use std::net::TcpListener;
+use std::{io::Read, net::TcpListener};
 
 use super::*;
 
@@ -23,13 +23,26 @@ fn frame(message: RunCall) -> Vec<u8> {
 /// Gives a byte, then none for now, then the next one.
 struct Drops<'a>(&'a [u8], bool);
 
-impl Read for Drops<'_> {
-    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+impl Source for Drops<'_> {
+    fn read(&mut self, buffer: &mut Vec<u8>) -> io::Result<usize> {
         self.1 = !self.1;
         if self.1 {
             return Err(io::ErrorKind::WouldBlock.into());
         }
-        self.0.read(&mut into[..1])
+        Read::by_ref(&mut self.0).take(1).read_to_end(buffer)
+    }
+}
+
+impl Source for &[u8] {
+    fn read(&mut self, buffer: &mut Vec<u8>) -> io::Result<usize> {
+        let most = (buffer.capacity() - buffer.len()) as u64;
+        self.take(most).read_to_end(buffer)
+    }
+}
+
+impl Source for &TcpStream {
+    fn read(&mut self, buffer: &mut Vec<u8>) -> io::Result<usize> {
+        Ok(rustix::io::read(&**self, rustix::buffer::spare_capacity(buffer))?)
     }
 }
 
