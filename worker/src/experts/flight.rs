@@ -4,11 +4,16 @@ use std::{collections::HashMap, time::Duration};
 
 use bytes::Bytes;
 use engine::{ExpertBatch, WireDtype};
-use tokio::{sync::oneshot, time::Instant};
+use futures::{FutureExt as _, StreamExt as _, stream::FuturesUnordered};
+use tokio::{sync::oneshot, task::coop::unconstrained, time::Instant};
 use tracing::Span;
 use wire::proto::RunCall;
 
-use super::{dtype, holder::OnTheirWay, link::Answer};
+use super::{
+    dtype,
+    holder::OnTheirWay,
+    link::{Answer, Claimed},
+};
 
 /// Who this worker is, and what it runs.
 #[derive(Debug, Clone)]
@@ -188,6 +193,25 @@ impl Flight {
         };
         (self, landed)
     }
+}
+
+/// The next of these flights to land. Until one is looked after this thread waits for `links` itself, as being woken by
+/// who reads them takes longer.
+pub(super) async fn next(
+    flights: &mut FuturesUnordered<impl Future<Output = (Flight, Landed)>>,
+    links: &mut Option<Vec<Claimed>>,
+    look: Instant,
+) -> Option<(Flight, Landed)> {
+    while let Some(claimed) = links {
+        // a budget would call pending what has landed
+        if let Some(landed) = unconstrained(flights.next()).now_or_never() {
+            return landed;
+        }
+        if !Claimed::read(claimed, look) {
+            *links = None;
+        }
+    }
+    flights.next().await
 }
 
 /// The rows of a batch that came back so far.

@@ -13,7 +13,7 @@ use tokio::{sync::oneshot, task::AbortHandle};
 use wire::proto::{Peer, RunCall};
 
 use super::{
-    link::{Answer, Link, OPEN_WAIT, ways},
+    link::{Answer, Claimed, Link, OPEN_WAIT, ways},
     network::Network,
     pace::Pace,
     signs::Signs,
@@ -101,6 +101,16 @@ impl Holder {
         let reply = self.link.send(call)?;
         self.on_their_way.fetch_add(rows, Ordering::Relaxed);
         Some((reply, OnTheirWay { rows, all: self.on_their_way.clone() }))
+    }
+
+    /// Whether it has rows of ours.
+    pub(super) fn is_busy(&self) -> bool {
+        self.on_their_way.load(Ordering::Relaxed) > 0
+    }
+
+    /// To read its replies on this thread; `None` if somebody else does.
+    pub(super) fn claim(&self) -> Option<Claimed> {
+        self.link.claim()
     }
 
     /// It answered so many rows after this time.

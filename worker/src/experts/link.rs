@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashMap,
+    io,
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -13,7 +14,11 @@ use tokio::{
     time::Instant,
 };
 use tracing::debug;
-use wire::proto::{RunCall, RunReply};
+use wire::{
+    connections::framed::{self, Claim},
+    frames,
+    proto::{RunCall, RunReply},
+};
 
 use super::{
     lock,
@@ -45,6 +50,14 @@ struct Stream {
     calls: Option<Calls>,
     /// Where replies go, by sequence; a receiver that is gone gave its call up.
     open: HashMap<u64, oneshot::Sender<Answer>>,
+}
+
+/// Hands a reply to who waits for it. What comes late or twice finds nobody and is dropped.
+fn deliver(stream: &Mutex<Stream>, reply: RunReply) {
+    let waiting = lock(stream).open.remove(&reply.sequence);
+    if let Some(waiting) = waiting {
+        let _ = waiting.send(Answer { reply, at: Instant::now() }); // given up meanwhile
+    }
 }
 
 impl Link {
@@ -80,6 +93,41 @@ impl Link {
         }
         lock(&self.stream).open.remove(&sequence);
         None
+    }
+
+    /// To read its replies on this thread; `None` if somebody else does.
+    pub(super) fn claim(&self) -> Option<Claimed> {
+        match &lock(&self.stream).calls {
+            Some(Calls::Socket(_, reader)) => Some(Claimed { stream: self.stream.clone(), claim: reader.claim()? }),
+            Some(Calls::Queue(_)) | None => None,
+        }
+    }
+}
+
+/// A link whose replies are read by nobody else.
+pub(super) struct Claimed {
+    stream: Arc<Mutex<Stream>>,
+    claim: Claim,
+}
+
+impl Claimed {
+    /// Waits until something has come over one of these links, hands over what is there, and says whether another wait
+    /// makes sense: not after `until`, nor when a link has ended.
+    pub(super) fn read(links: &mut [Self], until: Instant) -> bool {
+        let left = until.saturating_duration_since(Instant::now());
+        let waited = framed::wait(links.iter().map(|link| &link.claim), left);
+        !left.is_zero() && waited.is_ok() && links.iter_mut().all(Self::take)
+    }
+
+    /// Hands over what is there; whether more may come.
+    fn take(&mut self) -> bool {
+        loop {
+            match self.claim.receive() {
+                Ok(Some(reply)) => deliver(&self.stream, reply),
+                Err(frames::Error::Broke(error)) if error.kind() == io::ErrorKind::WouldBlock => return true,
+                Ok(None) | Err(_) => return false, // whoever keeps the link finds it too
+            }
+        }
     }
 }
 
@@ -130,15 +178,12 @@ impl Run {
         }
     }
 
-    /// Matches replies to calls until the stream ends. What comes late or twice finds no call and is dropped.
+    /// Matches replies to calls until the stream ends.
     async fn carry(&self, (calls, mut replies): Open) {
         lock(&self.stream).calls = Some(calls);
         self.standing.opened();
         while let Some(reply) = replies.next().await {
-            let waiting = lock(&self.stream).open.remove(&reply.sequence);
-            if let Some(waiting) = waiting {
-                let _ = waiting.send(Answer { reply, at: Instant::now() }); // given up meanwhile
-            }
+            deliver(&self.stream, reply);
         }
         *lock(&self.stream) = Stream::default(); // calls without a reply are lost
     }

@@ -12,7 +12,7 @@ use tokio::{sync::mpsc, time::Instant};
 use tokio_stream::wrappers::ReceiverStream;
 use tracing::debug;
 use wire::{
-    connections::framed,
+    connections::framed::{self, Reader},
     frames::Outgoing,
     proto::{RunCall, RunReply, experts_client::ExpertsClient},
 };
@@ -32,8 +32,8 @@ pub(super) type Open = (Calls, BoxStream<'static, RunReply>);
 pub(super) enum Calls {
     /// To a task that sends them.
     Queue(mpsc::Sender<RunCall>),
-    /// Into the socket, by whoever has a call.
-    Socket(Arc<Outgoing>),
+    /// Into the socket, by whoever has a call. The replies can be read by who waits for them.
+    Socket(Arc<Outgoing>, Reader),
 }
 
 impl Calls {
@@ -41,7 +41,7 @@ impl Calls {
     pub(super) fn send(&self, call: RunCall) -> bool {
         match self {
             Self::Queue(calls) => calls.try_send(call).is_ok(),
-            Self::Socket(outgoing) => outgoing.try_reserve().is_some_and(|place| place.send(call)),
+            Self::Socket(outgoing, _) => outgoing.try_reserve().is_some_and(|place| place.send(call)),
         }
     }
 }
@@ -93,11 +93,12 @@ impl Network for Sockets {
 
 fn frames(mut connection: framed::Connection) -> io::Result<Open> {
     let outgoing = connection.outgoing(CALLS);
-    let replies = tokio_stream::StreamExt::map_while(connection.messages()?, |reply| {
+    let (replies, reader) = connection.messages()?;
+    let replies = tokio_stream::StreamExt::map_while(replies, |reply| {
         reply.inspect_err(|error| debug!(error = error as &dyn std::error::Error, "a stream to a holder ended")).ok()
     });
     let writer = outgoing.clone();
-    Ok((Calls::Socket(outgoing), replies.take_until(async move { writer.flush().await }).boxed()))
+    Ok((Calls::Socket(outgoing, reader), replies.take_until(async move { writer.flush().await }).boxed()))
 }
 
 /// A stream over gRPC.

@@ -5,7 +5,8 @@ use std::{
     time::Duration,
 };
 
-use futures::StreamExt as _;
+use engine::{Exchange as _, ExpertBatch};
+use futures::{FutureExt as _, StreamExt as _};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{TcpListener, TcpStream},
@@ -26,7 +27,7 @@ async fn open(way: Way, address: &str) -> Open {
         Way::Frames => network::sockets().open(address).await,
     };
     let open = open.expect("somebody answers");
-    assert_eq!(matches!(open.0, Calls::Socket(_)), way == Way::Frames);
+    assert_eq!(matches!(open.0, Calls::Socket(..)), way == Way::Frames);
     open
 }
 
@@ -150,6 +151,27 @@ async fn a_call_that_waited_too_long_is_refused_in_frames_too() {
     assert_eq!(next(&mut stream).await.rows.len(), 512 * 4096);
     let refusal = next(&mut stream).await;
     assert_eq!((refusal.sequence, refusal.refusal.unwrap().reason()), (2, Reason::Expired));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_waits_for_replies_reads_them_without_being_woken() {
+    let worker = Worker::start(&placement(2), 1, HASH).await;
+    let meshes = following(mesh(&placement(2), &[String::from("127.0.0.1:1"), worker.address], 1));
+    let mut exchange = MeshExchange::new(own(), meshes, Board::new(metrics()), None, metrics());
+    let (rows, pair_rows) = (vec![7; 512 * 100].into(), (0..100).collect::<Vec<u32>>());
+    let batch = ExpertBatch { layer: 1, rows: &rows, pair_rows: &pair_rows, pair_experts: &[1; 100] };
+    for _ in 0..20 {
+        exchange.begin_step(tracing::Span::none());
+        let ticket = exchange.send(&batch);
+        // asked once, and by nobody later
+        let replies = exchange.join(ticket).now_or_never();
+        if exchange.end_step().is_some() {
+            exchange.changed().await; // not connected yet
+        } else if replies.is_some_and(|replies| replies.missing.is_empty()) {
+            return;
+        }
+    }
+    panic!("the replies came by another thread");
 }
 
 /// Stands before a holder, and resets each connection after as many bytes of replies as `cut` says of its number.

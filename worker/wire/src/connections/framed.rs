@@ -20,6 +20,7 @@ use rustix::{
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _, Interest},
     net::TcpStream,
+    sync::{Mutex, OwnedMutexGuard},
 };
 
 use super::{CONNECT_TIMEOUT, PING_EVERY, PING_TIMEOUT, READER_TIMEOUT};
@@ -91,16 +92,18 @@ impl Connection {
         Waiting { incoming: Incoming::new(Socket(self.socket.clone())), patience: self.patience }
     }
 
-    /// The messages that come over it, until the first error or the end. Must be called inside tokio.
+    /// The messages that come over it, until the first error or the end, and who else may read them. Must be called
+    /// inside tokio.
     ///
     /// # Errors
     /// If the system has no more file descriptors.
-    pub fn messages<M: Framed>(self) -> io::Result<impl Stream<Item = Result<M, Error>> + Send> {
+    pub fn messages<M: Framed>(self) -> io::Result<(impl Stream<Item = Result<M, Error>> + Send, Reader)> {
         let watched = TcpStream::from_std(self.socket.try_clone()?)?;
-        let incoming = Incoming::new(Socket(self.socket.clone()));
-        Ok(stream::try_unfold((self, watched, incoming), |(connection, watched, mut incoming)| async {
+        let reader = Reader(Arc::new(Mutex::new(Incoming::new(Socket(self.socket.clone())))));
+        let messages = stream::try_unfold((self, watched, reader.clone()), |(connection, watched, reader)| async {
             loop {
                 watched.readable().await?;
+                let mut incoming = reader.0.lock().await;
                 let mut received = Ok(None);
                 let read = watched.try_io(Interest::READABLE, || match incoming.receive() {
                     Err(Error::Broke(error)) if error.kind() == io::ErrorKind::WouldBlock => Err(error),
@@ -109,11 +112,39 @@ impl Connection {
                         Ok(())
                     }
                 });
+                drop(incoming);
                 if read.is_ok() {
-                    return Ok(received?.map(|message| (message, (connection, watched, incoming))));
+                    return Ok(received?.map(|message| (message, (connection, watched, reader))));
                 }
             }
-        }))
+        });
+        Ok((messages, reader))
+    }
+}
+
+/// Who else may read what comes over a connection: a thread that waits for it would be woken later by the task that
+/// reads it.
+#[derive(Clone)]
+pub struct Reader(Arc<Mutex<Incoming<Socket>>>);
+
+/// A connection that is read by nobody else now.
+pub struct Claim(OwnedMutexGuard<Incoming<Socket>>);
+
+impl Reader {
+    /// Reads from now on; `None` if somebody reads just now.
+    pub fn claim(&self) -> Option<Claim> {
+        self.0.clone().try_lock_owned().ok().map(Claim)
+    }
+}
+
+impl Claim {
+    /// The next message, if it is there; else see [`Incoming::receive`]. Before that nobody may let go: messages that
+    /// were read already wait here.
+    ///
+    /// # Errors
+    /// As that.
+    pub fn receive<M: Framed>(&mut self) -> Result<Option<M>, Error> {
+        self.0.receive()
     }
 }
 
@@ -141,6 +172,15 @@ impl Waiting {
             }
         }
     }
+}
+
+/// Waits until something has come over one of these connections, or ended it, at most so long.
+///
+/// # Errors
+/// If the system cannot wait.
+pub fn wait<'a>(claims: impl Iterator<Item = &'a Claim>, most: Duration) -> io::Result<()> {
+    let mut sockets: Vec<_> = claims.map(|claim| readable(&claim.0)).collect();
+    wait_for(&mut sockets, Some(most)).map(|_| ())
 }
 
 fn readable(incoming: &Incoming<Socket>) -> PollFd<'_> {

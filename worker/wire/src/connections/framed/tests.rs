@@ -1,7 +1,8 @@
 //! Two ends over loopback.
 
-use std::io::Write as _;
+use std::{io::Write as _, pin::pin};
 
+use futures::StreamExt as _;
 use tokio::net::TcpListener;
 
 use super::*;
@@ -47,4 +48,27 @@ async fn half_a_message_and_then_silence_is_an_error_and_silence_between_two_is_
     assert_eq!(first.unwrap(), Some(call));
     let Err(Error::Broke(error)) = second else { panic!("{second:?}") };
     assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+}
+
+#[tokio::test]
+async fn who_claims_a_connection_reads_it_and_what_comes_later_is_read_as_before() {
+    let (near, mut far) = pair(READER_TIMEOUT).await;
+    let outgoing = far.outgoing(8);
+    let send = |sequence| assert!(outgoing.try_reserve().unwrap().send(call(sequence)));
+    let (messages, reader) = near.messages::<RunCall>().unwrap();
+    let mut messages = pin!(messages);
+    let mut claim = reader.claim().unwrap();
+    assert!(reader.claim().is_none());
+    for sequence in [1, 2] {
+        send(sequence);
+        let other = tokio::time::timeout(Duration::from_millis(100), messages.next()).await;
+        assert!(other.is_err(), "{other:?}");
+        if sequence == 1 {
+            wait([&claim].into_iter(), Duration::from_secs(20)).unwrap();
+            assert_eq!(claim.receive().unwrap(), Some(call(1)));
+        }
+    }
+    drop(claim);
+    let next = tokio::time::timeout(Duration::from_secs(20), messages.next()).await;
+    assert_eq!(next.expect("it is read").unwrap().unwrap(), call(2));
 }
