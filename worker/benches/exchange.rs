@@ -37,6 +37,7 @@ use worker::{
         service::ExpertsService,
         standing::Board,
     },
+    memory,
     mesh::{Mesh, Meshes},
     metrics::Metrics,
 };
@@ -50,6 +51,7 @@ const TIMES: usize = 300;
 const CONTENT: &str = "content";
 
 fn main() -> anyhow::Result<()> {
+    memory::keep_freed(); // as the worker does
     // The holder's side has threads of its own, as another process would.
     let (near, far) = (Runtime::new()?, Runtime::new()?);
     let folder = model::folder()?;

@@ -10,6 +10,7 @@ pub mod choice;
 pub mod drive;
 pub mod experts;
 pub mod fetch;
+pub mod memory;
 pub mod mesh;
 pub mod metrics;
 pub mod openai;

@@ -21,6 +21,7 @@ use tracing::error;
 use wire::{proto::hello::Role, telemetry::Telemetry};
 use worker::{
     fetch::{self, Source, hub::Hub, report::Reporter},
+    memory,
     metrics::Metrics,
     serve::{self, Listeners, Shutdown},
 };
@@ -136,6 +137,7 @@ struct DescribeArguments {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
+    memory::keep_freed();
     let runtime = match tokio::runtime::Runtime::new() {
         Ok(runtime) => runtime,
         Err(error) => {
