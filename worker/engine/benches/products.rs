@@ -21,6 +21,7 @@ use layers::product::{Weight, product, to_panels};
 mod layers {
     mod kernels;
     pub(crate) mod product;
+    mod threads;
 }
 
 /// Outputs and inputs of a weight matrix, and whose it is.

@@ -4,13 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
-use rayon::prelude::*;
-
 use crate::error::{Error, ExpertsError};
 use crate::exchange::{ExpertBatch, WireDtype};
 use crate::files::LocalFiles;
 use crate::layers::mlp::Mlp;
-use crate::layers::product::worth_threads;
+use crate::layers::threads;
 use crate::load::{Loader, Mode, Shelf};
 use crate::models::{ByLayer, Family, Shape};
 
@@ -138,13 +136,15 @@ impl Experts {
             calls.push((find(table, batch.layer, pairs[0] as usize)?, rows));
             rest = others;
         }
-        let answer = |&(expert, rows): &(&Mlp, &[u32])| self.answer(expert, batch.rows, rows);
         let work = |(expert, rows): &(&Mlp, &[u32])| rows.len() * expert.multiplications();
         let weights = calls.iter().map(|(expert, _)| expert.multiplications()).sum();
-        let answers: Vec<Vec<u8>> = match worth_threads(calls.iter().map(work).sum(), weights) {
-            true => calls.par_iter().map(answer).collect(),
-            false => calls.iter().map(answer).collect(),
-        };
+        let threads = threads::worth(calls.iter().map(work).sum(), weights);
+        // fewer calls than threads leave these to their products
+        let threads = if calls.len() < threads { 1 } else { threads };
+        let mut answers = vec![Vec::new(); calls.len()];
+        threads::share(threads, calls.into_iter().zip(&mut answers).collect(), |((expert, rows), answer)| {
+            *answer = self.answer(expert, batch.rows, rows);
+        });
         Ok(answers.concat())
     }
 

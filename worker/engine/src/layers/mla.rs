@@ -3,14 +3,13 @@
 use std::iter::repeat_n;
 use std::ops::Range;
 
-use rayon::prelude::*;
-
 use super::kernels;
 use super::matrix::Matrix;
 use super::norm::RmsNorm;
 use super::plain;
-use super::product::{Weight, product, to_panels, worth_threads};
+use super::product::{Weight, product, to_panels};
 use super::rope::{Angles, Rope};
+use super::threads;
 use crate::error::Error;
 use crate::kv::{Cache, PAGE_TOKENS, Slice};
 use crate::load::Weights;
@@ -159,11 +158,8 @@ impl Mla {
             }
         }
         let cache = &*cache;
-        let work: usize = blocks.iter().map(|block| block.query.len() * block.positions.end).sum();
-        match worth_threads(work, 0) {
-            true => blocks.into_par_iter().for_each(|block| self.attend(cache, block)),
-            false => blocks.into_iter().for_each(|block| self.attend(cache, block)),
-        }
+        let work = blocks.iter().map(|block| block.query.len() * block.positions.end).sum();
+        threads::share(threads::worth(work, 0), blocks, |block| self.attend(cache, block));
         self.output.apply(&self.values(&mixed))
     }
 

@@ -10,9 +10,9 @@ use std::ops::Range;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use pulp::{Scalar128b, Simd, WithSimd};
-use rayon::prelude::*;
 
 use super::kernels::ARCH;
+use super::threads::{self, READING};
 
 /// Outputs whose weights lie together: two registers of the widest processors we know.
 const PANEL: usize = 32;
@@ -22,11 +22,6 @@ const DEPTH: usize = 128;
 const TILE: usize = 6;
 /// Rows that are computed with before the next inputs are looked at: their part fits the second cache.
 const BLOCK: usize = 192;
-
-/// Fewer multiplications than this are not worth another thread.
-const THREADED_WORK: usize = 1 << 22;
-/// Reading a weight costs about as much as multiplying it with so many rows.
-const READING: usize = 8;
 
 /// Weights in the type they are stored in, panel after panel: for each [`PANEL`] outputs, or what remains of them, the
 /// weights of the first input, then of the next.
@@ -97,11 +92,6 @@ impl Weight<'_> {
     }
 }
 
-/// Whether so many multiplications, and so many weights that are read for them, are worth several threads.
-pub(crate) fn worth_threads(multiplications: usize, weights: usize) -> bool {
-    multiplications + READING * weights >= THREADED_WORK
-}
-
 /// Multiplies rows with a weight matrix: `y = x * transpose(weight)`.
 ///
 /// # Shapes
@@ -111,11 +101,7 @@ pub(crate) fn worth_threads(multiplications: usize, weights: usize) -> bool {
 /// The bits of a value depend on its row and its output's weights alone.
 pub(crate) fn product(x: &[f32], weight: Weight<'_>, inputs: usize, y: &mut [f32]) {
     let outputs = weight.len() / inputs;
-    let threads = match worth_threads(x.len() * outputs, weight.len()) {
-        true => rayon::current_num_threads(),
-        false => 1,
-    };
-    product_on(threads, x, weight, inputs, y);
+    product_on(threads::worth(x.len() * outputs, weight.len()), x, weight, inputs, y);
 }
 
 /// [`product`] in `threads` parts: of the rows if there are many, else of the outputs.
@@ -126,18 +112,14 @@ fn product_on(threads: usize, x: &[f32], weight: Weight<'_>, inputs: usize, y: &
     }
     let rows_each = rows.div_ceil(threads).next_multiple_of(TILE);
     if rows_each >= 4 * READING {
-        let parts = x.par_chunks(rows_each * inputs).zip(y.par_chunks_mut(rows_each * outputs));
-        return parts.for_each(|(x, y)| panels(x, weight, inputs, 0..outputs, y));
+        let parts = x.chunks(rows_each * inputs).zip(y.chunks_mut(rows_each * outputs)).collect();
+        return threads::share(threads, parts, |(x, y)| panels(x, weight, inputs, 0..outputs, y));
     }
     let share = outputs.div_ceil(threads).next_multiple_of(PANEL);
-    let part = |start: usize| {
-        let range = start..outputs.min(start + share);
-        let mut part = vec![0.0; rows * range.len()];
-        panels(x, weight, inputs, range.clone(), &mut part);
-        (range, part)
-    };
-    let parts: Vec<_> = (0..outputs.div_ceil(share)).into_par_iter().map(|at| part(at * share)).collect();
-    for (range, part) in parts {
+    let part = |range: Range<usize>| (vec![0.0; rows * range.len()], range);
+    let mut parts: Vec<(Vec<f32>, Range<usize>)> = steps(0..outputs, share).map(part).collect();
+    threads::share(threads, parts.iter_mut().collect(), |(y, range)| panels(x, weight, inputs, range.clone(), y));
+    for (part, range) in parts {
         for (y, part) in y.chunks_exact_mut(outputs).zip(part.chunks_exact(range.len())) {
             y[range.clone()].copy_from_slice(part);
         }
