@@ -28,8 +28,7 @@ pub struct Cluster {
     pub api: Api,
     /// What the processes do.
     pub stage: Shared,
-    /// While set, no pod is made.
-    pub no_pods: Arc<AtomicBool>,
+    no_pods: Arc<Mutex<bool>>,
     /// While set, pods are made and get no node.
     pub full: Arc<AtomicBool>,
     description: Arc<Mutex<Value>>,
@@ -40,7 +39,7 @@ impl Cluster {
     /// Starts one whose processes connect to `operators`.
     pub fn start(operators: Vec<String>, description: Value) -> Self {
         let (api, stage) = (Api::default(), Shared::default());
-        let (no_pods, full) = (Arc::<AtomicBool>::default(), Arc::<AtomicBool>::default());
+        let (no_pods, full) = (Arc::<Mutex<bool>>::default(), Arc::<AtomicBool>::default());
         for name in ["node-0", "node-1", "node-2"] {
             api.apply(json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": name, "labels": {}}}));
             let ready = json!({"conditions": [{"type": "Ready", "status": "True"}]});
@@ -76,6 +75,11 @@ impl Cluster {
         Self { api, stage, no_pods, full, description, _tasks: tasks }
     }
 
+    /// From now on no pod is made, or pods are made again. Those that are being made just now are there afterwards.
+    pub fn make_no_pods(&self, no_pods: bool) {
+        *self.no_pods.lock().unwrap() = no_pods;
+    }
+
     /// Cuts a node off: its pods are to go, and nobody ends them.
     pub fn lose(&self, node: &str) {
         assert!(self.api.edit("nodes", node, |node| node["status"]["conditions"][0]["status"] = "Unknown".into()));
@@ -99,7 +103,8 @@ impl Cluster {
 struct Node {
     api: Api,
     stage: Shared,
-    no_pods: Arc<AtomicBool>,
+    /// Held while some are made.
+    no_pods: Arc<Mutex<bool>>,
     full: Arc<AtomicBool>,
     operators: Vec<String>,
     description: Arc<Mutex<Value>>,
@@ -110,9 +115,11 @@ struct Node {
 impl Node {
     fn turn(&self) {
         self.collect_garbage();
-        if !self.no_pods.load(Ordering::Relaxed) {
+        let no_pods = self.no_pods.lock().unwrap();
+        if !*no_pods {
             self.make_pods();
         }
+        drop(no_pods);
         self.bind_pods();
         self.run_pods();
     }

@@ -91,7 +91,7 @@ async fn a_worker_that_is_silent_or_gone_holds_nothing_up() {
     let seen = read(&world.api().client(), "default", "tiny", Duration::from_secs(1)).await.unwrap();
     assert_eq!(seen.replicas[0].workers[0].unknown.as_deref(), Some("no answer within 1 s"));
     assert_eq!(rows(&seen), [Some(1); 4]);
-    world.cluster.no_pods.store(true, std::sync::atomic::Ordering::Relaxed);
+    world.cluster.make_no_pods(true);
     world.api().delete("pods", &pods[0]);
     let seen = read(&world.api().client(), "default", "tiny", PATIENCE).await.unwrap();
     let replica = &seen.replicas[0];

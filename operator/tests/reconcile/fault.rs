@@ -181,7 +181,7 @@ async fn a_claim_that_cannot_be_read_again_is_as_it_was() {
         counted.fetch_add(usize::from(broken), Ordering::Relaxed);
         broken.then_some(Fault::Answer(403))
     });
-    world.cluster.no_pods.store(true, Ordering::Relaxed);
+    world.cluster.make_no_pods(true);
     let pod = world.names("pods").into_iter().find(|name| name.ends_with("-0-1")).unwrap();
     // once more, if the controller had just begun to make up for it
     let is_lost = |world: &World| {

@@ -1,6 +1,6 @@
 //! The life of a model: install, scale, roll, lose a worker, be refused, sleep and wake, go.
 
-use std::{collections::BTreeSet, sync::atomic::Ordering};
+use std::collections::BTreeSet;
 
 use serde_json::json;
 use wire::proto;
@@ -159,11 +159,11 @@ async fn copies_are_placed_over_the_domains_and_a_lost_worker_leaves_all_experts
     assert_eq!(world.status()["experts"], json!({"total": 4, "covered": 4, "minCopies": 2}));
     let template = &world.api().list("statefulsets")[0]["spec"]["template"]["spec"];
     assert_eq!(template["topologySpreadConstraints"][0]["topologyKey"], "kubernetes.io/hostname");
-    world.cluster.no_pods.store(true, Ordering::Relaxed);
+    world.cluster.make_no_pods(true);
     let pod = world.names("pods").into_iter().find(|name| name.ends_with("-0-2")).unwrap();
     world.api().delete("pods", &pod);
     world.says("Degraded: worker 2 lost, experts 4/4 covered, minimum copies 1").await;
-    world.cluster.no_pods.store(false, Ordering::Relaxed);
+    world.cluster.make_no_pods(false);
     world.ready().await;
 }
 
@@ -193,7 +193,7 @@ async fn a_bad_revision_leaves_the_old_one_serving_and_going_back_recovers() {
     world.edit(|spec| spec["model"]["maxContextTokens"] = json!(512));
     world.until("a second replica", |world| world.names("statefulsets").len() == 2).await;
     let bad = world.names("statefulsets").into_iter().find(|name| *name != set).unwrap();
-    world.cluster.no_pods.store(true, Ordering::Relaxed);
+    world.cluster.make_no_pods(true);
     for pod in world.names("pods").into_iter().filter(|name| name.starts_with(&bad)) {
         world.api().delete("pods", &pod);
     }
@@ -208,11 +208,11 @@ async fn a_bad_revision_leaves_the_old_one_serving_and_going_back_recovers() {
 async fn a_lost_worker_is_named_with_what_it_held_and_comes_back() {
     let (world, _operator) = World::installed().await;
     let pod = world.names("pods").into_iter().find(|name| name.ends_with("-0-1")).unwrap();
-    world.cluster.no_pods.store(true, Ordering::Relaxed);
+    world.cluster.make_no_pods(true);
     world.api().delete("pods", &pod);
     world.says("Degraded: worker 1 lost, experts 2/4 covered").await;
     assert_eq!(world.condition("Degraded")["reason"], "WorkerLost");
-    world.cluster.no_pods.store(false, Ordering::Relaxed);
+    world.cluster.make_no_pods(false);
     world.ready().await;
     assert_eq!(world.condition("Degraded")["status"], "False");
 }
@@ -234,7 +234,7 @@ async fn a_claim_of_one_node_takes_one_worker_and_is_named() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn pods_that_are_refused_are_told_in_the_servers_words() {
     let (world, _operator) = World::installed().await;
-    world.cluster.no_pods.store(true, Ordering::Relaxed);
+    world.cluster.make_no_pods(true);
     world.edit(|spec| spec["replicas"] = json!(2));
     world.until("a second set", |world| world.names("statefulsets").len() == 2).await;
     let set = world.names("statefulsets").into_iter().find(|name| name.ends_with("-1")).unwrap();
@@ -250,7 +250,7 @@ async fn pods_that_are_refused_are_told_in_the_servers_words() {
         assert_eq!(world.condition(condition)["message"], words, "{condition}");
     }
     assert_eq!(world.status()["printed"]["ready"], "1/2", "what runs goes on");
-    world.cluster.no_pods.store(false, Ordering::Relaxed);
+    world.cluster.make_no_pods(false);
     world.ready().await;
     assert_eq!(world.condition("Degraded")["status"], "False");
 }
@@ -281,10 +281,10 @@ async fn a_refused_spec_leaves_its_workers_to_the_routers_if_the_accepted_one_is
     world.until("the routers are told of both workers", |world| takes(world, told, 2)).await;
     assert_eq!(world.names("statefulsets").len(), 1);
     let pod = world.names("pods").into_iter().find(|name| name.ends_with("-0-1")).unwrap();
-    world.cluster.no_pods.store(true, Ordering::Relaxed);
+    world.cluster.make_no_pods(true);
     world.api().delete("pods", &pod);
     world.until("and that one is gone", |world| takes(world, told, 0) || takes(world, told, 1)).await;
-    world.cluster.no_pods.store(false, Ordering::Relaxed);
+    world.cluster.make_no_pods(false);
     world.until("and of the one that replaces it", |world| takes(world, told, 2)).await;
     world.edit(|spec| spec["model"] = model()["spec"]["model"].clone());
     world.ready().await;
