@@ -154,21 +154,19 @@ impl WithSimd for Panels<'_> {
 impl Panels<'_> {
     #[inline(always)]
     fn sum<S: Simd>(mut self, simd: S) {
+        let (panels, parts) = (self.range.len().div_ceil(PANEL), self.inputs.div_ceil(DEPTH));
         let mut strip = Vec::with_capacity((DEPTH.min(self.inputs) + 1) * PANEL);
         for rows in steps(0..self.x.len() / self.inputs, BLOCK) {
-            // a few rows stay in the fastest cache, so weights are read in their order; of many, a part stays in the second
-            if rows.len() <= TILE {
-                for panel in steps(self.range.clone(), PANEL) {
-                    for inner in steps(0..self.inputs, DEPTH) {
-                        self.part(simd, rows.clone(), panel.clone(), inner, &mut strip);
-                    }
-                }
-            } else {
-                for inner in steps(0..self.inputs, DEPTH) {
-                    for panel in steps(self.range.clone(), PANEL) {
-                        self.part(simd, rows.clone(), panel, inner.clone(), &mut strip);
-                    }
-                }
+            for turn in 0..panels * parts {
+                // a few rows stay in the fastest cache, so weights are read in their order; of many, a part stays in the second
+                let (panel, part) = match rows.len() <= TILE {
+                    true => (turn / parts, turn % parts),
+                    false => (turn % panels, turn / panels),
+                };
+                let first = self.range.start + panel * PANEL;
+                let panel = first..self.range.end.min(first + PANEL);
+                let inner = part * DEPTH..self.inputs.min((part + 1) * DEPTH);
+                self.part(simd, rows.clone(), panel, inner, &mut strip);
             }
         }
     }
@@ -222,50 +220,52 @@ impl<S: Simd> Part<'_, S> {
     /// `x`: `[rows, inputs]`. `y`: from the first row's values of the panel.
     #[inline(always)]
     fn run(&self, x: &[f32], y: &mut [f32]) {
-        for (x, y) in x.chunks(TILE * self.inputs).zip(y.chunks_mut(TILE * self.outputs)) {
-            match x.len() / self.inputs {
+        let (rows, mut row) = (x.len() / self.inputs, 0);
+        while row < rows {
+            let (x, y) = (&x[row * self.inputs..], &mut y[row * self.outputs..]);
+            row += match rows - row {
                 1 => self.wide::<1>(x, y),
-                2 => self.wide::<2>(x, y),
-                3 => self.narrow::<3>(x, y),
-                4 => self.narrow::<4>(x, y),
-                5 => self.narrow::<5>(x, y),
+                2..4 => self.wide::<2>(x, y),
+                4..TILE => self.narrow::<4>(x, y),
                 _ => self.narrow::<TILE>(x, y),
-            }
+            };
         }
     }
 
-    /// Few rows: more registers of each, so that additions need not wait for each other.
+    /// Few rows: more registers of each, so that additions need not wait for each other. Returns `R`, as the others do.
     #[inline(always)]
-    fn wide<const R: usize>(&self, x: &[f32], y: &mut [f32]) {
+    fn wide<const R: usize>(&self, x: &[f32], y: &mut [f32]) -> usize {
+        if self.width < PANEL || PANEL / S::F32_LANES < 4 {
+            return self.narrow::<R>(x, y);
+        }
+        for at in (0..PANEL / S::F32_LANES).step_by(4) {
+            self.tile::<R, 4, true>(at, x, y);
+        }
+        R
+    }
+
+    #[inline(always)]
+    fn narrow<const R: usize>(&self, x: &[f32], y: &mut [f32]) -> usize {
         match self.width.div_ceil(S::F32_LANES) {
-            0..4 => self.narrow::<R>(x, y),
-            registers => {
-                for at in (0..registers).step_by(4) {
-                    self.tile::<R, 4>(at, x, y);
+            1 => self.tile::<R, 1, false>(0, x, y),
+            registers if self.width < PANEL => {
+                for at in (0..registers).step_by(2) {
+                    self.tile::<R, 2, false>(at, x, y);
                 }
             }
-        }
-    }
-
-    #[inline(always)]
-    fn narrow<const R: usize>(&self, x: &[f32], y: &mut [f32]) {
-        match self.width.div_ceil(S::F32_LANES) {
-            1 => self.tile::<R, 1>(0, x, y),
             registers => {
                 for at in (0..registers).step_by(2) {
-                    self.tile::<R, 2>(at, x, y);
+                    self.tile::<R, 2, true>(at, x, y);
                 }
             }
         }
+        R
     }
 
     /// `C` registers of outputs from the one at `at`, of `R` rows.
     #[inline(always)]
-    fn tile<const R: usize, const C: usize>(&self, at: usize, x: &[f32], y: &mut [f32]) {
-        match self.width {
-            PANEL => self.add_to::<R, C>(at, y, self.sums::<R, C, true>(at, x)),
-            _ => self.add_to::<R, C>(at, y, self.sums::<R, C, false>(at, x)),
-        }
+    fn tile<const R: usize, const C: usize, const FULL: bool>(&self, at: usize, x: &[f32], y: &mut [f32]) {
+        self.add_to::<R, C>(at, y, self.sums::<R, C, FULL>(at, x));
     }
 
     /// `FULL`: whether the panel is. Else the registers hold values of the next input too, of which nothing is kept.
@@ -398,7 +398,6 @@ mod tests {
                 assert!(bits(&y) == expected, "{rows} rows, {outputs} x {inputs}");
             };
             check(&|panels| panels.with_simd(Scalar::new()));
-            check(&|panels| panels.sum(Scalar::new()));
             check(&|panels| ARCH.dispatch(panels));
             #[cfg(target_arch = "x86_64")]
             if let Some(narrower) = pulp::x86::V3::try_new() {
