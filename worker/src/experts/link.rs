@@ -95,12 +95,15 @@ impl Link {
         None
     }
 
-    /// To read its replies on this thread; `None` if somebody else does.
+    /// To read its replies on this thread, those that were read behind an earlier one at once; `None` if somebody else does,
+    /// or it has ended.
     pub(super) fn claim(&self) -> Option<Claimed> {
-        match &lock(&self.stream).calls {
-            Some(Calls::Socket(_, reader)) => Some(Claimed { stream: self.stream.clone(), claim: reader.claim()? }),
-            Some(Calls::Queue(_)) | None => None,
-        }
+        let reader = match &lock(&self.stream).calls {
+            Some(Calls::Socket(_, reader)) => reader.clone(),
+            Some(Calls::Queue(_)) | None => return None,
+        };
+        let mut claimed = Claimed { stream: self.stream.clone(), claim: reader.claim()? };
+        claimed.take().then_some(claimed)
     }
 }
 

@@ -205,15 +205,16 @@ struct Serving {
     http2: http2::Builder<Streams>,
     frames: Option<Arc<ServeFrames>>,
     framed: Semaphore,
+    most_framed: usize,
     reader_timeout: Duration,
 }
 
 impl Serving {
-    /// With at most `framed` connections that speak frames.
-    fn new(services: Services, reader_timeout: Duration, framed: usize) -> Self {
+    /// With at most `most_framed` connections that speak frames.
+    fn new(services: Services, reader_timeout: Duration, most_framed: usize) -> Self {
         let Services { routes, frames } = services;
         let (routes, http2) = (routes.prepare(), server(reader_timeout));
-        Self { routes, http2, frames, framed: Semaphore::new(framed), reader_timeout }
+        Self { routes, http2, frames, framed: Semaphore::new(most_framed), most_framed, reader_timeout }
     }
 
     async fn connection(self: Arc<Self>, stream: TcpStream, watcher: Watcher) {
@@ -249,7 +250,7 @@ impl Serving {
 
     async fn frames(&self, stream: TcpStream, serve: &ServeFrames) {
         let Ok(_place) = self.framed.try_acquire() else {
-            return warn!("hung up on a peer that speaks frames; too many do");
+            return warn!(open = self.most_framed, "hung up on a peer that speaks frames; too many do");
         };
         match framed::accept(stream, self.reader_timeout).await {
             Ok(connection) => serve(connection).await,

@@ -11,44 +11,14 @@ use std::sync::LazyLock;
 use pulp::{Arch, Simd, WithSimd};
 
 /// Lanes of a sum: enough to fill the registers of the processors we know.
-pub(super) const LANES: usize = 32;
+const LANES: usize = 32;
 
 /// What the processor can do: the same code, compiled for wider registers where there are some.
 pub(super) static ARCH: LazyLock<Arch> = LazyLock::new(Arch::new);
 
-/// The sum of products, each fused with its addition, over [`LANES`] lanes.
-#[inline(always)]
-pub(super) fn dot<S: Simd>(simd: S, a: &[f32], b: &[f32]) -> f32 {
-    let mut lanes = [simd.splat_f32s(0.0); LANES];
-    let lanes = &mut lanes[..LANES / S::F32_LANES];
-    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
-    for (a, b) in a.iter().zip(b) {
-        step(simd, lanes, a, b);
-    }
-    if !a_rest.is_empty() {
-        step(simd, lanes, &padded(a_rest), &padded(b_rest));
-    }
-    fold(simd, lanes)
-}
-
-#[inline(always)]
-fn step<S: Simd>(simd: S, lanes: &mut [S::f32s], a: &[f32; LANES], b: &[f32; LANES]) {
-    let (a, b) = (S::as_simd_f32s(a).0, S::as_simd_f32s(b).0);
-    for at in 0..LANES / S::F32_LANES {
-        lanes[at] = simd.mul_add_f32s(a[at], b[at], lanes[at]);
-    }
-}
-
-#[inline(always)]
-fn padded(rest: &[f32]) -> [f32; LANES] {
-    let mut padded = [0.0; LANES];
-    padded[..rest.len()].copy_from_slice(rest);
-    padded
-}
-
 /// Sums [`LANES`] lanes by halves: 32, 16, 8, 4, 2, 1. The sum is never -0.
 #[inline(always)]
-pub(super) fn fold<S: Simd>(simd: S, lanes: &[S::f32s]) -> f32 {
+fn fold<S: Simd>(simd: S, lanes: &[S::f32s]) -> f32 {
     let mut sums = [simd.splat_f32s(0.0); LANES];
     let mut half = LANES / S::F32_LANES;
     sums[..half].copy_from_slice(&lanes[..half]);
@@ -69,14 +39,23 @@ pub(super) fn fold<S: Simd>(simd: S, lanes: &[S::f32s]) -> f32 {
     black_box(first[0]) + 0.0
 }
 
-/// The sum of squares of a row.
+/// The sum of squares of a row, each fused with its addition, over [`LANES`] lanes.
 pub(crate) fn square_sum(row: &[f32]) -> f32 {
     struct Squares<'a>(&'a [f32]);
     impl WithSimd for Squares<'_> {
         type Output = f32;
         #[inline(always)]
         fn with_simd<S: Simd>(self, simd: S) -> f32 {
-            dot(simd, self.0, self.0)
+            let mut lanes = [simd.splat_f32s(0.0); LANES];
+            let lanes = &mut lanes[..LANES / S::F32_LANES];
+            for values in self.0.chunks(LANES) {
+                let mut padded = [0.0; LANES];
+                padded[..values.len()].copy_from_slice(values);
+                for (lane, value) in lanes.iter_mut().zip(S::as_simd_f32s(&padded).0) {
+                    *lane = simd.mul_add_f32s(*value, *value, *lane);
+                }
+            }
+            fold(simd, lanes)
         }
     }
     ARCH.dispatch(Squares(row))

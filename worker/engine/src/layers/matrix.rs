@@ -41,7 +41,7 @@ impl Matrix {
 
     /// Bytes of its values.
     pub(crate) fn bytes(&self) -> u64 {
-        (self.outputs * self.inputs * self.values.dtype().size_in_bytes()) as u64
+        (self.multiplications() * self.values.dtype().size_in_bytes()) as u64
     }
 
     /// `x`: `[rows, inputs]`. Returns `[rows, outputs]`.
@@ -54,7 +54,7 @@ impl Matrix {
         y
     }
 
-    /// Multiplications that [`Matrix::apply`] does for one row.
+    /// Multiplications that [`Matrix::apply`] does for one row: as many as there are weights.
     pub(crate) fn multiplications(&self) -> usize {
         self.outputs * self.inputs
     }
