@@ -1,22 +1,30 @@
 //! Frames and gRPC side by side: the same answers, and what goes wrong with sockets.
 
 use std::{
-    sync::atomic::{AtomicUsize, Ordering},
+    future::pending,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 
 use engine::{Exchange as _, ExpertBatch};
-use futures::{FutureExt as _, StreamExt as _};
+use futures::{FutureExt as _, StreamExt as _, future::BoxFuture, stream};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{TcpListener, TcpStream},
 };
-use wire::proto::{self, RunCall, RunReply, refusal::Reason};
+use wire::{
+    connections::framed,
+    proto::{self, RunCall, RunReply, refusal::Reason},
+};
 
 use super::{
     exchange::MeshExchange,
-    network::{self, Calls, Open},
-    standing::Board,
+    link::Link,
+    network::{self, CALLS, Calls, Network, Open},
+    standing::{Board, Standing},
     tests::{HASH, Way, Worker, all, alone, following, mesh, metrics, own, placement, requests, serve},
 };
 use crate::drive::Driver;
@@ -172,6 +180,53 @@ async fn who_waits_for_replies_reads_them_without_being_woken() {
         }
     }
     panic!("the replies came by another thread");
+}
+
+/// A holder of whose replies the first is read at once, and no other by the task that keeps the link.
+struct ReadOnce(String);
+
+impl Network for ReadOnce {
+    fn open(&self, _: &str) -> BoxFuture<'static, Option<Open>> {
+        let to = self.0.clone();
+        async move {
+            let mut connection = framed::connect(&to).await.unwrap().unwrap();
+            let outgoing = connection.outgoing(CALLS);
+            let (replies, reader) = connection.messages::<RunReply>().unwrap();
+            let mut replies = Box::pin(replies);
+            assert_eq!(replies.next().await.unwrap().unwrap().sequence, 1);
+            let open = stream::once(async move {
+                let _open = replies;
+                pending().await
+            });
+            Some((Calls::Socket(outgoing, reader), open.boxed()))
+        }
+        .boxed()
+    }
+}
+
+#[tokio::test]
+async fn a_reply_that_was_read_behind_another_is_handed_over_by_who_claims_the_link() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let network = Arc::new(ReadOnce(listener.local_addr().unwrap().to_string()));
+    let standing = Standing::new("holder", &Board::new(metrics()));
+    let link = Link::open(vec![String::from("holder:1")], network, standing);
+    let (mut holder, _) = listener.accept().await.unwrap();
+    let mut bytes = vec![0; 20];
+    holder.read_exact(&mut bytes).await.unwrap(); // the preface, which goes back
+    for sequence in [1, 2] {
+        bytes.extend([2, 0, 0, 0, 0, 0, 0, 0, 8, sequence]); // both lengths, and field 1 of the reply
+    }
+    holder.write_all(&bytes).await.unwrap();
+    let opened = async {
+        while link.send(RunCall::default()).is_none() {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), opened).await.expect("it is open");
+    let reply = link.send(RunCall { sequence: 2, ..RunCall::default() }).unwrap();
+    let _claimed = link.claim().expect("nobody else reads");
+    let answer = reply.now_or_never().expect("it was there already").unwrap();
+    assert_eq!(answer.reply.sequence, 2);
 }
 
 /// Stands before a holder, and resets each connection after as many bytes of replies as `cut` says of its number.
