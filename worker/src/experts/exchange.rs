@@ -11,7 +11,6 @@ use std::{
 };
 
 use engine::{Exchange, ExpertBatch, Replies};
-use futures::stream::FuturesUnordered;
 use tokio::{
     sync::{mpsc, watch},
     time::Instant,
@@ -22,7 +21,7 @@ use wire::proto::{RunReply, refusal::Reason};
 
 pub use super::flight::Own;
 use super::{
-    flight::{self, Flight, Gathered, Landed, Part, Past, Place, Stage},
+    flight::{Flight, Flights, Gathered, Landed, Part, Past, Place, Stage},
     holder::Holder,
     network::{self, Network},
     pace::LEAST,
@@ -412,18 +411,16 @@ impl Exchange for MeshExchange {
         let mut gathered = Gathered::none(ticket.experts.len(), self.own.row_bytes());
         // those that something is hoped of; the others are listened to only beside them
         let mut hoped = ticket.flights.len();
-        let look = ticket.flights.iter().map(|flight| flight.look).min().unwrap_or(begun);
-        let mut links: Option<Vec<_>> =
-            self.holders.values().filter(|holder| holder.is_busy()).map(Holder::claim).collect();
-        let mut flights: FuturesUnordered<_> = ticket.flights.into_iter().map(Flight::land).collect();
+        let busy = self.holders.values().filter(|holder| holder.is_busy());
+        let mut flights = Flights::new(ticket.flights, busy.map(Holder::claim).collect());
         while hoped > 0 && !gathered.is_complete() {
-            let Some((flight, landed)) = flight::next(&mut flights, &mut links, look).await else { break };
+            let Some((flight, landed)) = flights.next().await else { break };
             hoped -= usize::from(flight.is_hoped_of());
             let next = self.judge(flight, landed, &mut gathered);
-            links = links.filter(|_| next.is_empty()); // else there may be more of them
             hoped += next.iter().filter(|flight| flight.is_hoped_of()).count();
-            flights.extend(next.into_iter().map(Flight::land));
+            flights.add(next);
         }
+        flights.end();
         let missing = gathered.missing();
         self.metrics.calls(CallResult::Unreachable, usize::from(!missing.is_empty()));
         self.metrics.waited(begun.elapsed());

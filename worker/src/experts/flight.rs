@@ -4,8 +4,11 @@ use std::{collections::HashMap, time::Duration};
 
 use bytes::Bytes;
 use engine::{ExpertBatch, WireDtype};
-use futures::{FutureExt as _, StreamExt as _, stream::FuturesUnordered};
-use tokio::{sync::oneshot, task::coop::unconstrained, time::Instant};
+use futures::{FutureExt as _, StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
+use tokio::{
+    sync::oneshot::{self, error::TryRecvError},
+    time::Instant,
+};
 use tracing::Span;
 use wire::proto::RunCall;
 
@@ -184,8 +187,17 @@ impl Flight {
         Self { look, ..self }
     }
 
+    /// What came of it already.
+    fn landed(&mut self) -> Option<Landed> {
+        match self.reply.try_recv() {
+            Ok(answer) => Some(Landed::Answered(answer)),
+            Err(TryRecvError::Closed) => Some(Landed::Lost),
+            Err(TryRecvError::Empty) => None,
+        }
+    }
+
     /// Waits for the reply, until it is to be looked after.
-    pub(super) async fn land(mut self) -> (Self, Landed) {
+    async fn land(mut self) -> (Self, Landed) {
         let landed = match tokio::time::timeout_at(self.look, &mut self.reply).await {
             Ok(Ok(answer)) => Landed::Answered(answer),
             Ok(Err(_)) => Landed::Lost,
@@ -195,23 +207,50 @@ impl Flight {
     }
 }
 
-/// The next of these flights to land. Until one is looked after this thread waits for `links` itself, as being woken by
-/// who reads them takes longer.
-pub(super) async fn next(
-    flights: &mut FuturesUnordered<impl Future<Output = (Flight, Landed)>>,
-    links: &mut Option<Vec<Claimed>>,
-    look: Instant,
-) -> Option<(Flight, Landed)> {
-    while let Some(claimed) = links {
-        // a budget would call pending what has landed
-        if let Some(landed) = unconstrained(flights.next()).now_or_never() {
-            return landed;
+/// The flights of a batch that have not landed.
+pub(super) struct Flights {
+    /// Those whose replies come over `links`.
+    near: Vec<Flight>,
+    /// Until one is looked after, or more are on their way, this thread waits for the replies itself: being woken by who
+    /// reads them takes longer.
+    links: Option<Vec<Claimed>>,
+    waited_for: FuturesUnordered<BoxFuture<'static, (Flight, Landed)>>,
+}
+
+impl Flights {
+    /// Replies come over `links`, if this thread may read all of these.
+    pub(super) fn new(flights: Vec<Flight>, links: Option<Vec<Claimed>>) -> Self {
+        Self { near: flights, links, waited_for: FuturesUnordered::new() }
+    }
+
+    /// The next to land, or to be looked after; `None` if there are no more.
+    pub(super) async fn next(&mut self) -> Option<(Flight, Landed)> {
+        while let Some(links) = &mut self.links {
+            let landed = (0..).zip(&mut self.near).find_map(|(at, flight)| Some((at, flight.landed()?)));
+            if let Some((at, landed)) = landed {
+                return Some((self.near.swap_remove(at), landed));
+            }
+            let look = self.near.iter().map(|flight| flight.look).min()?;
+            if !Claimed::read(links, look) {
+                self.links = None;
+            }
         }
-        if !Claimed::read(claimed, look) {
-            *links = None;
+        self.waited_for.extend(self.near.drain(..).map(|flight| flight.land().boxed()));
+        self.waited_for.next().await
+    }
+
+    /// Others go on from one that has landed.
+    pub(super) fn add(&mut self, flights: Vec<Flight>) {
+        if !flights.is_empty() {
+            self.links = None; // there may be more of them
+            self.near.extend(flights);
         }
     }
-    flights.next().await
+
+    /// No more is waited for. The next batch comes soon.
+    pub(super) fn end(self) {
+        self.links.into_iter().flatten().for_each(Claimed::keep);
+    }
 }
 
 /// The rows of a batch that came back so far.

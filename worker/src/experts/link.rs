@@ -122,6 +122,11 @@ impl Claimed {
         !left.is_zero() && waited.is_ok() && links.iter_mut().all(Self::take)
     }
 
+    /// Lets go, to come back soon.
+    pub(super) fn keep(self) {
+        self.claim.keep();
+    }
+
     /// Hands over what is there; whether more may come.
     fn take(&mut self) -> bool {
         loop {

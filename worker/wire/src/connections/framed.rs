@@ -20,7 +20,8 @@ use rustix::{
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _, Interest},
     net::TcpStream,
-    sync::{Mutex, OwnedMutexGuard},
+    sync::{Mutex, Notify, OwnedMutexGuard},
+    time::Instant,
 };
 
 use super::{CONNECT_TIMEOUT, PING_EVERY, PING_TIMEOUT, READER_TIMEOUT};
@@ -92,48 +93,110 @@ impl Connection {
         Waiting { incoming: Incoming::new(Socket(self.socket.clone())), patience: self.patience }
     }
 
-    /// The messages that come over it, until the first error or the end, and who else may read them. Must be called
-    /// inside tokio.
-    ///
-    /// # Errors
-    /// If the system has no more file descriptors.
-    pub fn messages<M: Framed>(self) -> io::Result<(impl Stream<Item = Result<M, Error>> + Send, Reader)> {
-        let watched = TcpStream::from_std(self.socket.try_clone()?)?;
-        let reader = Reader(Arc::new(Mutex::new(Incoming::new(Socket(self.socket.clone())))));
-        let messages = stream::try_unfold((self, watched, reader.clone()), |(connection, watched, reader)| async {
-            loop {
-                watched.readable().await?;
-                let mut incoming = reader.0.lock().await;
-                let mut received = Ok(None);
-                let read = watched.try_io(Interest::READABLE, || match incoming.receive() {
-                    Err(Error::Broke(error)) if error.kind() == io::ErrorKind::WouldBlock => Err(error),
-                    next => {
-                        received = next;
-                        Ok(())
-                    }
-                });
-                drop(incoming);
-                if read.is_ok() {
-                    return Ok(received?.map(|message| (message, (connection, watched, reader))));
+    /// The messages that come over it, until the first error or the end, and who else may read them. Must be used inside
+    /// tokio.
+    pub fn messages<M: Framed>(self) -> (impl Stream<Item = Result<M, Error>> + Send, Reader) {
+        let incoming = Incoming::new(Socket(self.socket.clone()));
+        let reading = Arc::new(Mutex::new(Reading { incoming, kept: Instant::now() }));
+        let reader = Reader { reading, left: Arc::default() };
+        let watch = Watch { connection: self, reader: reader.clone(), watched: None };
+        let messages = stream::try_unfold(watch, async |mut watch| {
+            let next = watch.next().await?;
+            Ok(next.map(|message| (message, watch)))
+        });
+        (messages, reader)
+    }
+}
+
+/// How long a connection is not read by its task after a thread has. As long as threads come back that soon, what comes
+/// wakes nobody but them.
+const KEPT: Duration = Duration::from_millis(10);
+
+/// What reads a connection while no thread waits for what comes.
+struct Watch {
+    connection: Connection,
+    reader: Reader,
+    /// Only while it reads.
+    watched: Option<TcpStream>,
+}
+
+impl Watch {
+    async fn next<M: Framed>(&mut self) -> Result<Option<M>, Error> {
+        loop {
+            while let Some(until) = self.reader.kept() {
+                self.watched = None;
+                tokio::select! {
+                    () = tokio::time::sleep_until(until) => {}
+                    () = self.reader.left.notified() => {}
                 }
             }
-        });
-        Ok((messages, reader))
+            let watched = match &mut self.watched {
+                Some(watched) => watched,
+                none => none.insert(TcpStream::from_std(self.connection.socket.try_clone()?)?),
+            };
+            watched.readable().await?;
+            let Ok(mut reading) = self.reader.reading.try_lock() else { continue };
+            let mut received = Ok(None);
+            let read = watched.try_io(Interest::READABLE, || match reading.incoming.receive() {
+                Err(Error::Broke(error)) if error.kind() == io::ErrorKind::WouldBlock => Err(error),
+                next => {
+                    received = next;
+                    Ok(())
+                }
+            });
+            if read.is_ok() {
+                return received;
+            }
+        }
     }
 }
 
 /// Who else may read what comes over a connection: a thread that waits for it would be woken later by the task that
 /// reads it.
 #[derive(Clone)]
-pub struct Reader(Arc<Mutex<Incoming<Socket>>>);
+pub struct Reader {
+    reading: Arc<Mutex<Reading>>,
+    left: Arc<Notify>,
+}
 
-/// A connection that is read by nobody else now.
-pub struct Claim(OwnedMutexGuard<Incoming<Socket>>);
+struct Reading {
+    incoming: Incoming<Socket>,
+    /// Until then the task leaves it to threads.
+    kept: Instant,
+}
 
 impl Reader {
     /// Reads from now on; `None` if somebody reads just now.
     pub fn claim(&self) -> Option<Claim> {
-        self.0.clone().try_lock_owned().ok().map(Claim)
+        let reading = self.reading.clone().try_lock_owned().ok()?;
+        let mut claim = Claim { reading, left: Left(Some(self.left.clone())) };
+        claim.reading.kept = Instant::now();
+        Some(claim)
+    }
+
+    /// Until when the task must not read, if it must not now.
+    fn kept(&self) -> Option<Instant> {
+        let now = Instant::now();
+        match self.reading.try_lock() {
+            Ok(reading) => Some(reading.kept).filter(|&until| now < until),
+            Err(_) => Some(now + KEPT),
+        }
+    }
+}
+
+/// A connection that is read by nobody else now; its task does once this is dropped.
+pub struct Claim {
+    reading: OwnedMutexGuard<Reading>,
+    left: Left, // told when the guard is gone
+}
+
+struct Left(Option<Arc<Notify>>);
+
+impl Drop for Left {
+    fn drop(&mut self) {
+        if let Some(left) = &self.0 {
+            left.notify_one();
+        }
     }
 }
 
@@ -144,7 +207,13 @@ impl Claim {
     /// # Errors
     /// As that.
     pub fn receive<M: Framed>(&mut self) -> Result<Option<M>, Error> {
-        self.0.receive()
+        self.reading.incoming.receive()
+    }
+
+    /// Lets go, and expects to come back so soon that the task need not read meanwhile.
+    pub fn keep(mut self) {
+        self.reading.kept = Instant::now() + KEPT;
+        self.left.0 = None;
     }
 }
 
@@ -179,7 +248,7 @@ impl Waiting {
 /// # Errors
 /// If the system cannot wait.
 pub fn wait<'a>(claims: impl Iterator<Item = &'a Claim>, most: Duration) -> io::Result<()> {
-    let mut sockets: Vec<_> = claims.map(|claim| readable(&claim.0)).collect();
+    let mut sockets: Vec<_> = claims.map(|claim| readable(&claim.reading.incoming)).collect();
     wait_for(&mut sockets, Some(most)).map(|_| ())
 }
 

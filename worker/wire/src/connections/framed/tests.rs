@@ -2,7 +2,7 @@
 
 use std::{io::Write as _, pin::pin};
 
-use futures::StreamExt as _;
+use futures::{StreamExt as _, poll};
 use tokio::net::TcpListener;
 
 use super::*;
@@ -55,7 +55,7 @@ async fn who_claims_a_connection_reads_it_and_what_comes_later_is_read_as_before
     let (near, mut far) = pair(READER_TIMEOUT).await;
     let outgoing = far.outgoing(8);
     let send = |sequence| assert!(outgoing.try_reserve().unwrap().send(call(sequence)));
-    let (messages, reader) = near.messages::<RunCall>().unwrap();
+    let (messages, reader) = near.messages::<RunCall>();
     let mut messages = pin!(messages);
     let mut claim = reader.claim().unwrap();
     assert!(reader.claim().is_none());
@@ -71,4 +71,30 @@ async fn who_claims_a_connection_reads_it_and_what_comes_later_is_read_as_before
     drop(claim);
     let next = tokio::time::timeout(Duration::from_secs(20), messages.next()).await;
     assert_eq!(next.expect("it is read").unwrap().unwrap(), call(2));
+}
+
+#[tokio::test]
+async fn what_comes_while_a_thread_is_expected_back_waits_for_it_a_moment() {
+    let (near, mut far) = pair(READER_TIMEOUT).await;
+    let outgoing = far.outgoing(8);
+    let (messages, reader) = near.messages::<RunCall>();
+    let mut messages = pin!(messages);
+    tokio::time::pause();
+    for (sequence, is_kept) in [(1, true), (2, false)] {
+        reader.claim().unwrap().keep(); // the last one counts
+        let claim = reader.claim().unwrap();
+        if !is_kept {
+            assert!(poll!(messages.next()).is_pending());
+        }
+        assert!(outgoing.try_reserve().unwrap().send(call(sequence)));
+        wait([&claim].into_iter(), Duration::from_secs(20)).unwrap();
+        if is_kept {
+            claim.keep()
+        } else {
+            drop(claim)
+        }
+        let begun = Instant::now();
+        assert_eq!(messages.next().await.unwrap().unwrap(), call(sequence));
+        assert_eq!(begun.elapsed() >= KEPT, is_kept);
+    }
 }
