@@ -103,7 +103,7 @@ impl Link {
             Some(Calls::Queue(_)) | None => return None,
         };
         let mut claimed = Claimed { stream: self.stream.clone(), claim: reader.claim()? };
-        claimed.take().then_some(claimed)
+        (claimed.claim.is_empty() || claimed.take()).then_some(claimed)
     }
 }
 
@@ -118,8 +118,8 @@ impl Claimed {
     /// makes sense: not after `until`, nor when a link has ended.
     pub(super) fn read(links: &mut [Self], until: Instant) -> bool {
         let left = until.saturating_duration_since(Instant::now());
-        let waited = framed::wait(links.iter().map(|link| &link.claim), left);
-        !left.is_zero() && waited.is_ok() && links.iter_mut().all(Self::take)
+        let Ok(come) = framed::wait(links.iter().map(|link| &link.claim), left) else { return false };
+        !left.is_zero() && links.iter_mut().zip(come).all(|(link, has_come)| !has_come || link.take())
     }
 
     /// Lets go, to come back soon.
@@ -127,11 +127,16 @@ impl Claimed {
         self.claim.keep();
     }
 
-    /// Hands over what is there; whether more may come.
+    /// Hands over what has come; whether more may come.
     fn take(&mut self) -> bool {
         loop {
             match self.claim.receive() {
-                Ok(Some(reply)) => deliver(&self.stream, reply),
+                Ok(Some(reply)) => {
+                    deliver(&self.stream, reply);
+                    if self.claim.is_empty() {
+                        return true; // it is not looked again before it is waited for
+                    }
+                }
                 Err(frames::Error::Broke(error)) if error.kind() == io::ErrorKind::WouldBlock => return true,
                 Ok(None) | Err(_) => return false, // whoever keeps the link finds it too
             }

@@ -201,8 +201,12 @@ impl Drop for Left {
 }
 
 impl Claim {
-    /// The next message, if it is there; else see [`Incoming::receive`]. Before that nobody may let go: messages that
-    /// were read already wait here.
+    /// Whether nothing that was read waits here. Nobody may let go before, or before [`Claim::receive`] would block.
+    pub fn is_empty(&self) -> bool {
+        self.reading.incoming.is_between()
+    }
+
+    /// The next message, if it is there; else see [`Incoming::receive`].
     ///
     /// # Errors
     /// As that.
@@ -230,26 +234,28 @@ impl Waiting {
     /// # Errors
     /// [`Error`]; half a message and then nothing for a minute is one.
     pub fn receive<M: Framed>(&mut self) -> Result<Option<M>, Error> {
+        let mut waits = self.incoming.is_between();
         loop {
-            match self.incoming.receive() {
-                Err(Error::Broke(error)) if error.kind() == io::ErrorKind::WouldBlock => {}
-                next => return next,
-            }
             let most = (!self.incoming.is_between()).then_some(self.patience);
-            if !wait_for(&mut [readable(&self.incoming)], most)? {
+            if waits && !wait_for(&mut [readable(&self.incoming)], most)? {
                 return Err(io::Error::from(io::ErrorKind::TimedOut).into());
+            }
+            match self.incoming.receive() {
+                Err(Error::Broke(error)) if error.kind() == io::ErrorKind::WouldBlock => waits = true,
+                next => return next,
             }
         }
     }
 }
 
-/// Waits until something has come over one of these connections, or ended it, at most so long.
+/// Waits until something has come over some of these connections, or ended them, at most so long: which.
 ///
 /// # Errors
 /// If the system cannot wait.
-pub fn wait<'a>(claims: impl Iterator<Item = &'a Claim>, most: Duration) -> io::Result<()> {
+pub fn wait<'a>(claims: impl Iterator<Item = &'a Claim>, most: Duration) -> io::Result<Vec<bool>> {
     let mut sockets: Vec<_> = claims.map(|claim| readable(&claim.reading.incoming)).collect();
-    wait_for(&mut sockets, Some(most)).map(|_| ())
+    wait_for(&mut sockets, Some(most))?;
+    Ok(sockets.iter().map(|socket| !socket.revents().is_empty()).collect())
 }
 
 fn readable(incoming: &Incoming<Socket>) -> PollFd<'_> {
