@@ -5,8 +5,9 @@
 //! - `framed TCP`: a length and the rows, echoed by a thread that does nothing else. The limit.
 //! - `tonic stream`: the same messages as ours over a plain bidirectional stream of tonic, echoed.
 //! - `over gRPC`, `in frames`: `MeshExchange` to `ExpertsService`, as workers do: rows gathered for the holder, checked,
-//!   queued, computed by an expert one value wide, and put back in order. `compute` is that expert's part, measured alone,
-//!   and `way` what is left of a round trip in frames without it.
+//!   queued, computed by an expert one value wide, and put back in order. `compute` is that expert's part: what a round trip
+//!   of framed TCP takes longer if the other end computes the rows with it, as this also takes the caches from whoever sends
+//!   them. `way` is what is left of a round trip in frames without it.
 //!
 //! Each figure is the median of the rounds' medians, and the lowest and highest of these.
 
@@ -46,8 +47,9 @@ use self::peers::{Framed, Plain};
 
 const ROWS: [usize; 4] = [1, 8, 32, 128];
 const ROUNDS: usize = 5;
-const WARM: usize = 50;
-const TIMES: usize = 300;
+/// The ways take short turns, so that whatever else the machine does slows all of them.
+const TURNS: usize = 30;
+const TIMES: usize = 10;
 const CONTENT: &str = "content";
 
 fn main() -> anyhow::Result<()> {
@@ -56,7 +58,11 @@ fn main() -> anyhow::Result<()> {
     let (near, far) = (Runtime::new()?, Runtime::new()?);
     let folder = model::folder()?;
     let experts = model::experts(folder.path())?;
-    let mut framed = Framed::start()?;
+    let mut framed = Framed::start(|rows| rows)?;
+    let mut computing = {
+        let experts = experts.clone();
+        Framed::start(move |rows| compute(&experts, rows.into()).expect("its rows are whole"))?
+    };
     let mut plain = near.block_on(Plain::start(&far))?;
     let mut over_grpc = near.block_on(Ours::start(&far, &experts, Way::Grpc))?;
     let mut in_frames = near.block_on(Ours::start(&far, &experts, Way::Frames))?;
@@ -66,14 +72,22 @@ fn main() -> anyhow::Result<()> {
     for rows in ROWS {
         let batch = Batch::of(rows);
         let mut rounds: [Vec<Duration>; 6] = Default::default();
-        for round in 0..ROUNDS {
-            rounds[0].push(median(|| framed.ask(&batch.rows))?);
-            rounds[1].push(near.block_on(median_of(&mut plain, async |plain| plain.ask(&batch.rows).await))?);
-            rounds[2].push(near.block_on(median_of(&mut over_grpc, async |ours| ours.ask(&batch).await))?);
-            rounds[3].push(near.block_on(median_of(&mut in_frames, async |ours| ours.ask(&batch).await))?);
-            rounds[4].push(median(|| compute(&experts, &batch))?);
-            let way = rounds[3][round].saturating_sub(rounds[4][round]);
-            rounds[5].push(way);
+        for _ in 0..ROUNDS {
+            let mut times: [Vec<Duration>; 5] = Default::default();
+            for _ in 0..TURNS {
+                let [bare, work, stream, grpc, frames] = &mut times;
+                near.block_on(async {
+                    turn(bare, async || framed.ask(&batch.rows)).await?;
+                    turn(work, async || computing.ask(&batch.rows)).await?;
+                    turn(stream, async || plain.ask(&batch.rows).await).await?;
+                    turn(grpc, async || over_grpc.ask(&batch).await).await?;
+                    turn(frames, async || in_frames.ask(&batch).await).await
+                })?;
+            }
+            let [bare, work, stream, grpc, frames] = times.each_mut().map(|times| middle(times));
+            let compute = work.saturating_sub(bare);
+            let cells = [bare, stream, grpc, frames, compute, frames.saturating_sub(compute)];
+            rounds.iter_mut().zip(cells).for_each(|(round, time)| round.push(time));
         }
         let limit = middle(&mut rounds[0]);
         let cells = rounds.iter_mut().map(|times| cell(times, limit));
@@ -93,11 +107,12 @@ struct Batch {
 impl Batch {
     fn of(rows: usize) -> Self {
         let value = |at: usize| half::bf16::from_f32((at % 251) as f32 / 251.0).to_le_bytes();
-        Self {
-            rows: (0..rows * model::HIDDEN).flat_map(value).collect(),
-            pair_rows: (0..rows as u32).collect(),
-            pair_experts: vec![0; rows],
-        }
+        Self::with((0..rows * model::HIDDEN).flat_map(value).collect())
+    }
+
+    fn with(rows: bytes::Bytes) -> Self {
+        let number = rows.len() / (model::HIDDEN * WireDtype::Bf16.size());
+        Self { rows, pair_rows: (0..number as u32).collect(), pair_experts: vec![0; number] }
     }
 
     fn whole(&self) -> ExpertBatch<'_> {
@@ -169,33 +184,20 @@ impl Ours {
     }
 }
 
-fn compute(experts: &Experts, batch: &Batch) -> anyhow::Result<()> {
-    ensure!(experts.run(&batch.whole())?.len() == batch.rows.len(), "rows are missing");
+/// What the expert makes of rows.
+fn compute(experts: &Experts, rows: bytes::Bytes) -> anyhow::Result<Vec<u8>> {
+    Ok(experts.run(&Batch::with(rows).whole())?)
+}
+
+/// A few calls, one after the other: the times of all but the first, which finds the caches of another way.
+async fn turn(times: &mut Vec<Duration>, mut call: impl AsyncFnMut() -> anyhow::Result<()>) -> anyhow::Result<()> {
+    call().await?;
+    for _ in 0..TIMES {
+        let begun = Instant::now();
+        call().await?;
+        times.push(begun.elapsed());
+    }
     Ok(())
-}
-
-/// The median time of a call.
-fn median(mut call: impl FnMut() -> anyhow::Result<()>) -> anyhow::Result<Duration> {
-    let mut times = Vec::with_capacity(TIMES);
-    for turn in 0..WARM + TIMES {
-        let begun = Instant::now();
-        call()?;
-        times.extend((turn >= WARM).then(|| begun.elapsed()));
-    }
-    Ok(middle(&mut times))
-}
-
-async fn median_of<T>(
-    peer: &mut T,
-    mut call: impl AsyncFnMut(&mut T) -> anyhow::Result<()>,
-) -> anyhow::Result<Duration> {
-    let mut times = Vec::with_capacity(TIMES);
-    for turn in 0..WARM + TIMES {
-        let begun = Instant::now();
-        call(peer).await?;
-        times.extend((turn >= WARM).then(|| begun.elapsed()));
-    }
-    Ok(middle(&mut times))
 }
 
 fn middle(times: &mut [Duration]) -> Duration {
