@@ -190,8 +190,11 @@ pub fn decide(
     now: Timestamp,
 ) -> Decision {
     let revision = Revision::of(model.revision_input.as_bytes());
-    let replicas = replicas(names, seen);
+    let mut replicas = replicas(names, seen);
     let mut records = recorded(names, &replicas, seen);
+    for replica in &mut replicas {
+        replica.plan = replica.plan.take().or_else(|| lost_plan(replica, &records, model));
+    }
     let (planning, asked) = match Record::find(names, &revision, &seen.owned.config_maps) {
         Ok(record) => plan_asked(names, model, install, &revision, record, seen),
         Err(unreadable) => (Planning::Unreadable(unreadable.to_string()), None),
@@ -252,6 +255,18 @@ fn recorded(names: &Names, replicas: &[Replica], seen: &Observed) -> Vec<Record>
     revisions.dedup();
     let found = revisions.into_iter().map(|revision| Record::find(names, revision, &seen.owned.config_maps));
     found.filter_map(|record| record.ok().flatten()).collect()
+}
+
+/// The plan of a replica whose own record is lost: what it was made by, unless experts have moved since. It is recorded
+/// again, and rows wait for workers that do not hold yet what it says.
+fn lost_plan(replica: &Replica, records: &[Record], model: &ValidModel) -> Option<Plan> {
+    replica.stands().then_some(())?;
+    let record = records.iter().find(|record| record.revision == replica.revision)?;
+    let request = planner::Request { shards: Some(replica.pods()), ..model.request(None) };
+    match planner::plan(&record.description, &request) {
+        Outcome::Planned(plan) => Some(plan),
+        Outcome::NoRoom(_) => None,
+    }
 }
 
 fn plan_asked(

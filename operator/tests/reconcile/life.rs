@@ -332,6 +332,22 @@ async fn a_revision_whose_record_cannot_be_read_is_named_and_stays_as_it_is() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replica_whose_plan_is_lost_or_unreadable_gets_it_back_and_keeps_its_workers() {
+    let (world, operator) = World::installed().await;
+    let (pods, set) = (world.uids("pods"), world.names("statefulsets").remove(0));
+    let data = |world: &World| Some(world.api().get("configmaps", &set)?["data"].clone());
+    let before = data(&world);
+    world.api().delete("configmaps", &set);
+    world.until("it is there again", |world| data(world) == before).await;
+    operator.kill().await;
+    assert!(world.api().edit("configmaps", &set, |config| config["data"]["plan.json"] = json!("{")));
+    let _operator = world.operator(0).await;
+    world.until("it can be read again", |world| data(world) == before).await;
+    world.ready().await;
+    assert_eq!(world.uids("pods"), pods);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn sleeps_when_idle_and_a_request_that_waits_wakes_it() {
     let world = World::with(1).await;
     let _operator = world.operator(0).await;
