@@ -257,8 +257,8 @@ fn recorded(names: &Names, replicas: &[Replica], seen: &Observed) -> Vec<Record>
     found.filter_map(|record| record.ok().flatten()).collect()
 }
 
-/// The plan of a replica whose own record is lost: what it was made by, unless experts have moved since. It is recorded
-/// again, and rows wait for workers that do not hold yet what it says.
+/// The plan of a replica whose own record is lost: what it was made by, if the spec asks for the same and its experts were
+/// placed otherwise neither by domains nor by load. It is recorded again. A row waits while no worker holds its expert.
 fn lost_plan(replica: &Replica, records: &[Record], model: &ValidModel) -> Option<Plan> {
     replica.stands().then_some(())?;
     let record = records.iter().find(|record| record.revision == replica.revision)?;

@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashMap,
+    io,
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -69,7 +70,9 @@ impl Network for Sockets {
         async move {
             if lock(&known).get(&to).is_none_or(|&until| until <= Instant::now()) {
                 match framed::connect(&to).await {
-                    Ok(Some(connection)) => return Some(frames(connection)),
+                    Ok(Some(connection)) => {
+                        return frames(connection).inspect_err(|error| debug!(peer = to, %error, "no stream")).ok();
+                    }
                     Ok(None) => debug!(peer = to, "a holder does not speak frames"),
                     Err(error) => {
                         debug!(peer = to, %error, "no stream to a holder");
@@ -88,14 +91,14 @@ impl Network for Sockets {
     }
 }
 
-fn frames(mut connection: framed::Connection) -> Open {
+fn frames(mut connection: framed::Connection) -> io::Result<Open> {
     let outgoing = connection.outgoing(CALLS);
-    let (replies, reader) = connection.messages();
+    let (replies, reader) = connection.messages()?;
     let replies = tokio_stream::StreamExt::map_while(replies, |reply| {
         reply.inspect_err(|error| debug!(error = error as &dyn std::error::Error, "a stream to a holder ended")).ok()
     });
     let writer = outgoing.clone();
-    (Calls::Socket(outgoing, reader), replies.take_until(async move { writer.flush().await }).boxed())
+    Ok((Calls::Socket(outgoing, reader), replies.take_until(async move { writer.flush().await }).boxed()))
 }
 
 /// A stream over gRPC.

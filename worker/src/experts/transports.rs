@@ -191,7 +191,7 @@ impl Network for ReadOnce {
         async move {
             let mut connection = framed::connect(&to).await.unwrap().unwrap();
             let outgoing = connection.outgoing(CALLS);
-            let (replies, reader) = connection.messages::<RunReply>();
+            let (replies, reader) = connection.messages::<RunReply>().unwrap();
             let mut replies = Box::pin(replies);
             assert_eq!(replies.next().await.unwrap().unwrap().sequence, 1);
             let open = stream::once(async move {

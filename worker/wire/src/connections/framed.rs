@@ -95,16 +95,16 @@ impl Connection {
 
     /// The messages that come over it, until the first error or the end, and who else may read them. Must be used inside
     /// tokio.
-    pub fn messages<M: Framed>(self) -> (impl Stream<Item = Result<M, Error>> + Send, Reader) {
+    ///
+    /// # Errors
+    /// If the system has no more file descriptors.
+    pub fn messages<M: Framed>(self) -> io::Result<(impl Stream<Item = Result<M, Error>> + Send, Reader)> {
+        let socket = Watched::No(self.socket.try_clone()?);
         let incoming = Incoming::new(Socket(self.socket.clone()));
-        let reading = Arc::new(Mutex::new(Reading { incoming, kept: Instant::now() }));
+        let reading = Arc::new(Mutex::new(Reading { incoming, kept_until: Instant::now() }));
         let reader = Reader { reading, left: Arc::default() };
-        let watch = Watch { connection: self, reader: reader.clone(), watched: None };
-        let messages = stream::try_unfold(watch, async |mut watch| {
-            let next = watch.next().await?;
-            Ok(next.map(|message| (message, watch)))
-        });
-        (messages, reader)
+        let watch = Watch { _connection: self, reader: reader.clone(), socket };
+        Ok((stream::try_unfold(watch, Watch::next), reader))
     }
 }
 
@@ -114,38 +114,49 @@ const KEPT: Duration = Duration::from_millis(10);
 
 /// What reads a connection while no thread waits for what comes.
 struct Watch {
-    connection: Connection,
+    _connection: Connection,
     reader: Reader,
-    /// Only while it reads.
-    watched: Option<TcpStream>,
+    socket: Watched,
+}
+
+/// A socket that the runtime watches, or not. It stays open in between: there may be no file descriptor to open it again.
+enum Watched {
+    Yes(TcpStream),
+    No(net::TcpStream),
+}
+
+impl Watched {
+    fn yes(self) -> io::Result<TcpStream> {
+        match self {
+            Self::Yes(socket) => Ok(socket),
+            Self::No(socket) => TcpStream::from_std(socket),
+        }
+    }
+
+    fn no(self) -> io::Result<net::TcpStream> {
+        match self {
+            Self::Yes(socket) => socket.into_std(),
+            Self::No(socket) => Ok(socket),
+        }
+    }
 }
 
 impl Watch {
-    async fn next<M: Framed>(&mut self) -> Result<Option<M>, Error> {
+    async fn next<M: Framed>(mut self) -> Result<Option<(M, Self)>, Error> {
         loop {
-            while let Some(until) = self.reader.kept() {
-                self.watched = None;
+            while let Some(until) = self.reader.kept_until() {
+                self.socket = Watched::No(self.socket.no()?);
                 tokio::select! {
                     () = tokio::time::sleep_until(until) => {}
                     () = self.reader.left.notified() => {}
                 }
             }
-            let watched = match &mut self.watched {
-                Some(watched) => watched,
-                none => none.insert(TcpStream::from_std(self.connection.socket.try_clone()?)?),
-            };
-            watched.readable().await?;
-            let Ok(mut reading) = self.reader.reading.try_lock() else { continue };
-            let mut received = Ok(None);
-            let read = watched.try_io(Interest::READABLE, || match reading.incoming.receive() {
-                Err(Error::Broke(error)) if error.kind() == io::ErrorKind::WouldBlock => Err(error),
-                next => {
-                    received = next;
-                    Ok(())
-                }
-            });
-            if read.is_ok() {
-                return received;
+            let socket = self.socket.yes()?;
+            socket.readable().await?;
+            let received = self.reader.try_receive(&socket);
+            self.socket = Watched::Yes(socket);
+            if let Some(received) = received {
+                return Ok(received?.map(|message| (message, self)));
             }
         }
     }
@@ -162,7 +173,7 @@ pub struct Reader {
 struct Reading {
     incoming: Incoming<Socket>,
     /// Until then the task leaves it to threads.
-    kept: Instant,
+    kept_until: Instant,
 }
 
 impl Reader {
@@ -170,15 +181,25 @@ impl Reader {
     pub fn claim(&self) -> Option<Claim> {
         let reading = self.reading.clone().try_lock_owned().ok()?;
         let mut claim = Claim { reading, left: Left(Some(self.left.clone())) };
-        claim.reading.kept = Instant::now();
+        claim.reading.kept_until = Instant::now();
         Some(claim)
     }
 
+    /// The next message, if a watched socket has it and nobody else reads.
+    fn try_receive<M: Framed>(&self, watched: &TcpStream) -> Option<Result<Option<M>, Error>> {
+        let mut reading = self.reading.try_lock().ok()?;
+        let received = watched.try_io(Interest::READABLE, || match reading.incoming.receive() {
+            Err(Error::Broke(error)) if error.kind() == io::ErrorKind::WouldBlock => Err(error),
+            next => Ok(next),
+        });
+        received.ok()
+    }
+
     /// Until when the task must not read, if it must not now.
-    fn kept(&self) -> Option<Instant> {
+    fn kept_until(&self) -> Option<Instant> {
         let now = Instant::now();
         match self.reading.try_lock() {
-            Ok(reading) => Some(reading.kept).filter(|&until| now < until),
+            Ok(reading) => Some(reading.kept_until).filter(|&until| now < until),
             Err(_) => Some(now + KEPT),
         }
     }
@@ -201,7 +222,8 @@ impl Drop for Left {
 }
 
 impl Claim {
-    /// Whether nothing that was read waits here. Nobody may let go before, or before [`Claim::receive`] would block.
+    /// Whether no part of a message waits here. Let go only then, or when [`Claim::receive`] would block: whole messages
+    /// that wait here wake nobody.
     pub fn is_empty(&self) -> bool {
         self.reading.incoming.is_between()
     }
@@ -216,7 +238,7 @@ impl Claim {
 
     /// Lets go, and expects to come back so soon that the task need not read meanwhile.
     pub fn keep(mut self) {
-        self.reading.kept = Instant::now() + KEPT;
+        self.reading.kept_until = Instant::now() + KEPT;
         self.left.0 = None;
     }
 }

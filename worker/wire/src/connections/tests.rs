@@ -108,7 +108,7 @@ fn framed_echo() -> Services {
     let serve = |mut connection: framed::Connection| -> BoxFuture<'static, ()> {
         let outgoing = connection.outgoing(4);
         Box::pin(async move {
-            let mut calls = std::pin::pin!(connection.messages::<RunCall>().0);
+            let mut calls = std::pin::pin!(connection.messages::<RunCall>().unwrap().0);
             while let Some(Ok(call)) = calls.next().await {
                 outgoing.reserve().await.unwrap().send(call);
             }
@@ -122,7 +122,7 @@ async fn one_port_speaks_frames_and_http2_and_cuts_who_speaks_neither() {
     let (address, _end, _server) = served_with(framed_echo()).await;
     let mut connection = framed::connect(&address).await.unwrap().expect("it speaks frames");
     let outgoing = connection.outgoing(4);
-    let mut answers = std::pin::pin!(connection.messages::<RunCall>().0);
+    let mut answers = std::pin::pin!(connection.messages::<RunCall>().unwrap().0);
     let call = RunCall { sequence: 7, rows: vec![1; 100_000].into(), ..RunCall::default() };
     assert!(outgoing.reserve().await.unwrap().send(call.clone()));
     assert_eq!(answers.next().await.unwrap().unwrap(), call);
@@ -153,7 +153,7 @@ async fn a_framed_connection_ends_with_its_peer_or_with_the_server() {
     let open = || async { framed::connect(&address).await.unwrap().unwrap() };
     let (mut first, second) = (open().await, open().await);
     let outgoing = first.outgoing(1);
-    let mut answers = std::pin::pin!(first.messages::<RunCall>().0);
+    let mut answers = std::pin::pin!(first.messages::<RunCall>().unwrap().0);
     end.send(()).unwrap();
     // told to end, the server still serves who is connected
     assert!(outgoing.reserve().await.unwrap().send(RunCall::default()));

@@ -55,7 +55,7 @@ async fn who_claims_a_connection_reads_it_and_what_comes_later_is_read_as_before
     let (near, mut far) = pair(READER_TIMEOUT).await;
     let outgoing = far.outgoing(8);
     let send = |sequence| assert!(outgoing.try_reserve().unwrap().send(call(sequence)));
-    let (messages, reader) = near.messages::<RunCall>();
+    let (messages, reader) = near.messages::<RunCall>().unwrap();
     let mut messages = pin!(messages);
     let mut claim = reader.claim().unwrap();
     assert!(reader.claim().is_none());
@@ -77,13 +77,14 @@ async fn who_claims_a_connection_reads_it_and_what_comes_later_is_read_as_before
 async fn what_comes_while_a_thread_is_expected_back_waits_for_it_a_moment() {
     let (near, mut far) = pair(READER_TIMEOUT).await;
     let outgoing = far.outgoing(8);
-    let (messages, reader) = near.messages::<RunCall>();
+    let (messages, reader) = near.messages::<RunCall>().unwrap();
     let mut messages = pin!(messages);
     tokio::time::pause();
     for (sequence, is_kept) in [(1, true), (2, false)] {
         reader.claim().unwrap().keep(); // the last one counts
         let claim = reader.claim().unwrap();
         if !is_kept {
+            // its task leaves it alone for as long, unless it is told
             assert!(poll!(messages.next()).is_pending());
         }
         assert!(outgoing.try_reserve().unwrap().send(call(sequence)));
