@@ -76,7 +76,7 @@ pub struct ExpertBatch<'a> {
 pub struct Replies {
     /// `[pairs, hidden]`, little endian, in the wire dtype and the batch's pair order. A missing
     /// pair has a row here too, of any value.
-    pub rows: Vec<u8>,
+    pub rows: Bytes,
     /// Indices of pairs without an answer.
     pub missing: Vec<u32>,
 }
@@ -105,6 +105,6 @@ impl Exchange for NoPeers {
     }
 
     fn join(&mut self, pairs: u32) -> impl Future<Output = Replies> {
-        ready(Replies { rows: Vec::new(), missing: (0..pairs).collect() })
+        ready(Replies { rows: Bytes::new(), missing: (0..pairs).collect() })
     }
 }

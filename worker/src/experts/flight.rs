@@ -256,7 +256,9 @@ impl Flights {
 /// The rows of a batch that came back so far.
 pub(super) struct Gathered {
     row_bytes: usize,
-    /// Empty until some came.
+    /// Of all pairs at once, where they were read.
+    whole: Option<Bytes>,
+    /// Else those of each part; empty until some came.
     rows: Vec<u8>,
     done: Vec<bool>,
     left: usize,
@@ -265,7 +267,7 @@ pub(super) struct Gathered {
 impl Gathered {
     /// None of a batch of so many pairs.
     pub(super) fn none(pairs: usize, row_bytes: usize) -> Self {
-        Self { row_bytes, rows: Vec::new(), done: vec![false; pairs], left: pairs }
+        Self { row_bytes, whole: None, rows: Vec::new(), done: vec![false; pairs], left: pairs }
     }
 
     /// Takes in the answer to a part. A row that came before has the same bits.
@@ -274,7 +276,7 @@ impl Gathered {
         if self.left == all && part.pairs.len() == all {
             self.done.fill(true);
             self.left = 0;
-            self.rows = rows.into(); // as they came, without a copy
+            self.whole = Some(rows);
             return;
         }
         self.rows.resize(all * self.row_bytes, 0);
@@ -293,9 +295,11 @@ impl Gathered {
     }
 
     /// The rows of the batch; those that are missing are zeros.
-    pub(super) fn into_rows(mut self) -> Vec<u8> {
-        self.rows.resize(self.done.len() * self.row_bytes, 0);
-        self.rows
+    pub(super) fn into_rows(mut self) -> Bytes {
+        self.whole.unwrap_or_else(|| {
+            self.rows.resize(self.done.len() * self.row_bytes, 0);
+            self.rows.into()
+        })
     }
 
     /// Whether all came back.

@@ -25,8 +25,10 @@ use crate::{
 
 /// Of the two lengths.
 const LENGTHS: usize = 8;
-/// Read at once, where a message and the beginning of its rows fit in.
-const READ_BYTES: usize = 4 << 10;
+/// Read at once at least, where a message and the beginning of its rows fit in.
+const LEAST_READ: usize = 4 << 10;
+/// A frame up to this size is expected to be followed by one as large, which is then read at once.
+const MOST_READ: usize = 256 << 10;
 
 /// A message whose rows travel beside it.
 pub trait Framed: Message + Default {
@@ -80,65 +82,65 @@ pub trait Source {
 /// Reads frames. What was read of one is kept when the connection has no more for now.
 pub struct Incoming<S> {
     from: S,
-    /// The lengths and the message, and what was read behind them.
-    head: Vec<u8>,
-    rows: Vec<u8>,
+    /// Of a frame, and what was read behind it.
+    read: Vec<u8>,
+    /// How much is read at once.
+    at_once: usize,
 }
 
 impl<S: Source> Incoming<S> {
     /// Reads from the beginning of a frame.
     pub fn new(from: S) -> Self {
-        Self { from, head: Vec::with_capacity(READ_BYTES), rows: Vec::new() }
+        Self { from, read: Vec::new(), at_once: LEAST_READ }
     }
 
     /// Whether nothing of a frame was read yet.
     pub fn is_between(&self) -> bool {
-        self.head.is_empty()
+        self.read.is_empty()
     }
 
     pub(crate) fn source(&self) -> &S {
         &self.from
     }
 
-    /// The next message; `None` where the peer ended between two.
+    /// The next message; `None` where the peer ended between two. Its rows are where they were read.
     ///
     /// # Errors
     /// [`Error`]. After [`io::ErrorKind::WouldBlock`] it can be called again, after any other error in vain.
     pub fn receive<M: Framed>(&mut self) -> Result<Option<M>, Error> {
-        while self.head.len() < LENGTHS {
-            match fill(&mut self.from, &mut self.head) {
+        let [message, rows] = loop {
+            let ends = ends(&self.read)?;
+            let wanted = ends.map_or(LENGTHS, |[_, rows]| rows);
+            if let Some(ends) = ends.filter(|_| self.read.len() >= wanted) {
+                break ends;
+            }
+            // pages are the system's until bytes come
+            self.read.reserve_exact(wanted.max(self.at_once).saturating_sub(self.read.len()));
+            match fill(&mut self.from, &mut self.read) {
                 Err(error) if error.kind() == io::ErrorKind::UnexpectedEof && self.is_between() => return Ok(None),
                 filled => filled?,
             }
-        }
-        let lengths = self.head.as_chunks::<4>().0;
-        let [message, rows] = [0, 1].map(|at| u32::from_le_bytes(lengths[at]) as usize);
-        if message + rows > MAX_MESSAGE_BYTES {
-            return Err(Error::TooLarge { message, rows });
-        }
-        let end = LENGTHS + message;
-        self.head.reserve(end.saturating_sub(self.head.len()));
-        while self.head.len() < end {
-            fill(&mut self.from, &mut self.head)?;
-        }
-        if self.rows.is_empty() {
-            self.rows.reserve_exact(rows); // pages are the system's until bytes come
-        }
-        let behind = self.head.len().min(end + rows - self.rows.len());
-        self.rows.extend(self.head.drain(end..behind));
-        while self.rows.len() < rows {
-            fill(&mut self.from, &mut self.rows)?;
-        }
-        self.head.extend(self.rows.drain(rows..)); // where the capacity was larger
-        let mut message = M::decode(&self.head[LENGTHS..end])?;
-        if !message.rows().is_empty() {
+        };
+        let mut frame = Bytes::from(std::mem::take(&mut self.read));
+        self.read.extend_from_slice(&frame.split_off(rows)); // most often nothing
+        self.at_once = if rows > MOST_READ { LEAST_READ } else { rows.max(LEAST_READ) };
+        let mut read = M::decode(&frame[LENGTHS..message])?;
+        if !read.rows().is_empty() {
             return Err(Error::RowsWithin);
         }
-        self.head.drain(..end);
-        self.head.shrink_to(READ_BYTES);
-        *message.rows() = std::mem::take(&mut self.rows).into();
-        Ok(Some(message))
+        *read.rows() = frame.split_off(message);
+        Ok(Some(read))
     }
+}
+
+/// Where the message and the rows of a frame end, once its lengths are there.
+fn ends(frame: &[u8]) -> Result<Option<[usize; 2]>, Error> {
+    let Some([message, rows]) = frame.as_chunks::<4>().0.first_chunk::<2>() else { return Ok(None) };
+    let [message, rows] = [message, rows].map(|length| u32::from_le_bytes(*length) as usize);
+    if message + rows > MAX_MESSAGE_BYTES {
+        return Err(Error::TooLarge { message, rows });
+    }
+    Ok(Some([LENGTHS + message, LENGTHS + message + rows]))
 }
 
 fn fill(from: &mut impl Source, buffer: &mut Vec<u8>) -> io::Result<()> {

@@ -103,7 +103,7 @@ impl Exchange for Mesh {
     type Ticket = Replies;
 
     fn send(&mut self, batch: &ExpertBatch<'_>) -> Replies {
-        let mut replies = Replies::default();
+        let (mut rows, mut missing) = (Vec::new(), Vec::new());
         for (pair, (&row, &expert)) in batch.pair_rows.iter().zip(batch.pair_experts).enumerate() {
             self.sent += 1;
             let held = |holder: &&Arc<Experts>| holder.holds(batch.layer, expert as usize);
@@ -112,12 +112,12 @@ impl Exchange for Mesh {
             let mut answer = holder.run(&one).unwrap();
             if self.lose_every.is_some_and(|every| self.sent.is_multiple_of(every)) {
                 answer.fill(0xff); // whatever comes in place of a lost row must not matter
-                replies.missing.push(pair as u32);
+                missing.push(pair as u32);
                 self.lost += 1;
             }
-            replies.rows.extend(answer);
+            rows.extend(answer);
         }
-        replies
+        Replies { rows: rows.into(), missing }
     }
 
     fn join(&mut self, replies: Replies) -> impl Future<Output = Replies> {

@@ -63,6 +63,32 @@ fn frames_that_come_byte_by_byte_are_read_whole() {
     }
 }
 
+/// Gives as much as there is room for, and counts how often.
+struct Counts<'a>(&'a [u8], usize);
+
+impl Source for Counts<'_> {
+    fn read(&mut self, buffer: &mut Vec<u8>) -> io::Result<usize> {
+        self.1 += 1;
+        Source::read(&mut self.0, buffer)
+    }
+}
+
+#[test]
+fn a_frame_as_large_as_the_last_one_is_read_at_once() {
+    let reads = |rows: &[usize]| {
+        let bytes: Vec<u8> = rows.iter().flat_map(|&rows| frame(call(1, rows))).collect();
+        let mut incoming = Incoming::new(Counts(&bytes, 0));
+        for &rows in rows {
+            assert_eq!(incoming.receive().unwrap(), Some(call(1, rows)));
+        }
+        incoming.from.1
+    };
+    assert_eq!(reads(&[100_000; 3]), 2 + 1 + 1, "the first one's length is not known");
+    assert_eq!(reads(&[100; 30]), 1, "several small ones");
+    assert_eq!(reads(&[100_000, 100, 100, 100_000]), 2 + 1 + 1, "what is read behind one belongs to the next");
+    assert_eq!(reads(&[300_000; 3]), 2 * 3, "memory is not held for a large one that may not come");
+}
+
 #[test]
 fn what_is_no_frame_is_an_error_that_says_so() {
     let lengths = |message: u32, rows: u32| [message.to_le_bytes(), rows.to_le_bytes()].concat();
