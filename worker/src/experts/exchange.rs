@@ -82,8 +82,7 @@ pub struct MeshExchange {
 
 /// A batch on its way.
 pub struct Ticket {
-    layer: u32,
-    experts: Vec<u32>,
+    whole: Arc<Part>,
     flights: Vec<Flight>,
 }
 
@@ -229,7 +228,7 @@ impl MeshExchange {
     }
 
     /// Sends the pairs of a part to those who can be asked for them. Pairs in no flight have nobody.
-    fn fly(&mut self, part: Part, past: Past) -> Vec<Flight> {
+    fn fly(&mut self, part: Arc<Part>, past: Past) -> Vec<Flight> {
         let (mut flights, mut open) = (Vec::new(), vec![(part, past)]);
         while let Some((part, past)) = open.pop() {
             for (to, indices) in self.assign(&part, &past.tried) {
@@ -243,13 +242,13 @@ impl MeshExchange {
         flights
     }
 
-    fn send(&mut self, to: Place, part: &Part, past: &Past) -> Option<Flight> {
+    fn send(&mut self, to: Place, part: &Arc<Part>, past: &Past) -> Option<Flight> {
         let holder = self.holders.get(&to)?;
         self.sequence += 1;
         let allowed = holder.deadline(part.pairs.len()) * past.patience();
         let mut call = part.call(&self.own, self.sequence, allowed * STILL_USEFUL);
         let span = call_span(&self.span, part.layer, &holder.peer.address, part.pairs.len());
-        call.traceparent = span.in_scope(traceparent);
+        call.traceparent = traceparent(&span);
         let bytes = call.rows.len();
         let (reply, on_their_way) = holder.send(call)?;
         self.metrics.rows_sent(bytes / self.own.row_bytes(), bytes);
@@ -372,26 +371,27 @@ impl MeshExchange {
     }
 
     /// Remembers the experts of a batch that nobody answered for, and forgets those that somebody did.
-    fn note(&mut self, ticket_layer: u32, experts: &[u32], missing: &[u32]) {
+    fn note(&mut self, batch: &Part, missing: &[u32]) {
         if missing.is_empty() && self.absent.is_empty() {
             return;
         }
         let now = Instant::now();
-        let lost: std::collections::BTreeSet<u32> = missing.iter().map(|&pair| experts[pair as usize]).collect();
+        let lost: std::collections::BTreeSet<u32> =
+            missing.iter().map(|&pair| batch.pair_experts[pair as usize]).collect();
         self.absent.retain(|&(layer, expert), (_, last)| {
-            let answered = layer == ticket_layer && experts.contains(&expert) && !lost.contains(&expert);
+            let answered = layer == batch.layer && batch.pair_experts.contains(&expert) && !lost.contains(&expert);
             !answered && now.duration_since(*last) < SAME_MISS
         });
         for &expert in &lost {
-            let (since, last) = self.absent.entry((ticket_layer, expert)).or_insert((now, now));
+            let (since, last) = self.absent.entry((batch.layer, expert)).or_insert((now, now));
             *last = now;
             if let Some(wanted) = self.wanted.as_ref().filter(|_| now.duration_since(*since) >= OWN_AFTER) {
-                let _ = wanted.try_send((ticket_layer, expert)); // full: the next step asks again
+                let _ = wanted.try_send((batch.layer, expert)); // full: the next step asks again
             }
         }
         if let Some(&expert) = lost.first() {
             let max_wait = self.mesh.max_wait();
-            self.missing.get_or_insert(Missing { layer: ticket_layer, expert, max_wait });
+            self.missing.get_or_insert(Missing { layer: batch.layer, expert, max_wait });
         }
     }
 }
@@ -400,15 +400,14 @@ impl Exchange for MeshExchange {
     type Ticket = Ticket;
 
     fn send(&mut self, batch: &ExpertBatch<'_>) -> Ticket {
-        let part = Part::whole(batch);
-        let (layer, experts) = (part.layer, part.pair_experts.clone());
+        let whole = Arc::new(Part::whole(batch));
         self.until = Instant::now() + self.mesh.max_wait();
-        Ticket { layer, experts, flights: self.fly(part, Past::default()) }
+        Ticket { flights: self.fly(whole.clone(), Past::default()), whole }
     }
 
     async fn join(&mut self, ticket: Ticket) -> Replies {
         let begun = Instant::now();
-        let mut gathered = Gathered::none(ticket.experts.len(), self.own.row_bytes());
+        let mut gathered = Gathered::none(ticket.whole.pairs.len(), self.own.row_bytes());
         // those that something is hoped of; the others are listened to only beside them
         let mut hoped = ticket.flights.len();
         let busy = self.holders.values().filter(|holder| holder.is_busy());
@@ -424,7 +423,7 @@ impl Exchange for MeshExchange {
         let missing = gathered.missing();
         self.metrics.calls(CallResult::Unreachable, usize::from(!missing.is_empty()));
         self.metrics.waited(begun.elapsed());
-        self.note(ticket.layer, &ticket.experts, &missing);
+        self.note(&ticket.whole, &missing);
         Replies { rows: gathered.into_rows(), missing }
     }
 }
@@ -456,10 +455,11 @@ fn call_span(parent: &Span, layer: u32, peer: &str, pairs: usize) -> Span {
     info_span!(parent: parent, "experts.run", otel.kind = "client", layer, peer, pairs, result = field::Empty)
 }
 
-fn traceparent() -> String {
-    let mut metadata = MetadataMap::new();
-    if !Span::current().is_none() {
-        wire::telemetry::inject(&mut metadata);
+fn traceparent(span: &Span) -> String {
+    if span.is_none() {
+        return String::new();
     }
+    let mut metadata = MetadataMap::new();
+    span.in_scope(|| wire::telemetry::inject(&mut metadata));
     metadata.get("traceparent").and_then(|value| value.to_str().ok()).unwrap_or_default().to_owned()
 }

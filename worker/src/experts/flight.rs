@@ -1,6 +1,6 @@
 //! Rows on their way: some pairs of a batch, the call that carries them, and what came of it.
 
-use std::{collections::HashMap, time::Duration};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use engine::{ExpertBatch, WireDtype};
@@ -53,7 +53,7 @@ pub(super) struct Place {
 }
 
 /// Some pairs of a batch, with the rows that they need.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(super) struct Part {
     pub(super) layer: u32,
     rows: Bytes,
@@ -76,7 +76,7 @@ impl Part {
     }
 
     /// Those of its pairs at these indices, ascending, with each row that they need once.
-    pub(super) fn only(&self, indices: &[usize], row_bytes: usize) -> Self {
+    pub(super) fn only(self: &Arc<Self>, indices: &[usize], row_bytes: usize) -> Arc<Self> {
         if indices.len() == self.pairs.len() {
             return self.clone();
         }
@@ -89,13 +89,13 @@ impl Part {
             })
         };
         let pair_rows = indices.iter().map(|&at| place(self.pair_rows[at])).collect();
-        Self {
+        Arc::new(Self {
             layer: self.layer,
             pairs: indices.iter().map(|&at| self.pairs[at]).collect(),
             pair_rows,
             pair_experts: indices.iter().map(|&at| self.pair_experts[at]).collect(),
             rows: rows.into(),
-        }
+        })
     }
 
     /// The call that carries it.
@@ -152,7 +152,7 @@ pub(super) enum Stage {
 /// A part on its way to a holder.
 pub(super) struct Flight {
     pub(super) to: Place,
-    pub(super) part: Part,
+    pub(super) part: Arc<Part>,
     pub(super) past: Past,
     pub(super) sent: Instant,
     /// When it is late.

@@ -26,8 +26,10 @@ const GUESS: (f64, f64) = (1e-3, 1e-4);
 /// Times of one holder's replies.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Pace {
-    /// Seconds a reply, divided by its [`size`].
+    /// Seconds a reply, divided by its [`size`], as they came.
     window: VecDeque<f64>,
+    /// The same, ascending: each call asks for its deadline.
+    sorted: Vec<f64>,
     line: Line,
 }
 
@@ -58,10 +60,19 @@ impl Pace {
     }
 
     fn remember(&mut self, rows: usize, took: Duration) {
-        if self.window.len() >= WINDOW {
-            self.window.pop_front();
+        if self.window.len() >= WINDOW
+            && let Some(oldest) = self.window.pop_front()
+        {
+            self.sorted.remove(self.rank(oldest));
         }
-        self.window.push_back(took.as_secs_f64() / size(rows));
+        let time = took.as_secs_f64() / size(rows);
+        self.window.push_back(time);
+        self.sorted.insert(self.rank(time), time);
+    }
+
+    /// How many of the times remembered are less.
+    fn rank(&self, time: f64) -> usize {
+        self.sorted.partition_point(|other| other.total_cmp(&time).is_lt())
     }
 
     /// How long a reply to so many rows may take: five times what 99 of 100 took, at least 50 ms, and in the beginning
@@ -78,9 +89,8 @@ impl Pace {
 
     /// Of the times remembered, by nearest rank.
     fn p99(&self) -> f64 {
-        let mut times: Vec<f64> = self.window.iter().copied().collect();
-        let rank = (times.len() * 99).div_ceil(100).max(1) - 1;
-        if times.is_empty() { 0.0 } else { *times.select_nth_unstable_by(rank, f64::total_cmp).1 }
+        let rank = (self.sorted.len() * 99).div_ceil(100).max(1) - 1;
+        self.sorted.get(rank).copied().unwrap_or_default()
     }
 
     /// What to expect while so many rows are on their way already.

@@ -73,8 +73,8 @@ impl ExpertsService {
         if call.pair_rows.len() > wire::MAX_MESSAGE_BYTES / row {
             return malformed(format!("{} pairs are more than a reply can hold", call.pair_rows.len()));
         }
-        let held = |expert: &&u32| !self.experts.holds(call.layer as usize, **expert as usize);
-        if let Some(expert) = call.pair_experts.iter().find(held) {
+        let mut experts = call.pair_experts.chunk_by(|a, b| a == b).map(|pairs| pairs[0]);
+        if let Some(expert) = experts.find(|&expert| !self.experts.holds(call.layer as usize, expert as usize)) {
             return Err((Reason::NotHeld, format!("expert {expert} of layer {} is not held here", call.layer)));
         }
         Ok(())

@@ -38,6 +38,10 @@ const SPARED: f64 = 1.01;
 
 /// Splits each group's rows: for each of its holders how many, in the order of [`Group::holders`].
 pub(super) fn split(groups: &[Group], holders: &[Holder]) -> Vec<Vec<u32>> {
+    if groups.iter().all(|group| group.holders.len() == 1) {
+        // there is nothing to decide
+        return groups.iter().map(|group| vec![group.rows]).collect();
+    }
     let total: u64 = groups.iter().map(|group| u64::from(group.rows)).sum();
     let room = |by: f64| holders.iter().map(|holder| holder.room(by, total)).collect::<Vec<u64>>();
     let alone = groups.iter().map(|group| if group.holders.len() == 1 { group.clone() } else { group.without_rows() });
