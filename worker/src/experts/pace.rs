@@ -153,6 +153,8 @@ mod tests {
         assert_eq!(pace.deadline(48), ms(300), "twice the size of a message of 16 rows");
         pace.answered(16, ms(1000));
         assert_eq!(pace.deadline(16), ms(150), "one of a hundred is forgiven");
+        (0..WINDOW).for_each(|_| pace.answered(16, ms(4)));
+        assert_eq!(pace.deadline(16), ms(50), "what was slow long ago is forgotten");
     }
 
     #[test]
