@@ -89,6 +89,12 @@ pub trait Exchange {
     /// Sends a batch without waiting. Only pairs whose expert is not held here are in it.
     fn send(&mut self, batch: &ExpertBatch<'_>) -> Self::Ticket;
 
+    /// Whether a step of so many rows goes in two halves, each of which computes while the rows of the other travel: then two
+    /// batches are on their way at once. Each half reads the weights anew.
+    fn overlaps(&mut self, _rows: usize) -> bool {
+        false
+    }
+
     /// Waits for the answers to a batch. Dropping the future gives the batch up.
     fn join(&mut self, ticket: Self::Ticket) -> impl Future<Output = Replies>;
 }

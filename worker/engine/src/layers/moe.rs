@@ -196,6 +196,18 @@ pub(crate) struct Moe {
     shared: Mlp,
 }
 
+/// A layer's tokens while rows of theirs are elsewhere.
+#[derive(Debug)]
+pub(crate) struct Mixing<T> {
+    dispatch: Dispatch,
+    /// `[tokens, hidden]`
+    shared: Vec<f32>,
+    outputs: Outputs,
+    away: Part,
+    /// None if all experts are here.
+    ticket: Option<T>,
+}
+
 /// What a layer's experts made of its tokens.
 #[derive(Debug)]
 pub(crate) struct Mixed {
@@ -223,18 +235,18 @@ impl Moe {
     }
 
     /// Gives each token to its experts. Rows for experts elsewhere leave first; the shared expert
-    /// and those here compute while they travel.
+    /// and those here compute while they travel. [`Moe::end`] waits for them.
     ///
     /// # Shapes
     /// `x`: `[tokens, hidden]`.
     /// # Errors
-    /// [`Error::Replies`] if the exchange answers with rows of another size.
-    pub(crate) async fn forward<E: Exchange>(
+    /// [`Error::Experts`] if one that is held does not take its rows.
+    pub(crate) fn begin<E: Exchange>(
         &self,
         x: &[f32],
         experts: &Experts,
         exchange: &mut E,
-    ) -> Result<Mixed, Error> {
+    ) -> Result<Mixing<E::Ticket>, Error> {
         let dispatch = dispatch(&self.gate.route(x));
         let (rows, row_bytes) = (experts.dtype().encode(x), self.hidden * experts.dtype().size());
         // taken once: an expert that comes or goes meanwhile is asked for neither twice nor never
@@ -247,10 +259,24 @@ impl Moe {
         let mut outputs = Outputs::new(dispatch.experts.len(), self.hidden, experts.dtype());
         let own = experts.run_on(&table, &here.batch(self.layer)).map_err(Error::Experts)?;
         outputs.fill(&here, &own);
+        Ok(Mixing { dispatch, shared, outputs, away, ticket })
+    }
+
+    /// Waits for the rows that are elsewhere, and adds up.
+    ///
+    /// # Errors
+    /// [`Error::Replies`] if the exchange answers with rows of another size.
+    pub(crate) async fn end<E: Exchange>(
+        &self,
+        mixing: Mixing<E::Ticket>,
+        experts: &Experts,
+        exchange: &mut E,
+    ) -> Result<Mixed, Error> {
+        let Mixing { dispatch, shared, mut outputs, away, ticket } = mixing;
         let mut lost = Vec::new();
         if let Some(ticket) = ticket {
             let replies = exchange.join(ticket).await;
-            self.check(&replies, away.places.len(), row_bytes)?;
+            self.check(&replies, away.places.len(), self.hidden * experts.dtype().size())?;
             outputs.fill(&away, &replies.rows);
             let place = |&pair: &u32| away.places[pair as usize];
             lost = replies.missing.iter().map(|p| dispatch.tokens[place(p)] as usize).collect();
@@ -258,7 +284,7 @@ impl Moe {
             lost.dedup();
         }
         experts.count(self.layer, dispatch.experts.iter().copied());
-        let mut rows = combine(&dispatch, &outputs.values, x.len() / self.hidden, self.hidden);
+        let mut rows = combine(&dispatch, &outputs.values, shared.len() / self.hidden, self.hidden);
         kernels::add(&mut rows, &shared);
         Ok(Mixed { rows, lost })
     }
@@ -275,6 +301,7 @@ impl Moe {
 }
 
 /// The experts' answers, in dispatch order, whoever gave them.
+#[derive(Debug)]
 struct Outputs {
     hidden: usize,
     dtype: WireDtype,

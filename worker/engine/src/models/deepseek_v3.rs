@@ -15,7 +15,7 @@ use crate::layers::kernels;
 use crate::layers::matrix::Matrix;
 use crate::layers::mla::{LayerCache, Mla};
 use crate::layers::mlp::Mlp;
-use crate::layers::moe::Moe;
+use crate::layers::moe::{Mixing, Moe};
 use crate::layers::norm::RmsNorm;
 use crate::layers::rope::{Angles, Rope};
 use crate::load::Weights;
@@ -75,30 +75,23 @@ impl DeepseekV3 {
         experts: &Experts,
         exchange: &mut E,
     ) -> Result<Vec<f32>, Error> {
-        let mut rows = Rows {
-            hidden: self.embed(slices),
-            angles: positions(slices).map(|position| self.rope.angles(position)).collect(),
-            width: self.hidden,
-        };
+        let in_two = slices.len() > 1 && exchange.overlaps(tokens(slices));
+        let second = if in_two { slices.split_off(middle(slices)) } else { Vec::new() };
+        let mut halves = [std::mem::take(slices), second].map(|slices| self.enter(slices));
         for (index, layer) in self.layers.iter().enumerate() {
-            let normed = layer.input_norm.forward(&rows.hidden);
-            let mut cache = LayerCache { cache, layer: index };
-            let attended = layer.attention.forward(&normed, &self.rope, &rows.angles, slices, &mut cache);
-            kernels::add(&mut rows.hidden, &attended);
-            let normed = layer.post_norm.forward(&rows.hidden);
-            match &layer.feed {
-                Feed::Dense(mlp) => kernels::add(&mut rows.hidden, &mlp.forward(&normed)),
-                Feed::Moe(moe) => {
-                    let mixed = moe.forward(&normed, experts, exchange).await?;
-                    kernels::add(&mut rows.hidden, &mixed.rows);
-                    rows.leave(slices, &mixed.lost);
-                }
-            }
-            if slices.is_empty() {
-                break;
+            for rows in &mut halves {
+                rows.arrive(experts, exchange).await?;
+                let mut cache = LayerCache { cache, layer: index };
+                layer.forward(rows, &self.rope, &mut cache, experts, exchange)?;
             }
         }
-        Ok(rows.hidden)
+        let mut hidden = Vec::new();
+        for mut rows in halves {
+            rows.arrive(experts, exchange).await?;
+            slices.append(&mut rows.slices);
+            hidden.append(&mut rows.hidden);
+        }
+        Ok(hidden)
     }
 
     /// `hidden`: `[rows, hidden]`. Returns `[rows, vocabulary]`.
@@ -106,14 +99,27 @@ impl DeepseekV3 {
         self.head.apply(&self.norm.forward(hidden))
     }
 
-    fn embed(&self, slices: &[Slice<'_>]) -> Vec<f32> {
+    fn enter<'a, T>(&self, slices: Vec<Slice<'a>>) -> Rows<'a, '_, T> {
+        let mut hidden = vec![0.0; tokens(&slices) * self.hidden];
         let tokens = slices.iter().flat_map(|slice| slice.tokens);
-        let mut hidden = vec![0.0; tokens.clone().count() * self.hidden];
         for (row, &token) in hidden.chunks_exact_mut(self.hidden).zip(tokens) {
             self.embed.output(token as usize, row);
         }
-        hidden
+        let positions = slices.iter().flat_map(Slice::positions);
+        let angles = positions.map(|position| self.rope.angles(position)).collect();
+        Rows { slices, hidden, angles, width: self.hidden, mixing: None }
     }
+}
+
+fn tokens(slices: &[Slice<'_>]) -> usize {
+    slices.iter().map(|slice| slice.tokens.len()).sum()
+}
+
+/// Where slices are cut, so that there are about as many tokens before as after; there are at least two.
+fn middle(slices: &[Slice<'_>]) -> usize {
+    let all = tokens(slices);
+    let apart = |&at: &usize| (2 * tokens(&slices[..at])).abs_diff(all);
+    (1..slices.len()).min_by_key(apart).unwrap_or(slices.len())
 }
 
 impl Layer {
@@ -132,6 +138,29 @@ impl Layer {
             post_norm: norm("post_attention_layernorm.weight")?,
             feed,
         })
+    }
+
+    /// Rows that have arrived from the layer before: through this one, but for what is on its way to experts elsewhere.
+    fn forward<'a, E: Exchange>(
+        &'a self,
+        rows: &mut Rows<'_, 'a, E::Ticket>,
+        rope: &Rope,
+        cache: &mut LayerCache<'_>,
+        experts: &Experts,
+        exchange: &mut E,
+    ) -> Result<(), Error> {
+        if rows.slices.is_empty() {
+            return Ok(());
+        }
+        let normed = self.input_norm.forward(&rows.hidden);
+        let attended = self.attention.forward(&normed, rope, &rows.angles, &rows.slices, cache);
+        kernels::add(&mut rows.hidden, &attended);
+        let normed = self.post_norm.forward(&rows.hidden);
+        match &self.feed {
+            Feed::Dense(mlp) => kernels::add(&mut rows.hidden, &mlp.forward(&normed)),
+            Feed::Moe(moe) => rows.mixing = Some((moe, moe.begin(&normed, experts, exchange)?)),
+        }
+        Ok(())
     }
 }
 
@@ -154,27 +183,36 @@ fn routed(config: &Config, weights: &Weights<'_, '_>, layer: usize, held: &Held)
     (0..config.gate.experts).map(one).collect()
 }
 
-fn positions(slices: &[Slice<'_>]) -> impl Iterator<Item = usize> {
-    slices.iter().flat_map(Slice::positions)
-}
-
-/// What the layers pass on: the rows of all slices, one after the other.
-struct Rows {
+/// What the layers pass on: the rows of some slices, one after the other.
+struct Rows<'a, 'm, T> {
+    slices: Vec<Slice<'a>>,
     /// `[rows, width]`.
     hidden: Vec<f32>,
     angles: Vec<Angles>,
     width: usize,
+    /// What experts are to add to them, and of which layer.
+    mixing: Option<(&'m Moe, Mixing<T>)>,
 }
 
-impl Rows {
+impl<T> Rows<'_, '_, T> {
+    /// Waits for what is on its way to experts.
+    async fn arrive<E: Exchange<Ticket = T>>(&mut self, experts: &Experts, exchange: &mut E) -> Result<(), Error> {
+        if let Some((moe, mixing)) = self.mixing.take() {
+            let mixed = moe.end(mixing, experts, exchange).await?;
+            kernels::add(&mut self.hidden, &mixed.rows);
+            self.leave(&mixed.lost);
+        }
+        Ok(())
+    }
+
     /// Takes out every slice with a lost row, and its other rows with it.
-    fn leave(&mut self, slices: &mut Vec<Slice<'_>>, lost: &[usize]) {
+    fn leave(&mut self, lost: &[usize]) {
         if lost.is_empty() {
             return;
         }
         let mut end = 0;
         let (mut hidden, mut angles) = (Vec::new(), Vec::new());
-        slices.retain(|slice| {
+        self.slices.retain(|slice| {
             let rows = end..end + slice.tokens.len();
             end = rows.end;
             let stays = !lost.iter().any(|row| rows.contains(row));

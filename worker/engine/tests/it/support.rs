@@ -91,12 +91,18 @@ pub(crate) struct Member {
 }
 
 /// Experts of all workers in one process. Can lose answers.
+#[derive(Default)]
 pub(crate) struct Mesh {
     holders: Vec<Arc<Experts>>,
     /// Counts down to each answer that gets lost.
     pub(crate) lose_every: Option<usize>,
     pub(crate) sent: usize,
     pub(crate) lost: usize,
+    /// Whether steps go in halves.
+    pub(crate) halves: bool,
+    on_their_way: usize,
+    /// Batches that were on their way at once.
+    pub(crate) most: usize,
 }
 
 impl Exchange for Mesh {
@@ -117,10 +123,17 @@ impl Exchange for Mesh {
             }
             rows.extend(answer);
         }
+        self.on_their_way += 1;
+        self.most = self.most.max(self.on_their_way);
         Replies { rows: rows.into(), missing }
     }
 
+    fn overlaps(&mut self, _: usize) -> bool {
+        self.halves
+    }
+
     fn join(&mut self, replies: Replies) -> impl Future<Output = Replies> {
+        self.on_their_way -= 1;
         ready(replies)
     }
 }
@@ -148,7 +161,7 @@ pub(crate) fn sharded(dir: &Path, shards: usize, options: &Options) -> Vec<Membe
     let member = |(engine, experts)| Member {
         engine,
         experts,
-        mesh: Mesh { holders: holders.clone(), lose_every: None, sent: 0, lost: 0 },
+        mesh: Mesh { holders: holders.clone(), ..Mesh::default() },
     };
     loaded.into_iter().map(member).collect()
 }
