@@ -2,7 +2,7 @@
 //!
 //! [`exchange`] asks the `holder`s of experts that are not here: it parts a batch among them (`split`, by the `pace` of
 //! each) and follows the parts on their way (`flight`). `link` keeps one stream to each over the `network`, [`standing`]
-//! says who is asked at all, `signs` whether one that takes its time is there. [`service`] answers peers that ask us, on
+//! says who is asked at all, `signs` whether one that takes its time is there, `overlap` whether a step goes in two halves. [`service`] answers peers that ask us, on
 //! the threads of [`pool`] or of the `peer`; [`keep`] loads and forgets experts as snapshots say.
 //!
 //! Architecture Invariant: no answer is ever made up. A row without an answer is missing, and the sequence that needs
@@ -14,6 +14,7 @@ mod holder;
 pub mod keep;
 mod link;
 mod network;
+mod overlap;
 mod pace;
 mod peer;
 pub mod pool;

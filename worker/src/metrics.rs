@@ -66,6 +66,7 @@ pub struct Metrics {
     resent: Counter<u64>,
     suspected: Counter<u64>,
     adopted: Counter<u64>,
+    steps: Counter<u64>,
     waits: Histogram<f64>,
     gauges: Arc<Gauges>,
 }
@@ -126,6 +127,7 @@ impl Metrics {
                 "Times that a peer failed and was not asked any more",
             ),
             adopted: counter("modelfleet_worker_experts_adopted", "Experts loaded here because nobody else held them"),
+            steps: counter("modelfleet_worker_steps", "Steps of several sequences with experts elsewhere, by parts"),
             waits: meter
                 .f64_histogram("modelfleet_worker_expert_wait_duration")
                 .with_unit("s")
@@ -196,6 +198,11 @@ impl Metrics {
     /// An expert was loaded because nobody else held it.
     pub fn adopted(&self) {
         self.adopted.add(1, &[]);
+    }
+
+    /// A step of several sequences went in two halves, or whole.
+    pub fn step(&self, in_halves: bool) {
+        self.steps.add(1, &[KeyValue::new("parts", if in_halves { 2_i64 } else { 1 })]);
     }
 
     /// How long a layer waited for experts elsewhere.

@@ -24,6 +24,7 @@ use super::{
     flight::{Flight, Flights, Gathered, Landed, Part, Past, Place, Stage},
     holder::Holder,
     network::{self, Network},
+    overlap::{Overlap, Way},
     pace::LEAST,
     split::{self, Group},
     standing::Board,
@@ -73,11 +74,26 @@ pub struct MeshExchange {
     board: Board,
     changed: watch::Receiver<u64>,
     sequence: u64,
-    /// When the batch that is on its way is given up.
-    until: Instant,
     span: Span,
+    overlap: Overlap,
+    step: Step,
     missing: Option<Missing>,
     metrics: Arc<Metrics>,
+}
+
+/// The step that runs.
+struct Step {
+    begun: Instant,
+    /// For experts elsewhere.
+    waited: Duration,
+    /// Its rows, and which way it goes, if it could go in halves.
+    way: Option<(usize, Way)>,
+}
+
+impl Step {
+    fn begin() -> Self {
+        Self { begun: Instant::now(), waited: Duration::ZERO, way: None }
+    }
 }
 
 /// A batch on its way.
@@ -120,8 +136,9 @@ impl MeshExchange {
             changed: board.changes(),
             board,
             sequence: 0,
-            until: Instant::now(),
             span: Span::none(),
+            overlap: Overlap::default(),
+            step: Step::begin(),
             missing: None,
             metrics,
         }
@@ -130,6 +147,7 @@ impl MeshExchange {
     /// Begins a step: follows the newest snapshot. Calls of the step become children of `span`, unless that is none.
     pub fn begin_step(&mut self, span: Span) {
         self.span = span;
+        self.step = Step::begin();
         self.missing = None;
         self.changed.mark_unchanged();
         self.newest.mark_unchanged();
@@ -143,6 +161,9 @@ impl MeshExchange {
     /// Ends a step; returns an expert that it lacked, if it lacked any.
     pub fn end_step(&mut self) -> Option<Missing> {
         self.meshes.end_step();
+        if let Some((rows, way)) = self.step.way {
+            self.overlap.took(rows, way, self.step.begun.elapsed(), self.step.waited);
+        }
         self.missing
     }
 
@@ -258,8 +279,8 @@ impl MeshExchange {
             part: part.clone(),
             past: past.clone(),
             sent,
-            deadline: (sent + allowed).min(self.until),
-            look: (sent + allowed.min(LEAST)).min(self.until),
+            deadline: (sent + allowed).min(part.until),
+            look: (sent + allowed.min(LEAST)).min(part.until),
             stage: Stage::Awaited,
             reply,
             span,
@@ -318,14 +339,14 @@ impl MeshExchange {
             }
             holder.doubt();
         }
-        if now >= self.until {
+        if now >= flight.part.until {
             return Vec::new();
         }
         let mut flights = self.again(&flight, flight.past.after(flight.to), CallResult::Late, gathered);
         let elsewhere: usize = flights.iter().map(|flight| flight.part.pairs.len()).sum();
         (flight.stage, flight.look) = match elsewhere < gathered.lacking(&flight.part).len() {
             true => (Stage::Overdue, now + LOOK_EVERY),
-            false => (Stage::Listened, self.until),
+            false => (Stage::Listened, flight.part.until),
         };
         flights.push(flight);
         flights
@@ -336,7 +357,7 @@ impl MeshExchange {
     /// was missed and is there has the time that it had.
     fn look_again(&mut self, mut flight: Flight, gathered: &Gathered) -> Vec<Flight> {
         let now = Instant::now();
-        if now >= self.until {
+        if now >= flight.part.until {
             return Vec::new();
         }
         if flight.is_hoped_of() && now < flight.deadline && self.holders.get(&flight.to).is_some_and(Holder::is_asked) {
@@ -346,7 +367,7 @@ impl MeshExchange {
         let past = Past { tried: Vec::new(), misses: flight.past.misses + 1 };
         let mut flights = self.again(&flight, past, CallResult::Late, gathered);
         if !flights.is_empty() {
-            (flight.stage, flight.look) = (Stage::Listened, self.until);
+            (flight.stage, flight.look) = (Stage::Listened, flight.part.until);
             flights.push(flight);
         } else if !self.holders.get(&flight.to).is_none_or(Holder::is_silent)
             && !gathered.lacking(&flight.part).is_empty()
@@ -400,9 +421,15 @@ impl Exchange for MeshExchange {
     type Ticket = Ticket;
 
     fn send(&mut self, batch: &ExpertBatch<'_>) -> Ticket {
-        let whole = Arc::new(Part::whole(batch));
-        self.until = Instant::now() + self.mesh.max_wait();
+        let whole = Arc::new(Part::whole(batch, Instant::now() + self.mesh.max_wait()));
         Ticket { flights: self.fly(whole.clone(), Past::default()), whole }
+    }
+
+    fn overlaps(&mut self, rows: usize) -> bool {
+        let way = self.overlap.way(rows);
+        self.step.way = Some((rows, way));
+        self.metrics.step(way == Way::Halves);
+        way == Way::Halves
     }
 
     async fn join(&mut self, ticket: Ticket) -> Replies {
@@ -422,6 +449,7 @@ impl Exchange for MeshExchange {
         flights.end();
         let missing = gathered.missing();
         self.metrics.calls(CallResult::Unreachable, usize::from(!missing.is_empty()));
+        self.step.waited += begun.elapsed();
         self.metrics.waited(begun.elapsed());
         self.note(&ticket.whole, &missing);
         Replies { rows: gathered.into_rows(), missing }

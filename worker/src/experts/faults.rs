@@ -12,19 +12,20 @@ use std::{
     sync::{Arc, OnceLock},
 };
 
-use engine::{Experts, Held, Request, Sampling};
+use engine::{Exchange, ExpertBatch, Experts, Held, Replies, Request, Sampling};
 use opentelemetry::metrics::MeterProvider as _;
 use tokio::time::Duration;
 use tracing::Span;
 use wire::proto::{self, Holders, LayerPlacement, MeshSnapshot, Peer, ReplicaPlacement, Version};
 
 use super::{
-    exchange::{MeshExchange, Own},
+    exchange::{MeshExchange, Missing, Own, Ticket},
+    overlap::Way,
     sim::{Fault, Net, Plan},
     standing::Board,
 };
 use crate::{
-    drive::{Driver, Progress, Sequence},
+    drive::{Driver, Peers, Progress, Sequence},
     mesh::{Mesh, Meshes, Placement},
     metrics::Metrics,
 };
@@ -150,11 +151,44 @@ fn run(copies: Copies, max_wait_ms: u64, plan: Plan) -> Run {
 
 /// As [`run`], counted by `metrics` and traced below `span`.
 fn run_seen(copies: Copies, max_wait_ms: u64, plan: Plan, metrics: Arc<Metrics>, span: Span) -> Run {
-    run_on(mesh(copies, max_wait_ms), copies, plan, metrics, span)
+    run_on(mesh(copies, max_wait_ms), copies, plan, metrics, span, Way::Whole)
 }
 
-/// As [`run_seen`], on this mesh.
-fn run_on(snapshot: MeshSnapshot, copies: Copies, plan: Plan, metrics: Arc<Metrics>, span: Span) -> Run {
+/// The caller's exchange, whose steps all go one way.
+struct OneWay(MeshExchange, Way);
+
+impl Exchange for OneWay {
+    type Ticket = Ticket;
+
+    fn send(&mut self, batch: &ExpertBatch<'_>) -> Ticket {
+        self.0.send(batch)
+    }
+
+    fn overlaps(&mut self, _: usize) -> bool {
+        self.1 == Way::Halves
+    }
+
+    async fn join(&mut self, ticket: Ticket) -> Replies {
+        self.0.join(ticket).await
+    }
+}
+
+impl Peers for OneWay {
+    fn begin_step(&mut self, span: Span) {
+        self.0.begin_step(span);
+    }
+
+    fn end_step(&mut self) -> Option<Missing> {
+        self.0.end_step()
+    }
+
+    async fn changed(&mut self) {
+        self.0.changed().await;
+    }
+}
+
+/// As [`run_seen`], on this mesh, with steps that go this way.
+fn run_on(snapshot: MeshSnapshot, copies: Copies, plan: Plan, metrics: Arc<Metrics>, span: Span, way: Way) -> Run {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
     runtime.block_on(async {
         let net = Net::new(&holders(copies), plan);
@@ -165,7 +199,7 @@ fn run_on(snapshot: MeshSnapshot, copies: Copies, plan: Plan, metrics: Arc<Metri
         metrics.routed(&experts);
         let board = Board::new(metrics.clone());
         let exchange = MeshExchange::over(Arc::new(net.clone()), own, meshes, board, None, metrics.clone());
-        let (driver, steps) = Driver::apart(engine, exchange, metrics);
+        let (driver, steps) = Driver::apart(engine, OneWay(exchange, way), metrics);
         let begun = tokio::time::Instant::now();
         let asked = async { gather(driver.submit(requests(), span).await.unwrap()).await };
         let answers = tokio::select! {
@@ -227,9 +261,11 @@ fn where_experts_are_changes_no_bit() {
         })
     };
     for copies in [ALONE, TWO, OTHER] {
-        let run = run(copies, 0, Box::new(|_| None));
-        assert!(run.answers == alone, "{copies:?}");
-        assert!(run.net.calls() > 0 && run.net.bitten().is_empty());
+        let run = |way| run_on(mesh(copies, 0), copies, Box::new(|_| None), metrics(), Span::none(), way);
+        let [whole, halves] = [Way::Whole, Way::Halves].map(run);
+        assert!(whole.answers == alone && halves.answers == alone, "{copies:?}");
+        assert!(whole.net.calls() > 0 && halves.net.calls() > whole.net.calls());
+        assert!(whole.net.bitten().is_empty() && halves.net.bitten().is_empty());
     }
 }
 
@@ -238,7 +274,7 @@ fn a_holder_that_leaves_is_asked_only_for_what_no_other_has() {
     for copies in [TWO, ALONE] {
         let mut snapshot = mesh(copies, 0);
         snapshot.peers[1].leaving = true;
-        let run = run_on(snapshot, copies, Box::new(|_| None), metrics(), Span::none());
+        let run = run_on(snapshot, copies, Box::new(|_| None), metrics(), Span::none(), Way::Whole);
         assert!(run.answers == undisturbed().answers, "{copies:?}");
         assert_eq!(run.net.calls_to(HOLDERS[1]) == 0, copies == TWO, "{copies:?}");
     }
@@ -381,9 +417,10 @@ fn random(seed: u64) -> (Copies, Plan) {
 
 fn one_seed(seed: u64) -> Run {
     let (copies, plan) = random(seed);
-    let run = run(copies, 600_000, plan);
+    let way = if draw(seed, 0, 6).is_multiple_of(2) { Way::Whole } else { Way::Halves };
+    let run = run_on(mesh(copies, 600_000), copies, plan, metrics(), Span::none(), way);
     let ends: Vec<_> = run.answers.iter().map(|answer| (answer.len(), answer.last())).collect();
-    assert!(run.answers == undisturbed().answers, "{copies:?}: the answers differ; they end with {ends:?}");
+    assert!(run.answers == undisturbed().answers, "{copies:?}, {way:?}: the answers differ; they end with {ends:?}");
     run
 }
 

@@ -56,6 +56,8 @@ pub(super) struct Place {
 #[derive(Debug)]
 pub(super) struct Part {
     pub(super) layer: u32,
+    /// When it is given up.
+    pub(super) until: Instant,
     rows: Bytes,
     /// The pairs' places in the batch, and for each its row and its expert.
     pub(super) pairs: Vec<u32>,
@@ -64,9 +66,10 @@ pub(super) struct Part {
 }
 
 impl Part {
-    /// All of a batch.
-    pub(super) fn whole(batch: &ExpertBatch<'_>) -> Self {
+    /// All of a batch, which is given up then.
+    pub(super) fn whole(batch: &ExpertBatch<'_>, until: Instant) -> Self {
         Self {
+            until,
             layer: u32::try_from(batch.layer).unwrap_or(u32::MAX),
             rows: batch.rows.clone(),
             pairs: (0..).take(batch.pair_experts.len()).collect(),
@@ -91,6 +94,7 @@ impl Part {
         let pair_rows = indices.iter().map(|&at| place(self.pair_rows[at])).collect();
         Arc::new(Self {
             layer: self.layer,
+            until: self.until,
             pairs: indices.iter().map(|&at| self.pairs[at]).collect(),
             pair_rows,
             pair_experts: indices.iter().map(|&at| self.pair_experts[at]).collect(),

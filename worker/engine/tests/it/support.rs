@@ -158,11 +158,8 @@ pub(crate) fn sharded(dir: &Path, shards: usize, options: &Options) -> Vec<Membe
     let load = |shard| load(dir, &share(dir, shard, shards), options, &mut |_, _| {}).unwrap();
     let loaded: Vec<_> = (0..shards).map(load).collect();
     let holders: Vec<Arc<Experts>> = loaded.iter().map(|(_, experts)| experts.clone()).collect();
-    let member = |(engine, experts)| Member {
-        engine,
-        experts,
-        mesh: Mesh { holders: holders.clone(), ..Mesh::default() },
-    };
+    let member =
+        |(engine, experts)| Member { engine, experts, mesh: Mesh { holders: holders.clone(), ..Mesh::default() } };
     loaded.into_iter().map(member).collect()
 }
 
