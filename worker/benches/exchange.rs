@@ -13,6 +13,8 @@
 
 #[path = "exchange/model.rs"]
 mod model;
+#[path = "mesh/pair.rs"]
+mod pair;
 #[path = "exchange/peers.rs"]
 mod peers;
 
@@ -23,34 +25,21 @@ use std::{
 
 use anyhow::ensure;
 use engine::{Exchange as _, ExpertBatch, Experts, WireDtype};
-use opentelemetry::metrics::noop::NoopMeterProvider;
-use tokio::{net::TcpListener, runtime::Runtime};
-use tonic::service::Routes;
+use tokio::runtime::Runtime;
 use tracing::Span;
-use wire::{
-    Services,
-    proto::{self, experts_server::ExpertsServer},
-};
-use worker::{
-    experts::{
-        exchange::{MeshExchange, Own},
-        pool::Pool,
-        service::ExpertsService,
-        standing::Board,
-    },
-    memory,
-    mesh::{Mesh, Meshes},
-    metrics::Metrics,
-};
+use wire::proto;
+use worker::{experts::exchange::MeshExchange, memory};
 
-use self::peers::{Framed, Plain};
+use self::{
+    pair::Way,
+    peers::{Framed, Plain},
+};
 
 const ROWS: [usize; 4] = [1, 8, 32, 128];
 const ROUNDS: usize = 5;
 /// The ways take short turns, so that whatever else the machine does slows all of them.
 const TURNS: usize = 30;
 const TIMES: usize = 10;
-const CONTENT: &str = "content";
 
 fn main() -> anyhow::Result<()> {
     memory::keep_freed(); // as the worker does
@@ -121,13 +110,6 @@ impl Batch {
     }
 }
 
-/// How a holder can be asked.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Way {
-    Grpc,
-    Frames,
-}
-
 /// A worker that holds nothing and asks one that holds everything.
 struct Ours {
     exchange: MeshExchange,
@@ -135,35 +117,10 @@ struct Ours {
 
 impl Ours {
     async fn start(far: &Runtime, experts: &Arc<Experts>, way: Way) -> anyhow::Result<Self> {
-        let metrics =
-            || Metrics::new(&opentelemetry::metrics::MeterProvider::meter(&NoopMeterProvider::new(), "bench"));
-        let listener = TcpListener::bind("127.0.0.1:0").await?;
-        let address = listener.local_addr()?.to_string();
-        let listener = listener.into_std()?;
-        let service = ExpertsService::new(experts.clone(), Pool::start(experts, 1, metrics())?, CONTENT);
-        let frames = Arc::new(service.frames());
-        let service = ExpertsServer::new(service).max_decoding_message_size(wire::MAX_MESSAGE_BYTES);
-        let grpc = Services::from(Routes::new(service));
-        let services = if way == Way::Frames { grpc.with_frames(frames) } else { grpc };
-        far.spawn(async move {
-            let listener = TcpListener::from_std(listener).expect("a listener of tokio's stays one");
-            wire::serve(listener, services, std::future::pending()).await
-        });
-
+        let address = pair::holder(far, experts, way).await?;
         let holders = vec![proto::Holders { ordinals: vec![1] }; model::EXPERTS];
         let layers = vec![proto::LayerPlacement { layer: model::LAYER as u32, experts: holders }];
-        let peer = proto::Peer { id: "holder".into(), address, ordinal: 1, loaded: true, ..Default::default() };
-        let snapshot = proto::MeshSnapshot {
-            version: Some(proto::Version { epoch: 1, sequence: 1 }),
-            placement: Some(proto::Placement { shards: 2, layers }),
-            peers: vec![peer],
-            ..Default::default()
-        };
-        let meshes = Meshes::new(Mesh::default());
-        meshes.take(snapshot).expect("the first one counts");
-        let own =
-            Own { replica: 0, ordinal: 0, content_hash: CONTENT.into(), hidden: model::HIDDEN, dtype: WireDtype::Bf16 };
-        let mut ours = Self { exchange: MeshExchange::new(own, meshes, Board::new(metrics()), None, metrics()) };
+        let mut ours = Self { exchange: pair::exchange(experts, address, layers) };
         let batch = Batch::of(1);
         let connected = async {
             while ours.ask(&batch).await.is_err() {
