@@ -1,7 +1,7 @@
 //! Whether steps that go in two halves are worth it, by how far a holder is.
 //!
 //! `cargo bench -p worker --bench halves [-- FOLDER]` runs a model (tiny-r1) whose experts with odd numbers are at a holder on
-//! loopback, behind a relay that hands on each byte a while later, as a network would. For 2, 8 and 32 sequences at once,
+//! loopback, behind a relay that hands on each byte a while later, as a network would. For 2, 16 and 128 sequences at once,
 //! tokens a second with steps that go:
 //! - `whole`: a layer's rows leave together, and their answers are waited for;
 //! - `halves`: while rows of one half travel, the other computes;
@@ -37,7 +37,7 @@ use worker::{
 const TINY_R1: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../manifests/models/tiny-r1");
 /// One way, µs.
 const DELAYS: [u64; 4] = [0, 200, 1000, 5000];
-const SEQUENCES: [usize; 3] = [2, 8, 32];
+const SEQUENCES: [usize; 3] = [2, 16, 128];
 const PROMPT: usize = 8;
 const ANSWER: usize = 64;
 const ROUNDS: usize = 5;
