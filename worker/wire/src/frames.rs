@@ -27,7 +27,7 @@ use crate::{
 const LENGTHS: usize = 8;
 /// Read at once at least, where a message and the beginning of its rows fit in.
 const LEAST_READ: usize = 4 << 10;
-/// A frame up to this size is expected to be followed by one as large, which is then read at once.
+/// A frame up to this size is expected to be followed by one that is hardly larger, which is then read at once.
 const MOST_READ: usize = 256 << 10;
 
 /// A message whose rows travel beside it.
@@ -123,7 +123,7 @@ impl<S: Source> Incoming<S> {
         };
         let mut frame = Bytes::from(std::mem::take(&mut self.read));
         self.read.extend_from_slice(&frame.split_off(rows)); // most often nothing
-        self.at_once = if rows > MOST_READ { LEAST_READ } else { rows.max(LEAST_READ) };
+        self.at_once = if rows > MOST_READ { LEAST_READ } else { (rows + rows / 8).max(LEAST_READ) };
         let mut read = M::decode(&frame[LENGTHS..message])?;
         if !read.rows().is_empty() {
             return Err(Error::RowsWithin);

@@ -84,8 +84,9 @@ fn a_frame_as_large_as_the_last_one_is_read_at_once() {
         incoming.from.1
     };
     assert_eq!(reads(&[100_000; 3]), 2 + 1 + 1, "the first one's length is not known");
+    assert_eq!(reads(&[100_000, 110_000, 120_000]), 2 + 1 + 1, "some are a little larger");
     assert_eq!(reads(&[100; 30]), 1, "several small ones");
-    assert_eq!(reads(&[100_000, 100, 100, 100_000]), 2 + 1 + 1, "what is read behind one belongs to the next");
+    assert_eq!(reads(&[100_000, 100, 100, 120_000]), 2 + 1 + 1, "what is read behind one belongs to the next");
     assert_eq!(reads(&[300_000; 3]), 2 * 3, "memory is not held for a large one that may not come");
 }
 
