@@ -119,7 +119,8 @@ impl Claimed {
     pub(super) fn read(links: &mut [Self], until: Instant) -> bool {
         let left = until.saturating_duration_since(Instant::now());
         let Ok(come) = framed::wait(links.iter().map(|link| &link.claim), left) else { return false };
-        !left.is_zero() && links.iter_mut().zip(come).all(|(link, has_come)| !has_come || link.take())
+        let more_may_come = links.iter_mut().zip(come).all(|(link, has_come)| !has_come || link.take());
+        more_may_come && !left.is_zero()
     }
 
     /// Lets go, to come back soon.

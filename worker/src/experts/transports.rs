@@ -14,6 +14,7 @@ use futures::{FutureExt as _, StreamExt as _, future::BoxFuture, stream};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{TcpListener, TcpStream},
+    time::Instant,
 };
 use wire::{
     connections::framed,
@@ -22,7 +23,7 @@ use wire::{
 
 use super::{
     exchange::MeshExchange,
-    link::Link,
+    link::{Claimed, Link},
     network::{self, CALLS, Calls, Network, Open},
     standing::{Board, Standing},
     tests::{HASH, Way, Worker, all, alone, following, mesh, metrics, own, placement, requests, serve},
@@ -224,9 +225,54 @@ async fn a_reply_that_was_read_behind_another_is_handed_over_by_who_claims_the_l
     };
     tokio::time::timeout(Duration::from_secs(20), opened).await.expect("it is open");
     let reply = link.send(RunCall { sequence: 2, ..RunCall::default() }).unwrap();
-    let _claimed = link.claim().expect("nobody else reads");
+    let mut claimed = [link.claim().expect("nobody else reads")];
     let answer = reply.now_or_never().expect("it was there already").unwrap();
     assert_eq!(answer.reply.sequence, 2);
+
+    let mut reply = link.send(RunCall { sequence: 3, ..RunCall::default() }).unwrap();
+    holder.write_all(&[2, 0, 0, 0, 0, 0, 0, 0, 8, 3]).await.unwrap();
+    let handed_over = async {
+        while reply.try_recv().is_err() {
+            assert!(!Claimed::read(&mut claimed, Instant::now()), "there is no time to wait");
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), handed_over)
+        .await
+        .expect("what has come is handed over all the same");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_batches_on_their_way_get_each_its_own_rows() {
+    let worker = Worker::start(&placement(2), 1, HASH).await;
+    let meshes = following(mesh(&placement(2), &[String::from("127.0.0.1:1"), worker.address], 1));
+    let mut exchange = MeshExchange::new(own(), meshes, Board::new(metrics()), None, metrics());
+    let rows: [bytes::Bytes; 2] = [vec![7; 512 * 40].into(), vec![60; 512 * 3].into()];
+    let pair_rows: Vec<u32> = (0..40).collect();
+    let batch = |rows, number, expert: &'static [u32]| ExpertBatch {
+        layer: 1,
+        rows,
+        pair_rows: &pair_rows[..number],
+        pair_experts: &expert[..number],
+    };
+    let batches = [batch(&rows[0], 40, &[1; 40]), batch(&rows[1], 3, &[3; 3])];
+    let wanted = batches.map(|batch| worker.experts.run(&batch).unwrap());
+    let mut rounds = 0;
+    while rounds < 20 {
+        exchange.begin_step(tracing::Span::none());
+        let tickets = batches.map(|batch| exchange.send(&batch));
+        let mut replies = Vec::new();
+        for ticket in tickets {
+            replies.push(exchange.join(ticket).await);
+        }
+        if exchange.end_step().is_some() {
+            let connected = tokio::time::timeout(Duration::from_secs(20), exchange.changed());
+            connected.await.expect("nothing is missing for another reason");
+            continue;
+        }
+        rounds += 1;
+        assert!(replies.iter().zip(&wanted).all(|(replies, wanted)| replies.rows == *wanted), "round {rounds}");
+    }
 }
 
 /// Stands before a holder, and resets each connection after as many bytes of replies as `cut` says of its number.
