@@ -30,10 +30,7 @@ use tracing::Span;
 use wire::proto;
 use worker::{experts::exchange::MeshExchange, memory};
 
-use self::{
-    pair::Way,
-    peers::{Framed, Plain},
-};
+use self::peers::{Framed, Plain};
 
 const ROWS: [usize; 4] = [1, 8, 32, 128];
 const ROUNDS: usize = 5;
@@ -53,8 +50,8 @@ fn main() -> anyhow::Result<()> {
         Framed::start(move |rows| compute(&experts, rows.into()).expect("its rows are whole"))?
     };
     let mut plain = near.block_on(Plain::start(&far))?;
-    let mut over_grpc = near.block_on(Ours::start(&far, &experts, Way::Grpc))?;
-    let mut in_frames = near.block_on(Ours::start(&far, &experts, Way::Frames))?;
+    let mut over_grpc = near.block_on(Ours::start(&far, &experts, false))?;
+    let mut in_frames = near.block_on(Ours::start(&far, &experts, true))?;
 
     let columns = ["framed TCP", "tonic stream", "over gRPC", "in frames", "compute", "way"];
     println!("{:>5} {}", "rows", columns.map(|name| format!("{name:>24}")).join(" "));
@@ -116,8 +113,8 @@ struct Ours {
 }
 
 impl Ours {
-    async fn start(far: &Runtime, experts: &Arc<Experts>, way: Way) -> anyhow::Result<Self> {
-        let address = pair::holder(far, experts, way).await?;
+    async fn start(far: &Runtime, experts: &Arc<Experts>, in_frames: bool) -> anyhow::Result<Self> {
+        let address = pair::holder(far, experts, in_frames).await?;
         let holders = vec![proto::Holders { ordinals: vec![1] }; model::EXPERTS];
         let layers = vec![proto::LayerPlacement { layer: model::LAYER as u32, experts: holders }];
         let mut ours = Self { exchange: pair::exchange(experts, address, layers) };

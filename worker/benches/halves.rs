@@ -84,7 +84,7 @@ impl Asker {
             kv_cache_tokens: most * (PROMPT + ANSWER).next_multiple_of(16),
             max_context_tokens: None,
             max_sequences: most,
-            prefill_chunk: 512,
+            prefill_chunk: most * PROMPT,
         };
         let description = engine::describe(&LocalFiles(folder.into()))?;
         let held = |odd: u32| {
@@ -96,7 +96,7 @@ impl Asker {
         let layers = description.moe_layers.iter();
         let layers = layers.map(|moe| proto::LayerPlacement { layer: moe.layer as u32, experts: holders.clone() });
         let (_, theirs) = engine::load(folder, &held(1), &options, &mut |_, _| {})?;
-        let address = relay(pair::holder(far, &theirs, pair::Way::Frames).await?, delay)?;
+        let address = relay(pair::holder(far, &theirs, true).await?, delay)?;
         let (engine, experts) = engine::load(folder, &held(0), &options, &mut |_, _| {})?;
         let exchange = pair::exchange(&experts, address, layers.collect());
         let vocabulary = engine.limits().vocab_size as u32;

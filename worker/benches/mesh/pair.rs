@@ -23,20 +23,12 @@ use worker::{
 
 const CONTENT: &str = "content";
 
-/// How a holder can be asked.
-#[derive(Clone, Copy, PartialEq, Eq)]
-#[allow(dead_code, reason = "not every benchmark has both")]
-pub(crate) enum Way {
-    Grpc,
-    Frames,
-}
-
 fn metrics() -> Arc<Metrics> {
     Metrics::new(&NoopMeterProvider::new().meter("bench"))
 }
 
-/// Serves `experts` on `far`, with one thread for them; returns the address.
-pub(crate) async fn holder(far: &Runtime, experts: &Arc<Experts>, way: Way) -> anyhow::Result<String> {
+/// Serves `experts` on `far`, with one thread for them, over gRPC and perhaps in frames; returns the address.
+pub(crate) async fn holder(far: &Runtime, experts: &Arc<Experts>, in_frames: bool) -> anyhow::Result<String> {
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     let address = listener.local_addr()?.to_string();
     let listener = listener.into_std()?;
@@ -44,7 +36,7 @@ pub(crate) async fn holder(far: &Runtime, experts: &Arc<Experts>, way: Way) -> a
     let frames = Arc::new(service.frames());
     let service = ExpertsServer::new(service).max_decoding_message_size(wire::MAX_MESSAGE_BYTES);
     let grpc = Services::from(Routes::new(service));
-    let services = if way == Way::Frames { grpc.with_frames(frames) } else { grpc };
+    let services = if in_frames { grpc.with_frames(frames) } else { grpc };
     far.spawn(async move {
         let listener = TcpListener::from_std(listener).expect("a listener of tokio's stays one");
         wire::serve(listener, services, std::future::pending()).await
