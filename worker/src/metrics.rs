@@ -127,7 +127,7 @@ impl Metrics {
                 "Times that a peer failed and was not asked any more",
             ),
             adopted: counter("modelfleet_worker_experts_adopted", "Experts loaded here because nobody else held them"),
-            steps: counter("modelfleet_worker_steps", "Steps of several sequences with experts elsewhere, by parts"),
+            steps: counter("modelfleet_worker_steps", "Steps of several sequences, by the parts they went in"),
             waits: meter
                 .f64_histogram("modelfleet_worker_expert_wait_duration")
                 .with_unit("s")

@@ -2,7 +2,7 @@
 //!
 //! A batch is parted by holder (`split`), each holder gets one message with each row once, all are asked at once.
 //! Rows whose holder refuses, breaks off or misses its deadline go to another copy at once; those that nobody answers
-//! come back as missing.
+//! come back as missing. Of two batches that are on their way, the second is looked after once the first has come back.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -161,7 +161,7 @@ impl MeshExchange {
     /// Ends a step; returns an expert that it lacked, if it lacked any.
     pub fn end_step(&mut self) -> Option<Missing> {
         self.meshes.end_step();
-        if let Some((rows, way)) = self.step.way {
+        if let Some((rows, way)) = self.step.way.filter(|_| self.missing.is_none()) {
             self.overlap.took(rows, way, self.step.begun.elapsed(), self.step.waited);
         }
         self.missing
@@ -332,7 +332,7 @@ impl MeshExchange {
     /// copies. Its answer is still listened to; where there is no other copy, it is waited for.
     fn is_late(&mut self, mut flight: Flight, gathered: &Gathered) -> Vec<Flight> {
         let now = Instant::now();
-        if let Some(holder) = self.holders.get_mut(&flight.to) {
+        if let Some(holder) = self.holders.get_mut(&flight.to).filter(|_| flight.had_time()) {
             if now >= flight.deadline {
                 let waited = now.saturating_duration_since(flight.sent) / flight.past.patience();
                 holder.is_late(flight.part.pairs.len(), waited);
@@ -449,8 +449,9 @@ impl Exchange for MeshExchange {
         flights.end();
         let missing = gathered.missing();
         self.metrics.calls(CallResult::Unreachable, usize::from(!missing.is_empty()));
-        self.step.waited += begun.elapsed();
-        self.metrics.waited(begun.elapsed());
+        let waited = begun.elapsed();
+        self.step.waited += waited;
+        self.metrics.waited(waited);
         self.note(&ticket.whole, &missing);
         Replies { rows: gathered.into_rows(), missing }
     }

@@ -453,9 +453,7 @@ fn a_seed_gives_the_same_run_again() {
 
 #[test]
 fn what_goes_wrong_is_counted() {
-    let registry = prometheus::Registry::new();
-    let exporter = opentelemetry_prometheus::exporter().with_registry(registry.clone()).build().unwrap();
-    let provider = opentelemetry_sdk::metrics::SdkMeterProvider::builder().with_reader(exporter).build();
+    let (registry, provider) = counted();
     let metrics = Metrics::new(&provider.meter("test"));
     let plan: Plan = Box::new(|call| match call {
         1 => Some(Fault::Busy),
@@ -482,6 +480,43 @@ fn what_goes_wrong_is_counted() {
     }
     assert_eq!(value("modelfleet_worker_peer_suspicions_total", ""), 1.0);
     assert_eq!(value("modelfleet_worker_suspect_peers", ""), 0.0, "who is gone from the mesh is no suspect");
+}
+
+#[tokio::test(start_paused = true)]
+async fn steps_that_wait_are_timed_and_tried_in_halves() {
+    let (registry, provider) = counted();
+    let metrics = Metrics::new(&provider.meter("test"));
+    let net = Net::new(&holders(ALONE), Box::new(|_| None));
+    let meshes = Meshes::new(Mesh::default());
+    let snapshot = mesh(ALONE, 0);
+    let (engine, experts) = load(&Placement::from(snapshot.placement.as_ref().unwrap()).held(0));
+    meshes.take(snapshot).unwrap();
+    let board = Board::new(metrics.clone());
+    let exchange = MeshExchange::over(Arc::new(net), own(&experts), meshes, board, None, metrics.clone());
+    let (driver, steps) = Driver::apart(engine, exchange, metrics);
+    let long = requests().into_iter().map(|request| Request { max_tokens: 40, ..request }).collect();
+    let asked = async { gather(driver.submit(long, Span::none()).await.unwrap()).await };
+    tokio::select! {
+        biased;
+        _ = asked => {}
+        () = steps.run() => panic!("the engine ended"),
+    }
+    let text = prometheus::TextEncoder::new().encode_to_string(&registry.gather()).unwrap();
+    let steps = |parts: &str| {
+        let line = text.lines().find(|line| line.starts_with("modelfleet_worker_steps_total{") && line.contains(parts));
+        line.and_then(|line| line.rsplit_once(' ')?.1.parse::<u32>().ok())
+    };
+    // computing takes no time here, so halves win nothing
+    assert_eq!(steps("parts=\"2\""), Some(9), "{text}");
+    assert!(steps("parts=\"1\"") > Some(20), "{text}");
+}
+
+/// Where metrics are counted and can be read, while the provider lives.
+fn counted() -> (prometheus::Registry, opentelemetry_sdk::metrics::SdkMeterProvider) {
+    let registry = prometheus::Registry::new();
+    let exporter = opentelemetry_prometheus::exporter().with_registry(registry.clone()).build().unwrap();
+    let provider = opentelemetry_sdk::metrics::SdkMeterProvider::builder().with_reader(exporter).build();
+    (registry, provider)
 }
 
 /// The names of the spans around each event that was seen.

@@ -16,6 +16,7 @@ use super::{
     dtype,
     holder::OnTheirWay,
     link::{Answer, Claimed},
+    pace::LEAST,
 };
 
 /// Who this worker is, and what it runs.
@@ -179,6 +180,11 @@ pub(super) enum Landed {
 }
 
 impl Flight {
+    /// Whether its batch was not given up so soon after it left that no holder could have answered.
+    pub(super) fn had_time(&self) -> bool {
+        self.sent + LEAST <= self.part.until
+    }
+
     /// Whether its end decides anything.
     pub(super) fn is_hoped_of(&self) -> bool {
         self.stage != Stage::Listened

@@ -1,8 +1,8 @@
 //! Whether a step goes in two halves, so that one computes while rows of the other travel.
 //!
-//! Each half reads the weights anew and sends messages of its own, so it pays only where steps wait long, as for holders on
-//! other machines, and not even there always. Nobody can tell beforehand: both ways are timed, for steps of like size, and
-//! the faster one is taken. The bits are the same.
+//! Each half reads the weights anew and sends messages of its own, so it pays only where steps wait long, as for holders
+//! on other machines, and not even there always. Nobody can tell beforehand: both ways are timed, for steps of like size,
+//! and the faster one is taken. The bits are the same.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -28,8 +28,15 @@ pub(super) enum Way {
 /// How long steps took.
 #[derive(Debug, Default)]
 pub(super) struct Overlap {
-    /// By the number of binary digits of their rows.
-    sizes: BTreeMap<u32, Size>,
+    /// By [`class`].
+    sizes: BTreeMap<usize, Size>,
+}
+
+/// Steps whose rows have the same first three binary digits are of like size: a fixed part of their time, the weights and
+/// the way, would else make the larger ones look faster, row for row.
+fn class(rows: usize) -> usize {
+    let digits = rows.max(1).ilog2().saturating_sub(2);
+    rows >> digits << digits
 }
 
 #[derive(Debug, Default)]
@@ -45,14 +52,14 @@ struct Size {
 impl Overlap {
     /// Which way a step of so many rows goes.
     pub(super) fn way(&mut self, rows: usize) -> Way {
-        let size = self.sizes.entry(rows.max(1).ilog2()).or_default();
+        let size = self.sizes.entry(class(rows)).or_default();
         size.steps = size.steps.wrapping_add(1);
         size.way()
     }
 
     /// Counts a step that went this way: what it took, and how much of that it waited.
     pub(super) fn took(&mut self, rows: usize, way: Way, took: Duration, waited: Duration) {
-        let size = self.sizes.entry(rows.max(1).ilog2()).or_default();
+        let size = self.sizes.entry(class(rows)).or_default();
         let seconds = took.as_secs_f64().max(1e-9);
         let times = match way {
             Way::Whole => &mut size.whole,
@@ -155,10 +162,19 @@ mod tests {
     #[test]
     fn each_size_has_its_own_way() {
         let mut overlap = Overlap::default();
-        let took = |rows: usize| move |way| (if (way == Way::Halves) == (rows == 64) { 700 } else { 1000 }, 500);
-        steps(&mut overlap, 100, 2, took(2));
-        steps(&mut overlap, 100, 64, took(64));
-        assert_eq!(steps(&mut overlap, 27, 3, took(2)), 0);
-        assert_eq!(steps(&mut overlap, 27, 127, took(64)), 27);
+        let took = |few: bool| move |way| (if (way == Way::Halves) == few { 700 } else { 1000 }, 500);
+        steps(&mut overlap, 100, 64, took(true));
+        assert!(
+            steps(&mut overlap, 100, 127, took(false)) <= 11,
+            "halves that pay for half as many rows are forgotten"
+        );
+        assert_eq!(steps(&mut overlap, 27, 72, took(true)), 27);
+        assert_eq!(steps(&mut overlap, 27, 120, took(false)), 0);
+    }
+
+    #[test]
+    fn sizes_are_like_where_a_row_more_changes_little() {
+        assert_eq!([0, 1, 2, 3, 7, 8, 9, 10].map(class), [0, 1, 2, 3, 7, 8, 8, 10]);
+        assert_eq!([64, 79, 80, 127, 1000].map(class), [64, 64, 80, 112, 896]);
     }
 }

@@ -117,9 +117,12 @@ fn tokens(slices: &[Slice<'_>]) -> usize {
 
 /// Where slices are cut, so that there are about as many tokens before as after; there are at least two.
 fn middle(slices: &[Slice<'_>]) -> usize {
-    let all = tokens(slices);
-    let apart = |&at: &usize| (2 * tokens(&slices[..at])).abs_diff(all);
-    (1..slices.len()).min_by_key(apart).unwrap_or(slices.len())
+    let (all, mut before) = (tokens(slices), 0);
+    let apart = slices.iter().map(|slice| {
+        before += slice.tokens.len();
+        (2 * before).abs_diff(all)
+    });
+    (1..slices.len()).zip(apart).min_by_key(|&(_, apart)| apart).map_or(1, |(at, _)| at)
 }
 
 impl Layer {
