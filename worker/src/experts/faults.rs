@@ -511,6 +511,19 @@ async fn steps_that_wait_are_timed_and_tried_in_halves() {
     assert!(steps("parts=\"1\"") > Some(20), "{text}");
 }
 
+#[test]
+fn a_holder_that_had_no_time_to_answer_is_no_suspect() {
+    for (max_wait_ms, suspicions) in [(20, None), (60_000, Some("1"))] {
+        let (registry, provider) = counted();
+        let plan: Plan = Box::new(|call| (call == 1).then_some(Fault::DropReply));
+        let run = run_seen(ALONE, max_wait_ms, plan, Metrics::new(&provider.meter("test")), Span::none());
+        assert_eq!(run.net.bitten().len(), 1);
+        let text = prometheus::TextEncoder::new().encode_to_string(&registry.gather()).unwrap();
+        let line = text.lines().find(|line| line.starts_with("modelfleet_worker_peer_suspicions_total"));
+        assert_eq!(line.and_then(|line| Some(line.rsplit_once(' ')?.1)), suspicions, "{max_wait_ms} ms: {text}");
+    }
+}
+
 /// Where metrics are counted and can be read, while the provider lives.
 fn counted() -> (prometheus::Registry, opentelemetry_sdk::metrics::SdkMeterProvider) {
     let registry = prometheus::Registry::new();
