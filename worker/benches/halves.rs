@@ -1,13 +1,14 @@
 //! Whether steps that go in two halves are worth it, by how far a holder is.
 //!
-//! `cargo bench -p worker --bench halves [-- FOLDER]` runs a model (tiny-r1) whose experts with odd numbers are at a holder on
-//! loopback, behind a relay that hands on each byte a while later, as a network would. For 2, 16 and 128 sequences at once,
-//! tokens a second with steps that go:
+//! `cargo bench -p worker --bench halves [-- FOLDER]` runs a model (tiny-r1) whose experts with odd numbers are at a
+//! holder on loopback, behind a relay that hands on each byte a while later, as a network would. For 2, 16 and 128
+//! sequences at once, tokens a second with steps that go:
 //! - `whole`: a layer's rows leave together, and their answers are waited for;
 //! - `halves`: while rows of one half travel, the other computes;
 //! - `as timed`: the way that was faster, as workers do.
 //!
-//! Each figure is the median of the rounds, and the lowest and highest of these. Both workers share this machine's cores.
+//! Each figure is the median of the rounds, and the lowest and highest of these. Both workers share this machine's
+//! cores.
 
 #[path = "mesh/pair.rs"]
 mod pair;
@@ -15,7 +16,7 @@ mod pair;
 use std::{
     collections::BTreeSet,
     io::{Read as _, Write as _},
-    net::{TcpListener, TcpStream},
+    net::{Shutdown, TcpListener, TcpStream},
     path::{Path, PathBuf},
     sync::mpsc,
     thread,
@@ -110,7 +111,8 @@ impl Asker {
         Ok(asker)
     }
 
-    /// Tokens a second of all sequences together, their prompts' step left out. `halves`: how steps go, if not as timed.
+    /// Tokens a second of all sequences together, their prompts' step left out. `halves`: how steps go, if not as
+    /// timed.
     async fn run(&mut self, sequences: usize, halves: Option<bool>) -> anyhow::Result<f64> {
         let prompt = |seed: u32| (0..PROMPT as u32).map(|at| (seed * 31 + at * 7 + 1) % self.vocabulary).collect();
         let request = |seed| Request {
@@ -194,9 +196,10 @@ fn hand_on(mut from: TcpStream, mut to: TcpStream, delay: Duration) {
         for (due, bytes) in receiver {
             thread::sleep(due.saturating_duration_since(Instant::now()));
             if to.write_all(&bytes).is_err() {
-                return;
+                break;
             }
         }
+        let _ = to.shutdown(Shutdown::Both); // it may have ended before
     });
 }
 

@@ -3,8 +3,8 @@
 //! [`exchange`] asks the `holder`s of experts that are not here: it parts a batch among them (`split`, by the `pace` of
 //! each) and follows the parts on their way (`flight`). `link` keeps one stream to each over the `network`, [`standing`]
 //! says who is asked at all, `signs` whether one that takes its time is there, `overlap` whether a step goes in two
-//! halves. [`service`] answers peers that ask us, on the threads of [`pool`] or of the `peer`; [`keep`] loads and forgets
-//! experts as snapshots say.
+//! halves. [`service`] answers peers that ask us, on the threads of [`pool`] or of the `peer`; [`keep`] loads and
+//! forgets experts as snapshots say.
 //!
 //! Architecture Invariant: no answer is ever made up. A row without an answer is missing, and the sequence that needs
 //! it waits, is tried again with equal bits, or fails with an error that says so.

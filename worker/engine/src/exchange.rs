@@ -89,9 +89,10 @@ pub trait Exchange {
     /// Sends a batch without waiting. Only pairs whose expert is not held here are in it.
     fn send(&mut self, batch: &ExpertBatch<'_>) -> Self::Ticket;
 
-    /// Whether a step of so many rows goes in two halves, of which one computes while rows of the other travel. Asked once in
-    /// each step of several sequences, before it sends anything. If so, two batches are on their way at once, which are
-    /// joined in the order they were sent; each half reads the weights anew.
+    /// Whether a step of so many rows goes in two halves, of which one computes while rows of the other
+    /// travel. Asked once in each step of several sequences, before it sends anything. If so, two batches
+    /// are on their way at once, which are joined in the order they were sent; each half reads the weights
+    /// anew.
     fn overlaps(&mut self, _rows: usize) -> bool {
         false
     }

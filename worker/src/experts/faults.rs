@@ -151,21 +151,21 @@ fn run(copies: Copies, max_wait_ms: u64, plan: Plan) -> Run {
 
 /// As [`run`], counted by `metrics` and traced below `span`.
 fn run_seen(copies: Copies, max_wait_ms: u64, plan: Plan, metrics: Arc<Metrics>, span: Span) -> Run {
-    run_on(mesh(copies, max_wait_ms), copies, plan, metrics, span, Way::Whole)
+    run_on(mesh(copies, max_wait_ms), copies, plan, metrics, span, &requests(), Some(Way::Whole))
 }
 
-/// The caller's exchange, whose steps all go one way.
-struct OneWay(MeshExchange, Way);
+/// The caller's exchange, with steps that go this way, or as timed.
+struct Going(MeshExchange, Option<Way>);
 
-impl Exchange for OneWay {
+impl Exchange for Going {
     type Ticket = Ticket;
 
     fn send(&mut self, batch: &ExpertBatch<'_>) -> Ticket {
         self.0.send(batch)
     }
 
-    fn overlaps(&mut self, _: usize) -> bool {
-        self.1 == Way::Halves
+    fn overlaps(&mut self, rows: usize) -> bool {
+        self.1.map_or_else(|| self.0.overlaps(rows), |way| way == Way::Halves)
     }
 
     async fn join(&mut self, ticket: Ticket) -> Replies {
@@ -173,7 +173,7 @@ impl Exchange for OneWay {
     }
 }
 
-impl Peers for OneWay {
+impl Peers for Going {
     fn begin_step(&mut self, span: Span) {
         self.0.begin_step(span);
     }
@@ -187,8 +187,16 @@ impl Peers for OneWay {
     }
 }
 
-/// As [`run_seen`], on this mesh, with steps that go this way.
-fn run_on(snapshot: MeshSnapshot, copies: Copies, plan: Plan, metrics: Arc<Metrics>, span: Span, way: Way) -> Run {
+/// As [`run_seen`], on this mesh, of these requests, with steps that go this way, or as timed.
+fn run_on(
+    snapshot: MeshSnapshot,
+    copies: Copies,
+    plan: Plan,
+    metrics: Arc<Metrics>,
+    span: Span,
+    requests: &[Request],
+    way: Option<Way>,
+) -> Run {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
     runtime.block_on(async {
         let net = Net::new(&holders(copies), plan);
@@ -199,9 +207,9 @@ fn run_on(snapshot: MeshSnapshot, copies: Copies, plan: Plan, metrics: Arc<Metri
         metrics.routed(&experts);
         let board = Board::new(metrics.clone());
         let exchange = MeshExchange::over(Arc::new(net.clone()), own, meshes, board, None, metrics.clone());
-        let (driver, steps) = Driver::apart(engine, OneWay(exchange, way), metrics);
+        let (driver, steps) = Driver::apart(engine, Going(exchange, way), metrics);
         let begun = tokio::time::Instant::now();
-        let asked = async { gather(driver.submit(requests(), span).await.unwrap()).await };
+        let asked = async { gather(driver.submit(requests.to_vec(), span).await.unwrap()).await };
         let answers = tokio::select! {
             biased;
             answers = asked => answers,
@@ -261,7 +269,8 @@ fn where_experts_are_changes_no_bit() {
         })
     };
     for copies in [ALONE, TWO, OTHER] {
-        let run = |way| run_on(mesh(copies, 0), copies, Box::new(|_| None), metrics(), Span::none(), way);
+        let run =
+            |way| run_on(mesh(copies, 0), copies, Box::new(|_| None), metrics(), Span::none(), &requests(), Some(way));
         let [whole, halves] = [Way::Whole, Way::Halves].map(run);
         assert!(whole.answers == alone && halves.answers == alone, "{copies:?}");
         assert!(whole.net.calls() > 0 && halves.net.calls() > whole.net.calls());
@@ -274,7 +283,7 @@ fn a_holder_that_leaves_is_asked_only_for_what_no_other_has() {
     for copies in [TWO, ALONE] {
         let mut snapshot = mesh(copies, 0);
         snapshot.peers[1].leaving = true;
-        let run = run_on(snapshot, copies, Box::new(|_| None), metrics(), Span::none(), Way::Whole);
+        let run = run_on(snapshot, copies, Box::new(|_| None), metrics(), Span::none(), &requests(), Some(Way::Whole));
         assert!(run.answers == undisturbed().answers, "{copies:?}");
         assert_eq!(run.net.calls_to(HOLDERS[1]) == 0, copies == TWO, "{copies:?}");
     }
@@ -418,7 +427,7 @@ fn random(seed: u64) -> (Copies, Plan) {
 fn one_seed(seed: u64) -> Run {
     let (copies, plan) = random(seed);
     let way = if draw(seed, 0, 6).is_multiple_of(2) { Way::Whole } else { Way::Halves };
-    let run = run_on(mesh(copies, 600_000), copies, plan, metrics(), Span::none(), way);
+    let run = run_on(mesh(copies, 600_000), copies, plan, metrics(), Span::none(), &requests(), Some(way));
     let ends: Vec<_> = run.answers.iter().map(|answer| (answer.len(), answer.last())).collect();
     assert!(run.answers == undisturbed().answers, "{copies:?}, {way:?}: the answers differ; they end with {ends:?}");
     run
@@ -462,11 +471,6 @@ fn what_goes_wrong_is_counted() {
     });
     let run = run_seen(OTHER, 0, plan, metrics, Span::none());
     assert_eq!(run.net.bitten().len(), 2);
-    let text = prometheus::TextEncoder::new().encode_to_string(&registry.gather()).unwrap();
-    let value = |name: &str, label: &str| -> f64 {
-        let lines = text.lines().filter(|line| line.starts_with(name) && line.contains(label));
-        lines.filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok()).sum()
-    };
     for (name, label) in [
         ("modelfleet_worker_expert_resent_rows_total{", "reason=\"lost\""),
         ("modelfleet_worker_expert_resent_rows_total{", "reason=\"busy\""),
@@ -476,51 +480,32 @@ fn what_goes_wrong_is_counted() {
         ("modelfleet_worker_routed_rows_total{", "layer=\"1\""),
         ("modelfleet_worker_busiest_expert_rows_total{", "layer=\"3\""),
     ] {
-        assert!(value(name, label) > 0.0, "{name} {label} is not counted in\n{text}");
+        assert!(value(&registry, name, label) > 0.0, "{name} {label} is not counted");
     }
-    assert_eq!(value("modelfleet_worker_peer_suspicions_total", ""), 1.0);
-    assert_eq!(value("modelfleet_worker_suspect_peers", ""), 0.0, "who is gone from the mesh is no suspect");
+    assert_eq!(value(&registry, "modelfleet_worker_peer_suspicions_total", ""), 1.0);
+    assert_eq!(value(&registry, "modelfleet_worker_suspect_peers", ""), 0.0, "who is gone from the mesh is no suspect");
 }
 
-#[tokio::test(start_paused = true)]
-async fn steps_that_wait_are_timed_and_tried_in_halves() {
+#[test]
+fn steps_that_wait_are_timed_and_tried_in_halves() {
     let (registry, provider) = counted();
     let metrics = Metrics::new(&provider.meter("test"));
-    let net = Net::new(&holders(ALONE), Box::new(|_| None));
-    let meshes = Meshes::new(Mesh::default());
-    let snapshot = mesh(ALONE, 0);
-    let (engine, experts) = load(&Placement::from(snapshot.placement.as_ref().unwrap()).held(0));
-    meshes.take(snapshot).unwrap();
-    let board = Board::new(metrics.clone());
-    let exchange = MeshExchange::over(Arc::new(net), own(&experts), meshes, board, None, metrics.clone());
-    let (driver, steps) = Driver::apart(engine, exchange, metrics);
-    let long = requests().into_iter().map(|request| Request { max_tokens: 40, ..request }).collect();
-    let asked = async { gather(driver.submit(long, Span::none()).await.unwrap()).await };
-    tokio::select! {
-        biased;
-        _ = asked => {}
-        () = steps.run() => panic!("the engine ended"),
-    }
-    let text = prometheus::TextEncoder::new().encode_to_string(&registry.gather()).unwrap();
-    let steps = |parts: &str| {
-        let line = text.lines().find(|line| line.starts_with("modelfleet_worker_steps_total{") && line.contains(parts));
-        line.and_then(|line| line.rsplit_once(' ')?.1.parse::<u32>().ok())
-    };
+    let long = requests().into_iter().map(|request| Request { max_tokens: 40, ..request }).collect::<Vec<_>>();
+    run_on(mesh(ALONE, 0), ALONE, Box::new(|_| None), metrics, Span::none(), &long, None);
+    let steps = |parts| value(&registry, "modelfleet_worker_steps_total", parts);
     // computing takes no time here, so halves win nothing
-    assert_eq!(steps("parts=\"2\""), Some(9), "{text}");
-    assert!(steps("parts=\"1\"") > Some(20), "{text}");
+    assert_eq!(steps("parts=\"2\""), 9.0);
+    assert!(steps("parts=\"1\"") > 20.0);
 }
 
 #[test]
 fn a_holder_that_had_no_time_to_answer_is_no_suspect() {
-    for (max_wait_ms, suspicions) in [(20, None), (60_000, Some("1"))] {
+    for (max_wait_ms, suspicions) in [(20, 0.0), (60_000, 1.0)] {
         let (registry, provider) = counted();
         let plan: Plan = Box::new(|call| (call == 1).then_some(Fault::DropReply));
         let run = run_seen(ALONE, max_wait_ms, plan, Metrics::new(&provider.meter("test")), Span::none());
         assert_eq!(run.net.bitten().len(), 1);
-        let text = prometheus::TextEncoder::new().encode_to_string(&registry.gather()).unwrap();
-        let line = text.lines().find(|line| line.starts_with("modelfleet_worker_peer_suspicions_total"));
-        assert_eq!(line.and_then(|line| Some(line.rsplit_once(' ')?.1)), suspicions, "{max_wait_ms} ms: {text}");
+        assert_eq!(value(&registry, "modelfleet_worker_peer_suspicions_total", ""), suspicions, "{max_wait_ms} ms");
     }
 }
 
@@ -530,6 +515,13 @@ fn counted() -> (prometheus::Registry, opentelemetry_sdk::metrics::SdkMeterProvi
     let exporter = opentelemetry_prometheus::exporter().with_registry(registry.clone()).build().unwrap();
     let provider = opentelemetry_sdk::metrics::SdkMeterProvider::builder().with_reader(exporter).build();
     (registry, provider)
+}
+
+/// The sum of what is counted under a name, with a label.
+fn value(registry: &prometheus::Registry, name: &str, label: &str) -> f64 {
+    let text = prometheus::TextEncoder::new().encode_to_string(&registry.gather()).unwrap();
+    let lines = text.lines().filter(|line| line.starts_with(name) && line.contains(label));
+    lines.filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok()).sum()
 }
 
 /// The names of the spans around each event that was seen.

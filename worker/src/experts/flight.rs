@@ -180,7 +180,7 @@ pub(super) enum Landed {
 }
 
 impl Flight {
-    /// Whether its batch was not given up so soon after it left that no holder could have answered.
+    /// Whether its holder had time to answer before its batch was given up.
     pub(super) fn had_time(&self) -> bool {
         self.sent + LEAST <= self.part.until
     }

@@ -1,8 +1,8 @@
 //! Whether a step goes in two halves, so that one computes while rows of the other travel.
 //!
-//! Each half reads the weights anew and sends messages of its own, so it pays only where steps wait long, as for holders
-//! on other machines, and not even there always. Nobody can tell beforehand: both ways are timed, for steps of like size,
-//! and the faster one is taken. The bits are the same.
+//! Each half reads the weights anew and sends messages of its own, so it pays only where steps wait long, as for
+//! holders on other machines, and not even there always. Nobody can tell beforehand: both ways are timed, for steps of
+//! like size, and the faster one is taken. The bits are the same.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -32,8 +32,8 @@ pub(super) struct Overlap {
     sizes: BTreeMap<usize, Size>,
 }
 
-/// Steps whose rows have the same first three binary digits are of like size: a fixed part of their time, the weights and
-/// the way, would else make the larger ones look faster, row for row.
+/// Steps whose rows have the same first three binary digits are of like size: a fixed part of their time, the weights
+/// and the way, would else make the larger ones look faster, row for row.
 fn class(rows: usize) -> usize {
     let digits = rows.max(1).ilog2().saturating_sub(2);
     rows >> digits << digits

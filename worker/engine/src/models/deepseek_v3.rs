@@ -85,13 +85,14 @@ impl DeepseekV3 {
                 layer.forward(rows, &self.rope, &mut cache, experts, exchange)?;
             }
         }
-        let mut hidden = Vec::new();
-        for mut rows in halves {
+        for rows in &mut halves {
             rows.arrive(experts, exchange).await?;
-            slices.append(&mut rows.slices);
-            hidden.append(&mut rows.hidden);
         }
-        Ok(hidden)
+        let [mut first, second] = halves;
+        first.hidden.extend(second.hidden);
+        *slices = first.slices;
+        slices.extend(second.slices);
+        Ok(first.hidden)
     }
 
     /// `hidden`: `[rows, hidden]`. Returns `[rows, vocabulary]`.
