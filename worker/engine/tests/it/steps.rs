@@ -74,12 +74,19 @@ fn lost_answers_are_asked_for_again_and_change_no_bit() {
 fn halves_change_no_bit_and_one_computes_while_the_other_is_away() {
     let expected = solo();
     for (prefill_chunk, lose_every) in [(1024, None), (7, None), (7, Some(499))] {
-        let mut member = sharded(&model("tiny-r1"), 4, &Options { prefill_chunk, ..options() }).remove(1);
-        (member.mesh.halves, member.mesh.lose_every) = (true, lose_every);
-        let found = ask(&mut member.engine, &mut member.mesh, &company(512));
-        assert_eq!(member.mesh.most, 2);
-        assert!(member.mesh.lost > 3 || lose_every.is_none());
-        assert!(found == expected, "chunks of {prefill_chunk}, one of {lose_every:?} lost");
+        let run = |halves| {
+            let mut member = sharded(&model("tiny-r1"), 4, &Options { prefill_chunk, ..options() }).remove(1);
+            (member.mesh.halves, member.mesh.lose_every) = (halves, lose_every);
+            let found = ask(&mut member.engine, &mut member.mesh, &company(512));
+            assert!(found == expected, "chunks of {prefill_chunk}, one of {lose_every:?} lost");
+            member.mesh
+        };
+        let (whole, halves) = (run(false), run(true));
+        assert_eq!((whole.most, halves.most), (1, 2));
+        match lose_every {
+            None => assert_eq!(whole.sent, halves.sent, "nothing is done twice"),
+            Some(_) => assert!(halves.lost > 3, "{} lost", halves.lost),
+        }
     }
 }
 
