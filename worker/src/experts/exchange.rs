@@ -2,7 +2,7 @@
 //!
 //! A batch is parted by holder (`split`), each holder gets one message with each row once, all are asked at once.
 //! Rows whose holder refuses, breaks off or misses its deadline go to another copy at once; those that nobody answers
-//! come back as missing. Of two batches that are on their way, the second is looked after once the first has come back.
+//! come back as missing. While a batch is waited for, the others that are on their way are looked after too.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -73,7 +73,11 @@ pub struct MeshExchange {
     network: Arc<dyn Network>,
     board: Board,
     changed: watch::Receiver<u64>,
+    /// Numbers calls and batches.
     sequence: u64,
+    flights: Flights,
+    /// What came back of each batch that is on its way.
+    gathered: BTreeMap<u64, Gathered>,
     span: Span,
     overlap: Overlap,
     step: Step,
@@ -97,10 +101,7 @@ impl Step {
 }
 
 /// A batch on its way.
-pub struct Ticket {
-    whole: Arc<Part>,
-    flights: Vec<Flight>,
-}
+pub struct Ticket(Arc<Part>);
 
 impl MeshExchange {
     /// Follows the newest of `meshes`; tells `board` who fails, and `wanted` which experts nobody answers for. Must be
@@ -136,6 +137,8 @@ impl MeshExchange {
             changed: board.changes(),
             board,
             sequence: 0,
+            flights: Flights::default(),
+            gathered: BTreeMap::new(),
             span: Span::none(),
             overlap: Overlap::default(),
             step: Step::begin(),
@@ -148,6 +151,7 @@ impl MeshExchange {
     pub fn begin_step(&mut self, span: Span) {
         self.span = span;
         self.step = Step::begin();
+        (self.flights, self.gathered) = Default::default(); // of a step that was given up
         self.missing = None;
         self.changed.mark_unchanged();
         self.newest.mark_unchanged();
@@ -288,6 +292,21 @@ impl MeshExchange {
         })
     }
 
+    /// Whether there is hope for rows of a batch that have not come back.
+    fn is_open(&self, batch: u64) -> bool {
+        self.flights.are_hoped_of(batch) && self.gathered.get(&batch).is_some_and(|gathered| !gathered.is_complete())
+    }
+
+    /// Takes in what came of a flight; what follows from it goes on.
+    fn land(&mut self, flight: Flight, landed: Landed) {
+        let batch = flight.part.batch;
+        if let Some(mut gathered) = self.gathered.remove(&batch) {
+            let next = self.judge(flight, landed, &mut gathered);
+            self.gathered.insert(batch, gathered);
+            self.flights.add(next);
+        }
+    }
+
     /// What follows from a flight's end, or its lateness: the flights that go on.
     fn judge(&mut self, flight: Flight, landed: Landed, gathered: &mut Gathered) -> Vec<Flight> {
         let result = match &landed {
@@ -421,8 +440,12 @@ impl Exchange for MeshExchange {
     type Ticket = Ticket;
 
     fn send(&mut self, batch: &ExpertBatch<'_>) -> Ticket {
-        let whole = Arc::new(Part::whole(batch, Instant::now() + self.mesh.max_wait()));
-        Ticket { flights: self.fly(whole.clone(), Past::default()), whole }
+        self.sequence += 1;
+        let whole = Arc::new(Part::whole(self.sequence, batch, Instant::now() + self.mesh.max_wait()));
+        let flights = self.fly(whole.clone(), Past::default());
+        self.flights.add(flights);
+        self.gathered.insert(whole.batch, Gathered::none(whole.pairs.len(), self.own.row_bytes()));
+        Ticket(whole)
     }
 
     fn overlaps(&mut self, rows: usize) -> bool {
@@ -432,27 +455,23 @@ impl Exchange for MeshExchange {
         way == Way::Halves
     }
 
-    async fn join(&mut self, ticket: Ticket) -> Replies {
+    async fn join(&mut self, Ticket(whole): Ticket) -> Replies {
         let begun = Instant::now();
-        let mut gathered = Gathered::none(ticket.whole.pairs.len(), self.own.row_bytes());
-        // those that something is hoped of; the others are listened to only beside them
-        let mut hoped = ticket.flights.len();
         let busy = self.holders.values().filter(|holder| holder.is_busy());
-        let mut flights = Flights::new(ticket.flights, busy.map(Holder::claim).collect());
-        while hoped > 0 && !gathered.is_complete() {
-            let Some((flight, landed)) = flights.next().await else { break };
-            hoped -= usize::from(flight.is_hoped_of());
-            let next = self.judge(flight, landed, &mut gathered);
-            hoped += next.iter().filter(|flight| flight.is_hoped_of()).count();
-            flights.add(next);
+        self.flights.read(busy.map(Holder::claim).collect());
+        while self.is_open(whole.batch) {
+            let Some((flight, landed)) = self.flights.next().await else { break };
+            self.land(flight, landed);
         }
-        flights.end();
+        self.flights.end(whole.batch);
+        let gathered = self.gathered.remove(&whole.batch);
+        let gathered = gathered.unwrap_or_else(|| Gathered::none(whole.pairs.len(), self.own.row_bytes()));
         let missing = gathered.missing();
         self.metrics.calls(CallResult::Unreachable, usize::from(!missing.is_empty()));
         let waited = begun.elapsed();
         self.step.waited += waited;
         self.metrics.waited(waited);
-        self.note(&ticket.whole, &missing);
+        self.note(&whole, &missing);
         Replies { rows: gathered.into_rows(), missing }
     }
 }

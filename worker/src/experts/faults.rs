@@ -509,6 +509,71 @@ fn a_holder_that_had_no_time_to_answer_is_no_suspect() {
     }
 }
 
+/// Runs what an exchange on this mesh does, in virtual time.
+fn exchange<F: Future<Output = ()>>(snapshot: MeshSnapshot, plan: Plan, run: impl FnOnce(MeshExchange, Net) -> F) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
+    runtime.block_on(async {
+        let (meshes, holders) = (Meshes::new(Mesh::default()), holders(TWO));
+        meshes.take(snapshot).unwrap();
+        let (net, own) = (Net::new(&holders, plan), own(&holders[0].1));
+        let network = Arc::new(net.clone());
+        let mut exchange = MeshExchange::over(network, own, meshes, Board::new(metrics()), None, metrics());
+        exchange.begin_step(Span::none());
+        while tokio::time::timeout(Duration::from_millis(10), exchange.changed()).await.is_ok() {} // streams open
+        run(exchange, net).await;
+    });
+}
+
+/// Sends one row, of zeros, to one expert.
+fn row(exchange: &mut MeshExchange, expert: u32) -> Ticket {
+    exchange.send(&ExpertBatch { layer: 1, rows: &vec![0; 512].into(), pair_rows: &[0], pair_experts: &[expert] })
+}
+
+#[test]
+fn a_batch_that_is_not_waited_for_yet_is_looked_after() {
+    let mut snapshot = mesh(TWO, 0);
+    (snapshot.peers[2].replica, snapshot.peers[2].ordinal) = (0, 3);
+    snapshot.placement = Some(dealt(4, |expert| if expert == 2 { vec![1] } else { vec![2, 3] }));
+    let plan: Plan = Box::new(|call| [Fault::DelayReply(300), Fault::DropCall].get(call).copied());
+    exchange(snapshot, plan, async |mut exchange, net| {
+        let (first, second) = (row(&mut exchange, 2), row(&mut exchange, 3));
+        assert!(exchange.join(first).await.missing.is_empty());
+        let (calls, now) = (net.calls(), tokio::time::Instant::now());
+        assert!(exchange.join(second).await.missing.is_empty());
+        assert_eq!(now.elapsed(), Duration::ZERO, "it was sent again while the first was waited for");
+        assert_eq!((net.calls(), net.bitten().len()), (calls, 2));
+    });
+}
+
+#[test]
+fn nothing_more_is_sent_for_a_step_that_was_given_up() {
+    let plan: Plan = Box::new(|call| [Fault::DropCall, Fault::DelayReply(300)].get(call).copied());
+    exchange(mesh(ALONE, 0), plan, async |mut exchange, net| {
+        drop(row(&mut exchange, 1));
+        exchange.begin_step(Span::none());
+        let second = row(&mut exchange, 2);
+        assert!(exchange.join(second).await.missing.is_empty());
+        assert_eq!((net.calls_to(HOLDERS[1]), net.bitten().len()), (1, 2));
+    });
+}
+
+#[test]
+fn steps_that_lacked_an_expert_do_not_count() {
+    for (fault, lacks) in [(Some(Fault::DropCall), true), (None, false)] {
+        exchange(mesh(ALONE, 20), Box::new(move |_| fault), async |mut exchange, _| {
+            let mut tries_halves = false;
+            for _ in 0..20 {
+                exchange.begin_step(Span::none());
+                tries_halves |= exchange.overlaps(8);
+                let ticket = row(&mut exchange, 2);
+                exchange.join(ticket).await;
+                assert_eq!(exchange.end_step().is_some(), lacks);
+            }
+            assert_eq!(tries_halves, !lacks, "all of them only waited");
+        });
+    }
+}
+
 /// Where metrics are counted and can be read, while the provider lives.
 fn counted() -> (prometheus::Registry, opentelemetry_sdk::metrics::SdkMeterProvider) {
     let registry = prometheus::Registry::new();

@@ -1,10 +1,10 @@
 //! Rows on their way: some pairs of a batch, the call that carries them, and what came of it.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{collections::HashMap, future::poll_fn, pin::pin, sync::Arc, task::Poll, time::Duration};
 
 use bytes::Bytes;
 use engine::{ExpertBatch, WireDtype};
-use futures::{FutureExt as _, StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
+use futures::FutureExt as _;
 use tokio::{
     sync::oneshot::{self, error::TryRecvError},
     time::Instant,
@@ -56,6 +56,8 @@ pub(super) struct Place {
 /// Some pairs of a batch, with the rows that they need.
 #[derive(Debug)]
 pub(super) struct Part {
+    /// Of which batch.
+    pub(super) batch: u64,
     pub(super) layer: u32,
     /// When it is given up.
     pub(super) until: Instant,
@@ -67,9 +69,10 @@ pub(super) struct Part {
 }
 
 impl Part {
-    /// All of a batch, which is given up then.
-    pub(super) fn whole(batch: &ExpertBatch<'_>, until: Instant) -> Self {
+    /// All of a batch, which has this number and is given up then.
+    pub(super) fn whole(number: u64, batch: &ExpertBatch<'_>, until: Instant) -> Self {
         Self {
+            batch: number,
             until,
             layer: u32::try_from(batch.layer).unwrap_or(u32::MAX),
             rows: batch.rows.clone(),
@@ -94,6 +97,7 @@ impl Part {
         };
         let pair_rows = indices.iter().map(|&at| place(self.pair_rows[at])).collect();
         Arc::new(Self {
+            batch: self.batch,
             layer: self.layer,
             until: self.until,
             pairs: indices.iter().map(|&at| self.pairs[at]).collect(),
@@ -205,61 +209,72 @@ impl Flight {
             Err(TryRecvError::Empty) => None,
         }
     }
-
-    /// Waits for the reply, until it is to be looked after.
-    async fn land(mut self) -> (Self, Landed) {
-        let landed = match tokio::time::timeout_at(self.look, &mut self.reply).await {
-            Ok(Ok(answer)) => Landed::Answered(answer),
-            Ok(Err(_)) => Landed::Lost,
-            Err(_) => Landed::Quiet,
-        };
-        (self, landed)
-    }
 }
 
-/// The flights of a batch that have not landed.
+/// The flights that have not landed, of all batches on their way.
+#[derive(Default)]
 pub(super) struct Flights {
-    /// Those whose replies come over `links`.
-    near: Vec<Flight>,
-    /// Until one is looked after, or more are on their way, this thread waits for the replies itself: being woken by who
-    /// reads them takes longer.
+    all: Vec<Flight>,
+    /// Those over which all replies come. Until a flight is looked after, or more are on their way, this thread waits for
+    /// the replies itself: being woken by who reads them takes longer.
     links: Option<Vec<Claimed>>,
-    waited_for: FuturesUnordered<BoxFuture<'static, (Flight, Landed)>>,
 }
 
 impl Flights {
     /// Replies come over `links`, if this thread may read all of these.
-    pub(super) fn new(flights: Vec<Flight>, links: Option<Vec<Claimed>>) -> Self {
-        Self { near: flights, links, waited_for: FuturesUnordered::new() }
+    pub(super) fn read(&mut self, links: Option<Vec<Claimed>>) {
+        self.links = links;
     }
 
     /// The next to land, or to be looked after; `None` if there are no more.
     pub(super) async fn next(&mut self) -> Option<(Flight, Landed)> {
-        while let Some(links) = &mut self.links {
-            let landed = (0..).zip(&mut self.near).find_map(|(at, flight)| Some((at, flight.landed()?)));
-            if let Some((at, landed)) = landed {
-                return Some((self.near.swap_remove(at), landed));
+        let (at, landed) = loop {
+            let landed = (0..).zip(&mut self.all).find_map(|(at, flight)| Some((at, flight.landed()?)));
+            if let Some(landed) = landed {
+                break landed;
             }
-            let look = self.near.iter().map(|flight| flight.look).min()?;
+            let look = self.all.iter().map(|flight| flight.look).min()?;
+            let Some(links) = &mut self.links else { break self.told(look).await };
             if !Claimed::read(links, look) {
                 self.links = None;
             }
-        }
-        self.waited_for.extend(self.near.drain(..).map(|flight| flight.land().boxed()));
-        self.waited_for.next().await
+        };
+        Some((self.all.swap_remove(at), landed))
     }
 
-    /// Others go on from one that has landed.
+    /// Waits until another thread hands over a reply, or a flight is to be looked after at this time: which.
+    async fn told(&mut self, look: Instant) -> (usize, Landed) {
+        let mut time = pin!(tokio::time::sleep_until(look));
+        poll_fn(|context| {
+            for (at, flight) in (0..).zip(&mut self.all) {
+                match flight.reply.poll_unpin(context) {
+                    Poll::Ready(answer) => return Poll::Ready((at, answer.map_or(Landed::Lost, Landed::Answered))),
+                    Poll::Pending => {}
+                }
+            }
+            let due = || self.all.iter().position(|flight| flight.look <= look).unwrap_or_default();
+            time.as_mut().poll(context).map(|()| (due(), Landed::Quiet))
+        })
+        .await
+    }
+
+    /// Others go on, or begin.
     pub(super) fn add(&mut self, flights: Vec<Flight>) {
         if !flights.is_empty() {
             self.links = None; // there may be more of them
-            self.near.extend(flights);
+            self.all.extend(flights);
         }
     }
 
-    /// No more is waited for. The next batch comes soon.
-    pub(super) fn end(self) {
-        self.links.into_iter().flatten().for_each(Claimed::keep);
+    /// Whether something is hoped of any of a batch; the others are only listened to.
+    pub(super) fn are_hoped_of(&self, batch: u64) -> bool {
+        self.all.iter().any(|flight| flight.part.batch == batch && flight.is_hoped_of())
+    }
+
+    /// No more is waited for of a batch. The next one comes soon.
+    pub(super) fn end(&mut self, batch: u64) {
+        self.all.retain(|flight| flight.part.batch != batch);
+        self.links.take().into_iter().flatten().for_each(Claimed::keep);
     }
 }
 
