@@ -276,6 +276,7 @@ pub enum Reason {
     QuotaExceeded,
     PodRefused,
     WorkerSuspected,
+    RecordLost,
     Forbidden,
     ApplyFailed,
     // ScalingActive
