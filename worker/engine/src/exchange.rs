@@ -97,7 +97,8 @@ pub trait Exchange {
         false
     }
 
-    /// Waits for the answers to a batch. Dropping the future gives the batch up.
+    /// Waits for the answers to a batch. If the future is dropped, the step must end: the next
+    /// one gives up what was on its way.
     fn join(&mut self, ticket: Self::Ticket) -> impl Future<Output = Replies>;
 }
 

@@ -75,6 +75,7 @@ pub struct MeshExchange {
     changed: watch::Receiver<u64>,
     /// Numbers calls and batches.
     sequence: u64,
+    /// Calls that are on their way.
     flights: Flights,
     /// What came back of each batch that is on its way.
     gathered: BTreeMap<u64, Gathered>,
@@ -302,8 +303,11 @@ impl MeshExchange {
         let batch = flight.part.batch;
         if let Some(mut gathered) = self.gathered.remove(&batch) {
             let next = self.judge(flight, landed, &mut gathered);
+            match gathered.is_complete() {
+                true => self.flights.give_up(batch), // whoever is late with rows that came otherwise is not doubted
+                false => self.flights.add(next),
+            }
             self.gathered.insert(batch, gathered);
-            self.flights.add(next);
         }
     }
 
@@ -372,8 +376,8 @@ impl MeshExchange {
     }
 
     /// A flight without a copy is overdue. Whoever can be asked now is asked, with twice the time: the same holder, once
-    /// it answered its probe, or another that came back. If there is no hope of an answer, it is given up. A holder that
-    /// was missed and is there has the time that it had.
+    /// it answered its probe, or another that came back. If there is no hope of an answer, it is only listened to. A
+    /// holder that was missed and is there has the time that it had.
     fn look_again(&mut self, mut flight: Flight, gathered: &Gathered) -> Vec<Flight> {
         let now = Instant::now();
         if now >= flight.part.until {
@@ -385,13 +389,12 @@ impl MeshExchange {
         }
         let past = Past { tried: Vec::new(), misses: flight.past.misses + 1 };
         let mut flights = self.again(&flight, past, CallResult::Late, gathered);
-        if !flights.is_empty() {
+        let is_silent = self.holders.get(&flight.to).is_none_or(Holder::is_silent);
+        if flights.is_empty() && !is_silent && !gathered.lacking(&flight.part).is_empty() {
+            flights.push(flight.looked_after(LOOK_EVERY));
+        } else {
             (flight.stage, flight.look) = (Stage::Listened, flight.part.until);
             flights.push(flight);
-        } else if !self.holders.get(&flight.to).is_none_or(Holder::is_silent)
-            && !gathered.lacking(&flight.part).is_empty()
-        {
-            flights.push(flight.looked_after(LOOK_EVERY));
         }
         flights
     }
@@ -458,12 +461,13 @@ impl Exchange for MeshExchange {
     async fn join(&mut self, Ticket(whole): Ticket) -> Replies {
         let begun = Instant::now();
         let busy = self.holders.values().filter(|holder| holder.is_busy());
-        self.flights.read(busy.map(Holder::claim).collect());
+        self.flights.come_over(busy.map(Holder::claim).collect());
         while self.is_open(whole.batch) {
             let Some((flight, landed)) = self.flights.next().await else { break };
             self.land(flight, landed);
         }
-        self.flights.end(whole.batch);
+        self.flights.give_up(whole.batch);
+        self.flights.keep_links();
         let gathered = self.gathered.remove(&whole.batch);
         let gathered = gathered.unwrap_or_else(|| Gathered::none(whole.pairs.len(), self.own.row_bytes()));
         let missing = gathered.missing();

@@ -509,7 +509,7 @@ fn a_holder_that_had_no_time_to_answer_is_no_suspect() {
     }
 }
 
-/// Runs what an exchange on this mesh does, in virtual time.
+/// Runs something with an exchange on this mesh, in virtual time.
 fn exchange<F: Future<Output = ()>>(snapshot: MeshSnapshot, plan: Plan, run: impl FnOnce(MeshExchange, Net) -> F) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
     runtime.block_on(async {
@@ -546,6 +546,19 @@ fn a_batch_that_is_not_waited_for_yet_is_looked_after() {
 }
 
 #[test]
+fn an_answer_counts_that_comes_while_another_batch_is_waited_for_though_its_holder_was_silent() {
+    let mut snapshot = mesh(TWO, 0);
+    snapshot.placement = Some(dealt(3, |expert| vec![1 + expert % 2]));
+    let plan: Plan = Box::new(|call| Some(if call == 1 { Fault::Freeze(1000) } else { Fault::DelayReply(2000) }));
+    exchange(snapshot, plan, async |mut exchange, net| {
+        let (first, second) = (row(&mut exchange, 2), row(&mut exchange, 3));
+        assert!(exchange.join(first).await.missing.is_empty());
+        assert!(exchange.join(second).await.missing.is_empty());
+        assert_eq!(net.calls_to(HOLDERS[1]), 1);
+    });
+}
+
+#[test]
 fn nothing_more_is_sent_for_a_step_that_was_given_up() {
     let plan: Plan = Box::new(|call| [Fault::DropCall, Fault::DelayReply(300)].get(call).copied());
     exchange(mesh(ALONE, 0), plan, async |mut exchange, net| {
@@ -569,7 +582,7 @@ fn steps_that_lacked_an_expert_do_not_count() {
                 exchange.join(ticket).await;
                 assert_eq!(exchange.end_step().is_some(), lacks);
             }
-            assert_eq!(tries_halves, !lacks, "all of them only waited");
+            assert_eq!(tries_halves, !lacks, "lacking steps must not count");
         });
     }
 }

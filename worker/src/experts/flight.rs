@@ -222,7 +222,7 @@ pub(super) struct Flights {
 
 impl Flights {
     /// Replies come over `links`, if this thread may read all of these.
-    pub(super) fn read(&mut self, links: Option<Vec<Claimed>>) {
+    pub(super) fn come_over(&mut self, links: Option<Vec<Claimed>>) {
         self.links = links;
     }
 
@@ -271,9 +271,13 @@ impl Flights {
         self.all.iter().any(|flight| flight.part.batch == batch && flight.is_hoped_of())
     }
 
-    /// No more is waited for of a batch. The next one comes soon.
-    pub(super) fn end(&mut self, batch: u64) {
+    /// No more is waited for of a batch.
+    pub(super) fn give_up(&mut self, batch: u64) {
         self.all.retain(|flight| flight.part.batch != batch);
+    }
+
+    /// Nothing is waited for now, but soon.
+    pub(super) fn keep_links(&mut self) {
         self.links.take().into_iter().flatten().for_each(Claimed::keep);
     }
 }

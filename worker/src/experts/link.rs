@@ -119,7 +119,10 @@ impl Claimed {
     pub(super) fn read(links: &mut [Self], until: Instant) -> bool {
         let left = until.saturating_duration_since(Instant::now());
         let Ok(come) = framed::wait(links.iter().map(|link| &link.claim), left) else { return false };
-        let more_may_come = links.iter_mut().zip(come).all(|(link, has_come)| !has_come || link.take());
+        let mut more_may_come = true;
+        for (link, has_come) in links.iter_mut().zip(come) {
+            more_may_come &= !has_come || link.take(); // also of those behind one that has ended
+        }
         more_may_come && !left.is_zero()
     }
 
