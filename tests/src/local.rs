@@ -65,9 +65,24 @@ impl Process {
 /// # Errors
 /// If there is no such thing.
 pub async fn metrics(address: &str) -> anyhow::Result<String> {
+    metrics_over(&client()?, address).await
+}
+
+/// A client for [`metrics_over`].
+///
+/// # Errors
+/// If there can be none.
+pub fn client() -> anyhow::Result<reqwest::Client> {
     // A second call finds the first one's provider in place, which is the same.
     let _ = rustls::crypto::ring::default_provider().install_default();
-    let client = reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(30)).build()?;
+    Ok(reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(30)).build()?)
+}
+
+/// As [`metrics`], for one who asks often: it takes long to make a client.
+///
+/// # Errors
+/// If there is no such thing.
+pub async fn metrics_over(client: &reqwest::Client, address: &str) -> anyhow::Result<String> {
     Ok(client.get(format!("http://{address}/metrics")).send().await?.error_for_status()?.text().await?)
 }
 

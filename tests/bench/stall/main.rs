@@ -12,9 +12,10 @@ use std::{
 };
 
 use anyhow::{Context, ensure};
+use reqwest::Client;
 use tests::{
     fault::{Fault, Faults},
-    local::{Fleet, Process, metrics},
+    local::{Fleet, Process, client, metrics_over},
     poll::eventually,
 };
 
@@ -117,18 +118,10 @@ async fn measure(copies: u32, kinds: &[Kind], faults: usize, rows: &mut Rows) ->
 
 /// One fault, from whole fleet to whole fleet. No stream is hit by a fault that struck after its end.
 async fn strike(fleet: &Fleet, url: &str, kind: Kind, undisturbed: &[String]) -> anyhow::Result<Vec<Hit>> {
-    let workers = at_rest(fleet, kind.copies).await?;
-    let (mut streams, mut homes) = (Vec::new(), Vec::new());
-    for number in 0..undisturbed.len() {
-        let before = running(&workers).await?;
-        streams.push(Stream::begin(url, number).await?);
-        homes.push(joined(&workers, &before).await?);
-    }
+    let begun = async || begin(&at_rest(fleet, kind.copies).await?, url, undisturbed.len()).await;
+    let (workers, streams, homes) = eventually("all streams run at once", PATIENCE, begun).await?;
     let runs_any = |worker: &&Process| homes.contains(&worker.name);
     let victim = workers.iter().find(|worker| runs_any(worker) == kind.runs_them).context("there are such workers")?;
-    for stream in &streams {
-        stream.is_under_way().await?;
-    }
     let mut faults = Faults::new();
     let fault = if kind.is_frozen { Fault::Freeze(FROZEN) } else { Fault::Kill };
     let struck = Instant::now();
@@ -153,12 +146,39 @@ async fn strike(fleet: &Fleet, url: &str, kind: Kind, undisturbed: &[String]) ->
     Ok(ended.into_iter().zip(homes).enumerate().filter_map(hit).collect())
 }
 
+/// Begins so many streams: these workers, the streams once they are under way, and the name of the worker that runs each.
+/// Fails if one ends before the last is under way.
+async fn begin(
+    workers: &[Process],
+    url: &str,
+    count: usize,
+) -> anyhow::Result<(Vec<Process>, Vec<Stream>, Vec<String>)> {
+    let (client, mut seen) = (client()?, Vec::new());
+    for worker in workers {
+        seen.push((worker.name.clone(), worker.admin().await?));
+    }
+    let (mut streams, mut homes) = (Vec::new(), Vec::new());
+    for number in 0..count {
+        let before = running(&client, &seen).await?;
+        let stream = Stream::begin(url, number).await?;
+        homes.push(joined(&client, &seen, &before, &stream).await?);
+        streams.push(stream);
+    }
+    for stream in &streams {
+        stream.is_under_way().await?;
+    }
+    ensure!(!streams.iter().any(Stream::has_ended), "a stream ended before the last was under way");
+    Ok((workers.to_vec(), streams, homes))
+}
+
 /// The workers, once each holds all that it is to hold, and nothing else, suspects nobody, and runs nothing.
 async fn at_rest(fleet: &Fleet, copies: u32) -> anyhow::Result<Vec<Process>> {
+    let client = client()?;
+    let gauges = ["experts_held", "suspect_peers", "running_sequences"];
     let rest = eventually("the fleet comes to rest", PATIENCE, async || {
         let (workers, mut seen) = (fleet.workers(), Vec::new());
         for worker in &workers {
-            seen.push(told(worker, &["experts_held", "suspect_peers", "running_sequences"]).await.unwrap_or_default());
+            seen.push(told(&client, &worker.admin().await?, &gauges).await?);
         }
         let held: f64 = seen.iter().filter_map(|told| told.first()).sum();
         let is_calm = seen.iter().all(|told| matches!(told[..], [_, suspects, running] if suspects + running == 0.0));
@@ -169,8 +189,8 @@ async fn at_rest(fleet: &Fleet, copies: u32) -> anyhow::Result<Vec<Process>> {
 }
 
 /// The values of a worker's gauges.
-async fn told(worker: &Process, gauges: &[&str]) -> anyhow::Result<Vec<f64>> {
-    let text = metrics(&worker.admin().await?).await?;
+async fn told(client: &Client, admin: &str, gauges: &[&str]) -> anyhow::Result<Vec<f64>> {
+    let text = metrics_over(client, admin).await?;
     let value = |gauge: &&str| {
         let name = format!("modelfleet_worker_{gauge}");
         let line = text.lines().find(|line| line.starts_with(&name)).with_context(|| format!("{name} is told"))?;
@@ -179,23 +199,29 @@ async fn told(worker: &Process, gauges: &[&str]) -> anyhow::Result<Vec<f64>> {
     gauges.iter().map(value).collect()
 }
 
-/// Sequences that run at each worker.
-async fn running(workers: &[Process]) -> anyhow::Result<Vec<f64>> {
+/// Sequences that run at each of the workers with these names and admin addresses.
+async fn running(client: &Client, workers: &[(String, String)]) -> anyhow::Result<Vec<f64>> {
     let mut running = Vec::new();
-    for worker in workers {
-        running.extend(told(worker, &["running_sequences"]).await?);
+    for (_, admin) in workers {
+        running.extend(told(client, admin, &["running_sequences"]).await?);
     }
     Ok(running)
 }
 
-/// The name of the worker that runs more than `before`.
-async fn joined(workers: &[Process], before: &[f64]) -> anyhow::Result<String> {
+/// The name of the worker that runs a stream: it runs more than `before`.
+async fn joined(
+    client: &Client,
+    workers: &[(String, String)],
+    before: &[f64],
+    stream: &Stream,
+) -> anyhow::Result<String> {
     let home = eventually("a stream runs somewhere", PATIENCE, async || {
-        let now = running(workers).await?;
+        let (has_ended, now) = (stream.has_ended(), running(client, workers).await?);
         let more = now.iter().zip(before).position(|(now, before)| now > before);
-        Ok(workers[more.with_context(|| format!("{now:?}"))?].name.clone())
+        ensure!(more.is_some() || has_ended, "{now:?}");
+        Ok(more.map(|worker| workers[worker].0.clone()))
     });
-    home.await
+    home.await?.context("a stream ended before it was seen to run")
 }
 
 /// When another process in the place of `victim` took requests.

@@ -54,9 +54,14 @@ impl Stream {
         self.has(UNDER_WAY).await
     }
 
+    /// Whether no more comes.
+    pub(crate) fn has_ended(&self) -> bool {
+        self.reads.is_finished()
+    }
+
     async fn has(&self, pieces: usize) -> anyhow::Result<()> {
         let has = eventually("a stream is under way", PATIENCE, async || {
-            let (has, ended) = (lock(&self.pieces).0.len(), self.reads.is_finished());
+            let (has, ended) = (lock(&self.pieces).0.len(), self.has_ended());
             ensure!(has >= pieces || ended, "{has} of {pieces} pieces");
             Ok(has)
         });
