@@ -276,7 +276,6 @@ pub enum Reason {
     QuotaExceeded,
     PodRefused,
     WorkerSuspected,
-    RecordLost,
     Forbidden,
     ApplyFailed,
     // ScalingActive

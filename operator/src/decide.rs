@@ -115,8 +115,6 @@ pub struct Decision {
     pub advice: Option<u64>,
     /// Why copies of experts cannot be kept apart.
     pub together: Option<NoRoom>,
-    /// Why replicas of another revision than the asked one can neither be changed nor drained.
-    pub unknown: Option<String>,
     /// Objects that stay as they are: of replicas whose record is lost or cannot be read, or of whose StatefulSet no watch
     /// told yet, and that record.
     pub left_alone: Vec<String>,
@@ -220,10 +218,8 @@ pub fn decide(
         step.create.clear();
     }
     let targets = targets(&replicas, basis.as_ref(), &moves, &step, seen, now);
-    let has_record = |replica: &Replica| records.iter().any(|record| record.revision == replica.revision);
-    let is_unknown = |replica: &&Replica| replica.set.is_some() && !has_record(replica);
-    let is_left = |replica: &&Replica| replica.is_unseen() || is_unknown(replica);
-    let mut unknown = replicas.iter().filter(|replica| replica.revision != revision && is_unknown(replica));
+    let has_record = |replica: &&Replica| records.iter().any(|record| record.revision == replica.revision);
+    let is_left = |replica: &&Replica| replica.is_unseen() || replica.set.is_some() && !has_record(replica);
     let left_alone = replicas
         .iter()
         .filter(is_left)
@@ -233,7 +229,6 @@ pub fn decide(
         moving: moves.why(),
         advice: moves.advice(),
         together: moves.together(),
-        unknown: unknown.next().map(|replica| unknown_record(names, &replica.revision, seen)),
         left_alone: left_alone.collect(),
         running: basis.map(|basis| basis.revision),
         revision,
@@ -260,16 +255,6 @@ fn recorded(names: &Names, replicas: &[Replica], seen: &Observed) -> Vec<Record>
     revisions.dedup();
     let found = revisions.into_iter().map(|revision| Record::find(names, revision, &seen.owned.config_maps));
     found.filter_map(|record| record.ok().flatten()).collect()
-}
-
-/// What is wrong with the record of a revision that runs, and what can be done.
-fn unknown_record(names: &Names, revision: &Revision, seen: &Observed) -> String {
-    let name = names.revision(revision);
-    let why = match Record::find(names, revision, &seen.owned.config_maps) {
-        Err(unreadable) => unreadable.to_string(),
-        Ok(_) => format!("the record in ConfigMap {name} is gone"),
-    };
-    format!("{why}; its replicas stay as they are: restore it, or delete the StatefulSets {name}-*")
 }
 
 /// The plan of a replica whose own record is lost: what it was made by, if the spec asks for the same and its experts were

@@ -205,9 +205,6 @@ fn degraded(case: &Case<'_>, counts: &Counts<'_>, trouble: &Trouble) -> Finding 
             super::summary::lost(&trouble.lost, counts.experts.as_ref(), case.model.redundancy),
         );
     }
-    if let Some(why) = &case.decision.unknown {
-        return Finding::yes(kind, Reason::RecordLost, why.clone());
-    }
     if !trouble.suspected.is_empty() {
         return Finding::yes(kind, Reason::WorkerSuspected, super::summary::suspected(&trouble.suspected));
     }

@@ -99,13 +99,11 @@ fn broken(case: &Case<'_>, counts: &Counts<'_>, trouble: &Trouble) -> Option<Str
     if let Some(crash) = &trouble.crash {
         return Some(crash.clone());
     }
-    if !trouble.lost.is_empty() {
-        return Some(format!("Degraded: {}", lost(&trouble.lost, counts.experts.as_ref(), case.model.redundancy)));
+    if trouble.lost.is_empty() && !trouble.suspected.is_empty() {
+        return Some(format!("Degraded: {}", suspected(&trouble.suspected)));
     }
-    if let Some(why) = &case.decision.unknown {
-        return Some(format!("Degraded: {why}"));
-    }
-    (!trouble.suspected.is_empty()).then(|| format!("Degraded: {}", suspected(&trouble.suspected)))
+    (!trouble.lost.is_empty())
+        .then(|| format!("Degraded: {}", lost(&trouble.lost, counts.experts.as_ref(), case.model.redundancy)))
 }
 
 fn moving(case: &Case<'_>, counts: &Counts<'_>, trouble: &Trouble) -> Option<String> {

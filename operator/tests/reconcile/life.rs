@@ -332,24 +332,6 @@ async fn a_revision_whose_record_cannot_be_read_is_named_and_stays_as_it_is() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_earlier_revision_whose_record_is_gone_is_named_and_its_replica_serves_until_it_is_deleted() {
-    let (world, operator) = World::installed().await;
-    let (set, record) = (world.names("statefulsets").remove(0), world.status()["plan"]["revision"].clone());
-    let record = format!("tiny-{}", record.as_str().unwrap());
-    operator.kill().await;
-    world.api().delete("configmaps", &record);
-    world.edit(|spec| spec["model"]["maxContextTokens"] = json!(512));
-    let _operator = world.operator(0).await;
-    world.until("the new replica runs", |world| world.status()["updatedReplicas"] == 1).await;
-    world.says(&format!("Degraded: the record in ConfigMap {record} is gone; its replicas stay as they are: ")).await;
-    assert_eq!(world.condition("Degraded")["reason"], "RecordLost");
-    assert!(world.names("statefulsets").contains(&set));
-    world.api().delete("statefulsets", &set);
-    world.ready().await;
-    assert_eq!(world.names("statefulsets").len(), 1);
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_replica_whose_plan_is_lost_or_unreadable_gets_it_back_and_keeps_its_workers() {
     let (world, operator) = World::installed().await;
     let (pods, set) = (world.uids("pods"), world.names("statefulsets").remove(0));
