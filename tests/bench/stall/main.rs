@@ -118,7 +118,7 @@ async fn measure(copies: u32, kinds: &[Kind], faults: usize, rows: &mut Rows) ->
 
 /// One fault, from whole fleet to whole fleet. No stream is hit by a fault that struck after its end.
 async fn strike(fleet: &Fleet, url: &str, kind: Kind, undisturbed: &[String]) -> anyhow::Result<Vec<Hit>> {
-    let begun = async || begin(&at_rest(fleet, kind.copies).await?, url, undisturbed.len()).await;
+    let begun = async || begin(fleet, kind.copies, url, undisturbed.len()).await;
     let (workers, streams, homes) = eventually("all streams run at once", PATIENCE, begun).await?;
     let runs_any = |worker: &&Process| homes.contains(&worker.name);
     let victim = workers.iter().find(|worker| runs_any(worker) == kind.runs_them).context("there are such workers")?;
@@ -146,15 +146,17 @@ async fn strike(fleet: &Fleet, url: &str, kind: Kind, undisturbed: &[String]) ->
     Ok(ended.into_iter().zip(homes).enumerate().filter_map(hit).collect())
 }
 
-/// Begins so many streams: these workers, the streams once they are under way, and the name of the worker that runs each.
-/// Fails if one ends before the last is under way.
+/// Begins so many streams at a fleet at rest: its workers, the streams once they are under way, and the name of the worker
+/// that runs each. Fails if one ends before the last is under way.
 async fn begin(
-    workers: &[Process],
+    fleet: &Fleet,
+    copies: u32,
     url: &str,
     count: usize,
 ) -> anyhow::Result<(Vec<Process>, Vec<Stream>, Vec<String>)> {
+    let workers = at_rest(fleet, copies).await?;
     let (client, mut seen) = (client()?, Vec::new());
-    for worker in workers {
+    for worker in &workers {
         seen.push((worker.name.clone(), worker.admin().await?));
     }
     let (mut streams, mut homes) = (Vec::new(), Vec::new());
@@ -168,7 +170,7 @@ async fn begin(
         stream.is_under_way().await?;
     }
     ensure!(!streams.iter().any(Stream::has_ended), "a stream ended before the last was under way");
-    Ok((workers.to_vec(), streams, homes))
+    Ok((workers, streams, homes))
 }
 
 /// The workers, once each holds all that it is to hold, and nothing else, suspects nobody, and runs nothing.
