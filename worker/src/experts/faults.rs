@@ -511,13 +511,23 @@ fn a_holder_that_had_no_time_to_answer_is_no_suspect() {
 
 /// Runs something with an exchange on this mesh, in virtual time.
 fn exchange<F: Future<Output = ()>>(snapshot: MeshSnapshot, plan: Plan, run: impl FnOnce(MeshExchange, Net) -> F) {
+    exchange_seen(snapshot, plan, metrics(), run);
+}
+
+/// As [`exchange`], counted by `metrics`.
+fn exchange_seen<F: Future<Output = ()>>(
+    snapshot: MeshSnapshot,
+    plan: Plan,
+    metrics: Arc<Metrics>,
+    run: impl FnOnce(MeshExchange, Net) -> F,
+) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
     runtime.block_on(async {
         let (meshes, holders) = (Meshes::new(Mesh::default()), holders(TWO));
         meshes.take(snapshot).unwrap();
         let (net, own) = (Net::new(&holders, plan), own(&holders[0].1));
         let network = Arc::new(net.clone());
-        let mut exchange = MeshExchange::over(network, own, meshes, Board::new(metrics()), None, metrics());
+        let mut exchange = MeshExchange::over(network, own, meshes, Board::new(metrics.clone()), None, metrics);
         exchange.begin_step(Span::none());
         while tokio::time::timeout(Duration::from_millis(10), exchange.changed()).await.is_ok() {} // streams open
         run(exchange, net).await;
@@ -529,13 +539,40 @@ fn row(exchange: &mut MeshExchange, expert: u32) -> Ticket {
     exchange.send(&ExpertBatch { layer: 1, rows: &vec![0; 512].into(), pair_rows: &[0], pair_experts: &[expert] })
 }
 
-#[test]
-fn a_batch_that_is_not_waited_for_yet_is_looked_after() {
+/// Three holders, of which the first has the expert 2 alone, and the others all the rest.
+fn three() -> MeshSnapshot {
     let mut snapshot = mesh(TWO, 0);
     (snapshot.peers[2].replica, snapshot.peers[2].ordinal) = (0, 3);
     snapshot.placement = Some(dealt(4, |expert| if expert == 2 { vec![1] } else { vec![2, 3] }));
+    snapshot
+}
+
+#[test]
+fn who_is_late_with_rows_that_came_otherwise_is_no_suspect() {
+    let (registry, provider) = counted();
+    // the second row's holder is late, but answers before the other copy does; the first row's answers after both
+    let faults = [Fault::Freeze(400), Fault::DelayReply(70), Fault::DelayReply(300)];
+    let plan: Plan = Box::new(move |call| Some(faults[call.checked_sub(16)?]));
+    exchange_seen(three(), plan, Metrics::new(&provider.meter("test")), async |mut exchange, net| {
+        for _ in 0..8 {
+            // both become known, so that 50 ms are late
+            let (rows, pair_rows) = (vec![0; 512 * 16].into(), Vec::from_iter(0..16));
+            let batch = ExpertBatch { layer: 1, rows: &rows, pair_rows: &pair_rows, pair_experts: &[3; 16] };
+            let ticket = exchange.send(&batch);
+            exchange.join(ticket).await;
+        }
+        assert_eq!(net.calls(), 16);
+        let (first, second) = (row(&mut exchange, 2), row(&mut exchange, 3));
+        assert!(exchange.join(first).await.missing.is_empty() && exchange.join(second).await.missing.is_empty());
+        assert_eq!(net.calls(), 19);
+    });
+    assert_eq!(value(&registry, "modelfleet_worker_peer_suspicions_total", ""), 2.0);
+}
+
+#[test]
+fn a_batch_that_is_not_waited_for_yet_is_looked_after() {
     let plan: Plan = Box::new(|call| [Fault::DelayReply(300), Fault::DropCall].get(call).copied());
-    exchange(snapshot, plan, async |mut exchange, net| {
+    exchange(three(), plan, async |mut exchange, net| {
         let (first, second) = (row(&mut exchange, 2), row(&mut exchange, 3));
         assert!(exchange.join(first).await.missing.is_empty());
         let (calls, now) = (net.calls(), tokio::time::Instant::now());

@@ -205,8 +205,8 @@ impl Network for ReadOnce {
     }
 }
 
-#[tokio::test]
-async fn a_reply_that_was_read_behind_another_is_handed_over_by_who_claims_the_link() {
+/// An open link to a holder that sent these replies at once.
+async fn link(sent: &[u8]) -> (Link, TcpStream) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let network = Arc::new(ReadOnce(listener.local_addr().unwrap().to_string()));
     let standing = Standing::new("holder", &Board::new(metrics()));
@@ -214,9 +214,7 @@ async fn a_reply_that_was_read_behind_another_is_handed_over_by_who_claims_the_l
     let (mut holder, _) = listener.accept().await.unwrap();
     let mut bytes = vec![0; 20];
     holder.read_exact(&mut bytes).await.unwrap(); // the preface, which goes back
-    for sequence in [1, 2] {
-        bytes.extend([2, 0, 0, 0, 0, 0, 0, 0, 8, sequence]); // both lengths, and field 1 of the reply
-    }
+    bytes.extend(sent.iter().flat_map(|&sequence| empty_reply(sequence)));
     holder.write_all(&bytes).await.unwrap();
     let opened = async {
         while link.send(RunCall::default()).is_none() {
@@ -224,13 +222,24 @@ async fn a_reply_that_was_read_behind_another_is_handed_over_by_who_claims_the_l
         }
     };
     tokio::time::timeout(Duration::from_secs(20), opened).await.expect("it is open");
+    (link, holder)
+}
+
+/// Both lengths, and field 1 of the reply.
+fn empty_reply(sequence: u8) -> [u8; 10] {
+    [2, 0, 0, 0, 0, 0, 0, 0, 8, sequence]
+}
+
+#[tokio::test]
+async fn a_reply_that_was_read_behind_another_is_handed_over_by_who_claims_the_link() {
+    let (link, mut holder) = link(&[1, 2]).await;
     let reply = link.send(RunCall { sequence: 2, ..RunCall::default() }).unwrap();
     let mut claimed = [link.claim().expect("nobody else reads")];
     let answer = reply.now_or_never().expect("it was there already").unwrap();
     assert_eq!(answer.reply.sequence, 2);
 
     let mut reply = link.send(RunCall { sequence: 3, ..RunCall::default() }).unwrap();
-    holder.write_all(&[2, 0, 0, 0, 0, 0, 0, 0, 8, 3]).await.unwrap();
+    holder.write_all(&empty_reply(3)).await.unwrap();
     let handed_over = async {
         while reply.try_recv().is_err() {
             assert!(!Claimed::read(&mut claimed, Instant::now()), "there is no time to wait");
@@ -240,6 +249,18 @@ async fn a_reply_that_was_read_behind_another_is_handed_over_by_who_claims_the_l
     tokio::time::timeout(Duration::from_secs(20), handed_over)
         .await
         .expect("what has come is handed over all the same");
+}
+
+#[tokio::test]
+async fn a_link_that_has_ended_keeps_back_no_reply_of_another() {
+    let ((ended, ending), (link, mut holder)) = (link(&[1]).await, link(&[1]).await);
+    let mut reply = link.send(RunCall { sequence: 2, ..RunCall::default() }).unwrap();
+    holder.write_all(&empty_reply(2)).await.unwrap();
+    drop(ending);
+    let mut claimed = [&ended, &link].map(|link| link.claim().expect("nobody else reads"));
+    let until = Instant::now() + Duration::from_secs(20);
+    while Claimed::read(&mut claimed, until) {}
+    assert_eq!(reply.try_recv().expect("it was there").reply.sequence, 2);
 }
 
 #[tokio::test(flavor = "multi_thread")]
