@@ -3,9 +3,9 @@
 //! Pure but for the scaling history that it is handed. The decisions themselves are the planner's; this file asks it
 //! in order and puts the answers together.
 
-use std::fmt;
+use std::{fmt, sync::Arc};
 
-use k8s_openapi::jiff::Timestamp;
+use k8s_openapi::{api::apps::v1::StatefulSet, jiff::Timestamp};
 use kube::ResourceExt;
 use planner::{
     Bytes, Millis, ModelDescription, NoRoom, Outcome, Plan, autoscale, live,
@@ -115,9 +115,11 @@ pub struct Decision {
     pub advice: Option<u64>,
     /// Why copies of experts cannot be kept apart.
     pub together: Option<NoRoom>,
-    /// Objects that stay as they are: of replicas whose record is lost or cannot be read, or of whose StatefulSet no watch
-    /// told yet, and that record.
+    /// Objects that stay, and are not written from a record: of replicas whose record is lost or cannot be read, or of whose
+    /// StatefulSet no watch told yet, and that record.
     pub left_alone: Vec<String>,
+    /// StatefulSets among them that begin to drain, drain, or are taken back: each with the time since which it drains.
+    pub marked: Vec<(Arc<StatefulSet>, Option<Timestamp>)>,
 }
 
 /// The plan under which a revision makes replicas, and whether an existing replica follows it.
@@ -211,24 +213,37 @@ pub fn decide(
         _ => wanted,
     };
     let moves = Moves::of(&planning, &revision, &records, &replicas, model, seen);
-    let step = basis.as_ref().map(|basis| next_step(model, basis, &replicas, &moves, seen, made, now));
+    // to have none, nothing need be known
+    let made_of = basis.as_ref().map(|basis| &basis.revision).or((wanted == 0).then_some(&revision));
+    let step = made_of.map(|made_of| next_step(model, made_of, &replicas, &moves, seen, made, now));
     let mut step = step.unwrap_or_default();
+    if wanted > 0 && matches!(planning, Planning::Describing | Planning::Unreadable(_)) {
+        // they are what is asked for, though it is not known for now
+        step.drain.retain(|one| one.revision != revision.as_str());
+    }
     if replicas.iter().any(Replica::is_unseen) {
         // it may be the very one that would be made
         step.create.clear();
     }
     let targets = targets(&replicas, basis.as_ref(), &moves, &step, seen, now);
-    let has_record = |replica: &&Replica| records.iter().any(|record| record.revision == replica.revision);
-    let is_left = |replica: &&Replica| replica.is_unseen() || replica.set.is_some() && !has_record(replica);
-    let left_alone = replicas
-        .iter()
-        .filter(is_left)
+    let has_record = |replica: &Replica| records.iter().any(|record| record.revision == replica.revision);
+    let stay = replicas.iter().zip(&moves.0).filter(|(replica, moves)| stays(replica, moves, &step));
+    let unrecorded = stay.filter(|(replica, _)| !has_record(replica));
+    let marked = unrecorded.clone().filter_map(|(replica, moves)| {
+        let since = draining_since(replica, moves, &step, now);
+        let set = replica.set.as_ref().filter(|_| since.is_some() || replica.draining_since.is_some())?;
+        Some((set.clone(), since))
+    });
+    let left_alone = unrecorded
+        .map(|(replica, _)| replica)
+        .chain(replicas.iter().filter(|replica| replica.is_unseen()))
         .flat_map(|replica| [names.replica(&replica.revision, replica.index), names.revision(&replica.revision)]);
     Decision {
         describe: planning == Planning::Describing && !described_in_vain(names, &revision, seen),
         moving: moves.why(),
         advice: moves.advice(),
         together: moves.together(),
+        marked: marked.collect(),
         left_alone: left_alone.collect(),
         running: basis.map(|basis| basis.revision),
         revision,
@@ -367,7 +382,7 @@ fn wanted(
 
 fn next_step(
     model: &ValidModel,
-    basis: &Basis,
+    made_of: &Revision,
     replicas: &[Replica],
     moves: &Moves,
     seen: &Observed,
@@ -375,7 +390,7 @@ fn next_step(
     now: Timestamp,
 ) -> Step {
     let wanted = Wanted {
-        revision: basis.revision.to_string(),
+        revision: made_of.to_string(),
         replicas: replicas_wanted,
         max_surge: model.max_surge,
         max_unavailable: model.max_unavailable,
@@ -437,17 +452,9 @@ fn kept(
     seen: &Observed,
     now: Timestamp,
 ) -> Option<Target> {
-    let id = id(replica, moves);
-    if !replica.stands() || step.delete.contains(&id) {
+    if !stays(replica, moves, step) {
         return None;
     }
-    let draining_since = if step.drain.contains(&id) {
-        Some(now)
-    } else if step.take_back.contains(&id) {
-        None
-    } else {
-        replica.draining_since
-    };
     let as_it_is = || Some(Move { plan: replica.plan.clone()?, also: replica.also.clone(), ..Move::default() });
     let next = moves.as_ref().ok().cloned().flatten().or_else(as_it_is)?;
     Some(Target {
@@ -457,8 +464,30 @@ fn kept(
         plan: next.plan,
         also: next.also,
         request: replica.memory_request(),
-        draining_since,
+        draining_since: draining_since(replica, moves, step, now),
     })
+}
+
+/// It stands, and does so after `step`.
+fn stays(replica: &Replica, moves: &Result<Option<Move>, Stuck>, step: &Step) -> bool {
+    replica.stands() && !step.delete.contains(&id(replica, moves))
+}
+
+/// Since when it drains after `step`.
+fn draining_since(
+    replica: &Replica,
+    moves: &Result<Option<Move>, Stuck>,
+    step: &Step,
+    now: Timestamp,
+) -> Option<Timestamp> {
+    let id = id(replica, moves);
+    if step.drain.contains(&id) {
+        Some(now)
+    } else if step.take_back.contains(&id) {
+        None
+    } else {
+        replica.draining_since
+    }
 }
 
 fn millis(time: Timestamp) -> Millis {

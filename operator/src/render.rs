@@ -79,7 +79,7 @@ pub struct Desired {
     pub jobs: Vec<Job>,
     /// One a revision with replicas.
     pub budgets: Vec<PodDisruptionBudget>,
-    /// Names of objects that are neither written nor deleted.
+    /// Names of objects that are not deleted, listed or not.
     pub left_alone: Vec<String>,
 }
 
@@ -94,6 +94,8 @@ pub fn objects(names: &Names, model: &ValidModel, install: &Install, decision: &
             desired.replica(names, model, record, target);
         }
     }
+    let marked = decision.marked.iter().map(|(set, draining_since)| set::marked(set, *draining_since));
+    desired.stateful_sets.extend(marked);
     let revisions: BTreeSet<&Revision> = decision.targets.iter().map(|target| &target.revision).collect();
     desired.budgets = revisions.into_iter().map(|revision| set::budget(names, revision, model.redundancy)).collect();
     if decision.describe {

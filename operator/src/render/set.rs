@@ -1,12 +1,18 @@
 //! The StatefulSet of a replica, and what stands around the workers of a model.
 
+use std::collections::BTreeMap;
+
 use k8s_openapi::{
     api::{
         apps::v1::{StatefulSet, StatefulSetSpec, StatefulSetUpdateStrategy},
         core::v1::{PodTemplateSpec, Service, ServiceAccount, ServicePort, ServiceSpec},
         policy::v1::{PodDisruptionBudget, PodDisruptionBudgetSpec},
     },
-    apimachinery::pkg::{apis::meta::v1::LabelSelector, util::intstr::IntOrString},
+    apimachinery::pkg::{
+        apis::meta::v1::{LabelSelector, ObjectMeta},
+        util::intstr::IntOrString,
+    },
+    jiff::Timestamp,
 };
 
 use super::{
@@ -32,7 +38,7 @@ pub(super) fn replica(names: &Names, model: &ValidModel, record: &Record, target
     let selector = [MODEL, REVISION, REPLICA, "app.kubernetes.io/component"];
     let selector = selector.into_iter().filter_map(|key| labels.get(key).map(|value| (key.to_owned(), value.clone())));
     let selector = LabelSelector { match_labels: Some(selector.collect()), match_expressions: None };
-    metadata.annotations = target.draining_since.map(|since| [(DRAINING_SINCE.to_owned(), since.to_string())].into());
+    metadata.annotations = target.draining_since.map(drains);
     StatefulSet {
         metadata,
         spec: Some(StatefulSetSpec {
@@ -50,6 +56,30 @@ pub(super) fn replica(names: &Names, model: &ValidModel, record: &Record, target
         }),
         status: None,
     }
+}
+
+/// A StatefulSet of a replica without a record, marked as draining since then, or not: all else is sent as it was read. Not
+/// made again if it is gone.
+pub(super) fn marked(set: &StatefulSet, draining_since: Option<Timestamp>) -> StatefulSet {
+    let seen = &set.metadata;
+    StatefulSet {
+        metadata: ObjectMeta {
+            name: seen.name.clone(),
+            uid: seen.uid.clone(),
+            namespace: seen.namespace.clone(),
+            labels: seen.labels.clone(),
+            owner_references: seen.owner_references.clone(),
+            annotations: draining_since.map(drains),
+            ..ObjectMeta::default()
+        },
+        spec: set.spec.clone(),
+        status: None,
+    }
+}
+
+/// The annotation that says so.
+fn drains(since: Timestamp) -> BTreeMap<String, String> {
+    [(DRAINING_SINCE.to_owned(), since.to_string())].into()
 }
 
 /// The recorded pods, made those of one replica.

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use serde_json::json;
+use serde_json::{Value, json};
 use wire::proto;
 
 use crate::world::{MODEL, World, model};
@@ -31,17 +31,27 @@ async fn a_second_apply_and_a_restart_write_nothing() {
     operator.kill().await;
     let _operator = world.operator(0).await;
     world.api().apply(model());
-    let routed = |world: &World| {
-        let stage = world.cluster.stage.lock().unwrap();
-        stage.snapshots.get(MODEL).is_some_and(|one| one.version.is_some_and(|v| v.epoch > 1) && one.workers.len() == 2)
-    };
-    world.until("the new operator speaks", routed).await;
-    // two of its looks later
-    let (leases, end) = (lease_version(&world), std::time::Instant::now() + std::time::Duration::from_secs(4));
-    world.until("time passes", |_| std::time::Instant::now() > end).await;
-    assert!(lease_version(&world) > leases, "it leads");
+    spoken(&world, 2).await;
+    pass(&world).await;
     assert_eq!(world.generations(), generations);
     assert_eq!(world.api().writes()[writes..], [], "nothing changed, so nothing is written");
+}
+
+/// The operator of this epoch tells the routers of workers.
+async fn spoken(world: &World, epoch: u64) {
+    let routed = |world: &World| {
+        let stage = world.cluster.stage.lock().unwrap();
+        let told = stage.snapshots.get(MODEL);
+        told.is_some_and(|told| told.version.is_some_and(|version| version.epoch >= epoch) && !told.workers.is_empty())
+    };
+    world.until("the new operator speaks", routed).await;
+}
+
+/// Two looks of the operator.
+async fn pass(world: &World) {
+    let (leases, end) = (lease_version(world), std::time::Instant::now() + std::time::Duration::from_secs(4));
+    world.until("time passes", |_| std::time::Instant::now() > end).await;
+    assert!(lease_version(world) > leases, "it leads");
 }
 
 fn lease_version(world: &World) -> u64 {
@@ -329,6 +339,113 @@ async fn a_revision_whose_record_cannot_be_read_is_named_and_stays_as_it_is() {
     world.until("the routers are told of both workers", |world| takes(world, told, 2)).await;
     world.says(&format!("DescribeFailed: the record in ConfigMap {record} cannot be read: description.json: ")).await;
     assert_eq!(world.objects(), objects);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_revision_whose_record_cannot_be_read_drains_is_taken_back_and_goes() {
+    let (world, operator) = World::installed().await;
+    let record = format!("tiny-{}", world.status()["plan"]["revision"].as_str().unwrap());
+    operator.kill().await;
+    assert!(world.api().edit("configmaps", &record, |config| config["data"]["description.json"] = json!("{")));
+    let uids = world.uids("statefulsets");
+    world.cluster.stage.lock().unwrap().busy = true;
+    let _operator = world.operator(0).await;
+    world.edit(|spec| spec["suspend"] = json!(true));
+    world.until("it drains", |world| draining(world).len() == 1).await;
+    world.edit(|spec| spec["suspend"] = json!(false));
+    world.until("it is taken back", |world| draining(world).is_empty()).await;
+    assert_eq!(world.uids("statefulsets"), uids);
+    world.cluster.stage.lock().unwrap().busy = false;
+    world.edit(|spec| spec["suspend"] = json!(true));
+    world.until("it goes", |world| world.names("statefulsets").is_empty()).await;
+    world.says("Suspended").await;
+    world.edit(|spec| spec["suspend"] = json!(false));
+    world.ready().await;
+    assert_ne!(world.api().get("configmaps", &record).unwrap()["data"]["description.json"], "{", "it is made anew");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replica_of_which_nothing_is_known_goes_when_none_is_wanted() {
+    let world = World::with(1).await;
+    let operator = world.operator(0).await;
+    let mut model = model();
+    model["spec"]["rollout"] = json!({"drainTimeout": "1s"});
+    world.api().apply(model);
+    world.ready().await;
+    let revision = world.status()["plan"]["revision"].as_str().unwrap().to_owned();
+    operator.kill().await;
+    for record in [format!("tiny-{revision}"), format!("tiny-{revision}-0")] {
+        assert!(world.api().edit("configmaps", &record, |config| config["data"] = json!({})));
+    }
+    let _operator = world.operator(0).await;
+    world.says("DescribeFailed").await;
+    assert_eq!(world.names("statefulsets").len(), 1);
+    world.edit(|spec| spec["suspend"] = json!(true));
+    world.until("it goes", |world| world.names("statefulsets").is_empty()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn new_replicas_stay_though_their_record_is_lost() {
+    let (world, operator) = World::installed().await;
+    world.edit(|spec| spec["replicas"] = json!(3));
+    world.until("three replicas", |world| world.status()["printed"]["ready"] == "3/3").await;
+    world.ready().await;
+    let old = world.names("statefulsets");
+    world.cluster.stage.lock().unwrap().busy = true;
+    world.edit(|spec| spec["model"]["maxContextTokens"] = json!(512));
+    world.until("an old one drains", |world| draining(world).len() == 1).await;
+    operator.kill().await;
+    let new = world.names("statefulsets").into_iter().find(|set| !old.contains(set)).unwrap();
+    let uid = |world: &World| world.api().get("statefulsets", &new).map(|set| set["metadata"]["uid"].clone());
+    let before = uid(&world);
+    world.api().delete("configmaps", new.rsplit_once('-').unwrap().0);
+    world.cluster.make_no_pods(true); // nor one that describes the model
+    world.cluster.stage.lock().unwrap().busy = false;
+    let _operator = world.operator(0).await;
+    world.says("Describing model").await;
+    world.until("the old one is taken back", |world| draining(world).is_empty()).await;
+    world.cluster.make_no_pods(false);
+    world.until("rolled", |world| world.names("statefulsets").iter().all(|set| !old.contains(set))).await;
+    world.ready().await;
+    assert_eq!(uid(&world), before);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn replicas_of_an_earlier_revision_whose_record_is_lost_finish_their_requests_and_go() {
+    let (world, operator) = World::installed().await;
+    world.edit(|spec| spec["replicas"] = json!(3));
+    world.until("three replicas", |world| world.status()["printed"]["ready"] == "3/3").await;
+    world.ready().await;
+    let (old, record) = (world.names("statefulsets"), world.status()["plan"]["revision"].clone());
+    operator.kill().await;
+    world.api().delete("configmaps", &format!("tiny-{}", record.as_str().unwrap()));
+    world.cluster.stage.lock().unwrap().busy = true;
+    world.edit(|spec| spec["model"]["maxContextTokens"] = json!(512));
+    let operator = world.operator(0).await;
+    world.until("one drains", |world| draining(world).len() == 1).await;
+    let marked = draining(&world);
+    operator.kill().await;
+    let _operator = world.operator(0).await;
+    let writes = world.api().writes().len();
+    spoken(&world, 3).await;
+    pass(&world).await;
+    assert!(old.iter().all(|set| world.names("statefulsets").contains(set)), "it stays while it has requests");
+    assert_eq!(draining(&world), marked, "a restart gives it no more time");
+    let writes = &world.api().writes()[writes..];
+    assert!(!writes.iter().any(|call| call.resource == "statefulsets"), "marked once: {writes:?}");
+    world.cluster.stage.lock().unwrap().busy = false;
+    let new = |world: &World| world.names("statefulsets").iter().filter(|set| !old.contains(set)).count();
+    world.until("all are new", |world| new(world) == 3 && world.names("statefulsets").len() == 3).await;
+    world.ready().await;
+    world.until("the old records are gone", |world| world.names("configmaps").len() == 5).await;
+}
+
+/// Since when the replicas that drain do.
+fn draining(world: &World) -> Vec<String> {
+    let sets = world.api().list("statefulsets");
+    let since =
+        |set: &Value| set["metadata"]["annotations"]["modelfleet.io/draining-since"].as_str().map(str::to_owned);
+    sets.iter().filter_map(since).collect()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
