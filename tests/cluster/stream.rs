@@ -16,18 +16,19 @@ use tokio::task::JoinSet;
 
 use crate::{
     ask::{Client, question},
-    cluster::text,
+    cluster::{Cluster, text},
 };
 
 /// Streams at once.
-pub(crate) const STREAMS: u64 = 20;
+const STREAMS: usize = 20;
 /// Tokens of every other stream, which ends then: wherever it went on, it must know how many it had.
 const SHORT: u64 = 12;
 
 /// [`STREAMS`] streams of one model.
 pub(crate) struct Streams {
     stop: Arc<AtomicBool>,
-    whole: Arc<AtomicU64>,
+    /// How often each ended as it should.
+    whole: Arc<[AtomicU64; STREAMS]>,
     wrong: Arc<Mutex<Vec<String>>>,
     tasks: JoinSet<()>,
 }
@@ -37,9 +38,10 @@ impl Streams {
     pub(crate) async fn start(client: &Client, model: &str) -> anyhow::Result<Self> {
         let mut undisturbed = BTreeMap::new();
         for index in 0..STREAMS {
-            undisturbed.insert(index, answer(client, model, index).await?);
+            let answer = answer(client, model, index).await.with_context(|| format!("stream {index}"))?;
+            undisturbed.insert(index, answer);
         }
-        let (stop, whole): (Arc<AtomicBool>, Arc<AtomicU64>) = Default::default();
+        let (stop, whole): (Arc<AtomicBool>, Arc<[AtomicU64; STREAMS]>) = Default::default();
         let wrong: Arc<Mutex<Vec<String>>> = Arc::default();
         let mut tasks = JoinSet::new();
         for (index, expected) in undisturbed {
@@ -53,7 +55,7 @@ impl Streams {
                         Err(error) => Some(format!("stream {index}: {error:#}")),
                     };
                     match problem {
-                        None => drop(whole.fetch_add(1, Ordering::Relaxed)),
+                        None => drop(whole[index].fetch_add(1, Ordering::Relaxed)),
                         Some(problem) => wrong.lock().expect("no stream panics").push(problem),
                     }
                 }
@@ -64,24 +66,48 @@ impl Streams {
 
     /// How many ended as they should.
     pub(crate) fn whole(&self) -> u64 {
-        self.whole.load(Ordering::Relaxed)
+        self.counts().iter().sum()
+    }
+
+    fn counts(&self) -> [u64; STREAMS] {
+        std::array::from_fn(|index| self.whole[index].load(Ordering::Relaxed))
+    }
+
+    /// Waits until each of them, not just the short ones, has begun and ended from now on.
+    pub(crate) async fn go_on(&self, cluster: &Cluster) -> anyhow::Result<()> {
+        let before = self.counts();
+        cluster
+            .until("each stream begins and ends", 60, async || {
+                let now = self.counts();
+                // the one that runs now has begun before
+                let waiting: Vec<_> = (0..STREAMS).filter(|&index| now[index] < before[index] + 2).collect();
+                ensure!(waiting.is_empty(), "not yet {waiting:?}; {}", self.told());
+                Ok(())
+            })
+            .await
     }
 
     /// Stops, and fails if one stream was not whole.
     pub(crate) async fn stop(mut self) -> anyhow::Result<()> {
         self.stop.store(true, Ordering::Relaxed);
         while self.tasks.join_next().await.is_some() {}
-        let wrong = self.wrong.lock().expect("no stream panics");
-        ensure!(wrong.is_empty(), "{} of {}: {:#?}", wrong.len(), self.whole(), &wrong[..wrong.len().min(5)]);
+        ensure!(self.wrong.lock().expect("no stream panics").is_empty(), "{}", self.told());
         Ok(())
+    }
+
+    /// How many were wrong, and what the first ones said.
+    fn told(&self) -> String {
+        let wrong = self.wrong.lock().expect("no stream panics");
+        format!("{} wrong beside {}: {:#?}", wrong.len(), self.whole(), &wrong[..wrong.len().min(5)])
     }
 }
 
 /// All that one stream says, thought included.
-async fn answer(client: &Client, model: &str, index: u64) -> anyhow::Result<String> {
+async fn answer(client: &Client, model: &str, index: usize) -> anyhow::Result<String> {
     let mut body = question(model, &format!("What is {} + {}?", 100 + 17 * index, 23 + 11 * index));
     body["stream"] = true.into();
-    if index % 2 == 1 {
+    let is_short = index % 2 == 1;
+    if is_short {
         body["max_tokens"] = SHORT.into();
     }
     let headers = [("content-type", "application/json")];
@@ -91,12 +117,15 @@ async fn answer(client: &Client, model: &str, index: u64) -> anyhow::Result<Stri
     ensure!(status.is_success(), "{status}: {body}");
     let mut events: Vec<&str> = body.lines().filter_map(|line| line.strip_prefix("data: ")).collect();
     ensure!(events.pop() == Some("[DONE]"), "the stream has no end: {body}");
-    let mut said = String::new();
+    let (mut said, mut finish) = (String::new(), String::new());
     for event in events {
         let event: Value = serde_json::from_str(event).with_context(|| event.to_owned())?;
+        finish += text(&event, "/choices/0/finish_reason");
         let delta = &event["choices"][0]["delta"];
         said += text(delta, "/reasoning_content");
         said += text(delta, "/content");
     }
+    let expected = if is_short { "length" } else { "stop" };
+    ensure!(finish == expected, "it finished for {finish:?} and not {expected:?}, having said {said:?}");
     Ok(said)
 }

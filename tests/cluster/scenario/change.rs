@@ -86,7 +86,7 @@ pub(crate) async fn deletion_leaves_nothing_in_any_phase(cluster: &Cluster) -> a
 }
 
 /// A pod deleted, a node drained, a rollout, `shards` from 4 to 6 to 3 and again, all while streams run: of [`ENOUGH`] none
-/// fails or says something else, and no worker that stays is replaced for other shards.
+/// fails or says something else, each goes on after each change of `shards`, which replaces no worker that stays.
 pub(crate) async fn changes_under_load_cost_no_request(cluster: &Cluster) -> anyhow::Result<()> {
     cluster.apply_example("redundant.yaml").await?;
     cluster.ready("redundant", 120).await?;
@@ -137,6 +137,7 @@ pub(crate) async fn changes_under_load_cost_no_request(cluster: &Cluster) -> any
                 model.expect("Ready", "True")
             })
             .await?;
+        streams.go_on(cluster).await.with_context(|| format!("with {shards} shards"))?;
         if shards == 3 && streams.whole() >= ENOUGH {
             break;
         }
