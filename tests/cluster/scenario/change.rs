@@ -15,7 +15,8 @@ use crate::{
 /// Streams that end while a model is changed again and again.
 const ENOUGH: u64 = 5000;
 
-/// Replica by replica, each known to the routers before an old one goes; a loop of requests notices nothing.
+/// Replica by replica, each known to the routers before an old one goes; a loop of requests notices nothing, though the
+/// record of the old revision is lost meanwhile.
 pub(crate) async fn a_rollout_loses_no_request(cluster: &Cluster) -> anyhow::Result<()> {
     cluster.apply_example("rolled.yaml").await?;
     cluster.ready("rolled", 90).await?;
@@ -24,6 +25,9 @@ pub(crate) async fn a_rollout_loses_no_request(cluster: &Cluster) -> anyhow::Res
     let client = Client::router(cluster).await?;
     let asking = Asking::start(&client, "tiny-r1-rolled", 4);
     edit(cluster, "rolled", r#"{"spec": {"model": {"revision": "next"}}}"#).await?;
+    under_way(cluster).await?;
+    let record = old[0].rsplit_once('-').context("NAME-REV-I")?.0;
+    cluster.kubectl(&["delete", "configmap", record, "--namespace", MODELS]).await?;
     let mut most = 0;
     cluster
         .until("both replicas are new", 240, async || {
@@ -40,6 +44,17 @@ pub(crate) async fn a_rollout_loses_no_request(cluster: &Cluster) -> anyhow::Res
     ensure!(most == 3, "one replica more than wanted at a time: {most} StatefulSets");
     asking.stop_without_error().await?;
     Ok(())
+}
+
+/// Waits until a new replica stands beside the two old ones.
+async fn under_way(cluster: &Cluster) -> anyhow::Result<()> {
+    cluster
+        .until("the rollout is under way", 60, async || {
+            let sets = sets(cluster).await?;
+            ensure!(sets.len() == 3, "{sets:?}");
+            Ok(())
+        })
+        .await
 }
 
 async fn sets(cluster: &Cluster) -> anyhow::Result<Vec<String>> {
@@ -60,13 +75,7 @@ async fn check_gates(cluster: &Cluster) -> anyhow::Result<()> {
 /// All children are gone, whether the model was being described, loaded, served or rolled.
 pub(crate) async fn deletion_leaves_nothing_in_any_phase(cluster: &Cluster) -> anyhow::Result<()> {
     edit(cluster, "rolled", r#"{"spec": {"model": {"revision": "main"}}}"#).await?;
-    cluster
-        .until("the rollout is under way", 60, async || {
-            let sets = sets(cluster).await?;
-            ensure!(sets.len() == 3, "{sets:?}");
-            Ok(())
-        })
-        .await?;
+    under_way(cluster).await?;
     cluster.delete("rolled").await.context("while it was rolled")?;
 
     for kind in ["Job", "StatefulSet", "Pod"] {
