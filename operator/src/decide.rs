@@ -181,7 +181,8 @@ impl Moves {
 ///    described.
 /// 2. It is planned. While it cannot be, replicas are made of the revision that runs.
 /// 3. The number is the user's or the autoscaler's; nothing if suspended.
-/// 4. The rollout says which replicas are made, drained, taken back and deleted.
+/// 4. The rollout says which replicas are made, drained, taken back and deleted. While the asked revision is not known, its
+///    own drain only if none is wanted.
 pub fn decide(
     names: &Names,
     model: &ValidModel,

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use serde_json::{Value, json};
 use wire::proto;
 
-use crate::world::{MODEL, World, model};
+use crate::world::{MODEL, Operator, World, model};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn installs_to_ready_and_says_so_in_every_column() {
@@ -58,12 +58,19 @@ fn lease_version(world: &World) -> u64 {
     world.api().list("leases")[0]["metadata"]["resourceVersion"].as_str().unwrap().parse().unwrap()
 }
 
+/// As [`World::installed`], with so many replicas.
+async fn replicated(replicas: u32) -> (World, Operator) {
+    let (world, operator) = World::installed().await;
+    world.edit(|spec| spec["replicas"] = json!(replicas));
+    let ready = json!(format!("{replicas}/{replicas}"));
+    world.until("all replicas", |world| world.status()["printed"]["ready"] == ready).await;
+    world.ready().await;
+    (world, operator)
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn scales_up_and_drains_before_it_scales_down() {
-    let (world, _operator) = World::installed().await;
-    world.edit(|spec| spec["replicas"] = json!(2));
-    world.until("two replicas", |world| world.status()["printed"]["ready"] == "2/2").await;
-    world.ready().await;
+    let (world, _operator) = replicated(2).await;
     world.cluster.stage.lock().unwrap().busy = true;
     world.edit(|spec| spec["replicas"] = json!(1));
     let draining = |world: &World| {
@@ -98,10 +105,7 @@ async fn rolls_replica_by_replica_and_never_leaves_the_routers_without() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn rolls_within_the_surge_at_each_moment() {
-    let (world, _operator) = World::installed().await;
-    world.edit(|spec| spec["replicas"] = json!(2));
-    world.until("two replicas", |world| world.status()["printed"]["ready"] == "2/2").await;
-    world.ready().await;
+    let (world, _operator) = replicated(2).await;
     let (mut standing, before) = (BTreeSet::from_iter(world.names("statefulsets")), world.api().writes().len());
     world.edit(|spec| spec["model"]["maxContextTokens"] = json!(512));
     let old = standing.clone();
@@ -351,9 +355,9 @@ async fn a_revision_whose_record_cannot_be_read_drains_is_taken_back_and_goes() 
     world.cluster.stage.lock().unwrap().busy = true;
     let _operator = world.operator(0).await;
     world.edit(|spec| spec["suspend"] = json!(true));
-    world.until("it drains", |world| draining(world).len() == 1).await;
+    world.until("it drains", |world| marked(world).len() == 1).await;
     world.edit(|spec| spec["suspend"] = json!(false));
-    world.until("it is taken back", |world| draining(world).is_empty()).await;
+    world.until("it is taken back", |world| marked(world).is_empty()).await;
     assert_eq!(world.uids("statefulsets"), uids);
     world.cluster.stage.lock().unwrap().busy = false;
     world.edit(|spec| spec["suspend"] = json!(true));
@@ -386,14 +390,11 @@ async fn a_replica_of_which_nothing_is_known_goes_when_none_is_wanted() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn new_replicas_stay_though_their_record_is_lost() {
-    let (world, operator) = World::installed().await;
-    world.edit(|spec| spec["replicas"] = json!(3));
-    world.until("three replicas", |world| world.status()["printed"]["ready"] == "3/3").await;
-    world.ready().await;
+    let (world, operator) = replicated(3).await;
     let old = world.names("statefulsets");
     world.cluster.stage.lock().unwrap().busy = true;
     world.edit(|spec| spec["model"]["maxContextTokens"] = json!(512));
-    world.until("an old one drains", |world| draining(world).len() == 1).await;
+    world.until("an old one drains", |world| marked(world).len() == 1).await;
     operator.kill().await;
     let new = world.names("statefulsets").into_iter().find(|set| !old.contains(set)).unwrap();
     let uid = |world: &World| world.api().get("statefulsets", &new).map(|set| set["metadata"]["uid"].clone());
@@ -403,7 +404,7 @@ async fn new_replicas_stay_though_their_record_is_lost() {
     world.cluster.stage.lock().unwrap().busy = false;
     let _operator = world.operator(0).await;
     world.says("Describing model").await;
-    world.until("the old one is taken back", |world| draining(world).is_empty()).await;
+    world.until("the old one is taken back", |world| marked(world).is_empty()).await;
     world.cluster.make_no_pods(false);
     world.until("rolled", |world| world.names("statefulsets").iter().all(|set| !old.contains(set))).await;
     world.ready().await;
@@ -412,25 +413,22 @@ async fn new_replicas_stay_though_their_record_is_lost() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn replicas_of_an_earlier_revision_whose_record_is_lost_finish_their_requests_and_go() {
-    let (world, operator) = World::installed().await;
-    world.edit(|spec| spec["replicas"] = json!(3));
-    world.until("three replicas", |world| world.status()["printed"]["ready"] == "3/3").await;
-    world.ready().await;
+    let (world, operator) = replicated(3).await;
     let (old, record) = (world.names("statefulsets"), world.status()["plan"]["revision"].clone());
     operator.kill().await;
     world.api().delete("configmaps", &format!("tiny-{}", record.as_str().unwrap()));
     world.cluster.stage.lock().unwrap().busy = true;
     world.edit(|spec| spec["model"]["maxContextTokens"] = json!(512));
     let operator = world.operator(0).await;
-    world.until("one drains", |world| draining(world).len() == 1).await;
-    let marked = draining(&world);
+    world.until("one drains", |world| marked(world).len() == 1).await;
+    let since = marked(&world);
     operator.kill().await;
     let _operator = world.operator(0).await;
     let writes = world.api().writes().len();
     spoken(&world, 3).await;
     pass(&world).await;
     assert!(old.iter().all(|set| world.names("statefulsets").contains(set)), "it stays while it has requests");
-    assert_eq!(draining(&world), marked, "a restart gives it no more time");
+    assert_eq!(marked(&world), since, "a restart gives it no more time");
     let writes = &world.api().writes()[writes..];
     assert!(!writes.iter().any(|call| call.resource == "statefulsets"), "marked once: {writes:?}");
     world.cluster.stage.lock().unwrap().busy = false;
@@ -440,8 +438,8 @@ async fn replicas_of_an_earlier_revision_whose_record_is_lost_finish_their_reque
     world.until("the old records are gone", |world| world.names("configmaps").len() == 5).await;
 }
 
-/// Since when the replicas that drain do.
-fn draining(world: &World) -> Vec<String> {
+/// Since when the replicas that are marked as draining do.
+fn marked(world: &World) -> Vec<String> {
     let sets = world.api().list("statefulsets");
     let since =
         |set: &Value| set["metadata"]["annotations"]["modelfleet.io/draining-since"].as_str().map(str::to_owned);
